@@ -1,0 +1,1 @@
+"""Frozen diffusion models, each behind one `Denoiser`."""

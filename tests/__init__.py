@@ -1,0 +1,1 @@
+"""Tests of the floors below training.ppo, and of the command lines."""

@@ -1,0 +1,1 @@
+"""Rewards: images in [0, 1] and prompts to raw scores."""
