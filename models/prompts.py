@@ -1,0 +1,96 @@
+"""Prompts and seeds as people write them down: a text file, a table with a column `text`, a list such as `0-3,7`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+
+from errors import InputError
+
+PROMPT_COLUMN = "text"
+MAXIMUM_SEED = 2**63 - 1
+MAXIMUM_SEEDS = 1_000_000  # a mistyped range must not fill the memory
+SEED_RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a `.txt` file (one a line, blank lines skipped) or of a `.csv` file (column `text`), in order.
+
+    Raises InputError where the file is missing, unreadable, of another kind or empty, or lacks the column or a cell.
+    """
+    file = Path(path)
+    readers = {".txt": _lines, ".csv": _text_column}
+    if file.suffix.lower() not in readers:
+        raise InputError(
+            f"{file}: prompts are read from a .txt file (one a line) or a .csv file (column `{PROMPT_COLUMN}`)"
+        )
+    try:
+        content = file.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{file}: there is no such prompt file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text (byte {error.start}); save the prompts as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    prompts = readers[file.suffix.lower()](file, content)
+    if not prompts:
+        raise InputError(f"{file}: holds no prompt; write at least one")
+    return prompts
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds out of a list of numbers and ranges, both ends included: `0-3,7` is [0, 1, 2, 3, 7].
+
+    Raises InputError for anything else, for a range that runs backwards, for a seed given twice or above 2^63 - 1.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = SEED_RANGE.fullmatch(part.strip())
+        if match is None:
+            raise InputError(
+                f"seeds {text!r}: {part.strip()!r} is neither a number nor a range; write for example 0-3,7"
+            )
+        first = int(match[1])
+        last = first if match[2] is None else int(match[2])
+        if last < first:
+            raise InputError(f"seeds {text!r}: the range {part.strip()!r} runs backwards; write {last}-{first}")
+        if last > MAXIMUM_SEED:
+            raise InputError(f"seeds {text!r}: {last} is above the largest seed, {MAXIMUM_SEED}")
+        if len(seeds) + last - first + 1 > MAXIMUM_SEEDS:
+            raise InputError(f"seeds {text!r}: more than {MAXIMUM_SEEDS} seeds in one list")
+        seeds.extend(range(first, last + 1))
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1}) if len(set(seeds)) < len(seeds) else []
+    if twice:
+        raise InputError(f"seeds {text!r}: seed {twice[0]} is given twice")
+    return seeds
+
+
+def _lines(file: Path, content: str) -> list[str]:
+    return [line.strip() for line in io.StringIO(content, newline=None) if line.strip()]
+
+
+def _text_column(file: Path, content: str) -> list[str]:
+    reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    try:
+        columns = reader.fieldnames or []
+        if PROMPT_COLUMN not in columns:
+            found = ", ".join(columns) or "none"
+            raise InputError(
+                f"{file}: has no column `{PROMPT_COLUMN}` (columns found: {found}); name the prompts' column so"
+            )
+        return [_cell(file, reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise InputError(
+            f"{file}, near line {reader.line_num}: not a table ({error}); quote prompts that hold quotes"
+        ) from None
+
+
+def _cell(file: Path, line: int, row: dict[str | None, str | list[str] | None]) -> str:
+    if None in row:
+        raise InputError(f"{file}, line {line}: more fields than the header has; quote prompts that hold commas")
+    prompt = row[PROMPT_COLUMN]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{file}, line {line}: column `{PROMPT_COLUMN}` is empty; write a prompt or remove the line")
+    return prompt.strip()

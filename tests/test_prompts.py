@@ -1,0 +1,108 @@
+"""Prompt files and seed lists: what is read back, and which line refuses what is malformed."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errors import InputError
+from models.prompts import MAXIMUM_SEED, parse_seeds, read_prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [
+        ("0-3,7", [0, 1, 2, 3, 7]),
+        ("5", [5]),
+        (" 2 , 0-1 ", [2, 0, 1]),
+        ("4-4", [4]),
+        (str(MAXIMUM_SEED), [MAXIMUM_SEED]),
+    ],
+)
+def test_seed_lists_mean_what_they_say(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), min_size=1, max_size=5))
+def test_seed_lists_agree_with_the_union_of_their_ranges(spans):
+    expected = [seed for first, length in spans for seed in range(first, first + length + 1)]
+    text = ",".join(f"{first}-{first + length}" for first, length in spans)
+    if len(set(expected)) == len(expected):
+        assert parse_seeds(text) == expected
+    else:
+        with pytest.raises(InputError, match="given twice"):
+            parse_seeds(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "''"),
+        ("0-3,", "''"),
+        ("a", "'a'"),
+        ("-1", "'-1'"),
+        ("1.5", r"'1\.5'"),
+        ("0--3", "'0--3'"),
+        ("0-3-5", "'0-3-5'"),
+        ("٣", "neither a number nor a range"),
+        ("7-3", "runs backwards; write 3-7"),
+        ("0-3,2", "seed 2 is given twice"),
+        (str(MAXIMUM_SEED + 1), "above the largest seed"),
+        ("0-99999999999", "more than 1000000 seeds"),
+    ],
+)
+def test_malformed_seed_lists_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_seeds(text)
+
+
+def test_a_text_file_holds_one_prompt_a_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red circle, small\r\n\r\n  a blue ring  \n".encode())
+    assert read_prompts(file) == ["a red circle, small", "a blue ring"]
+
+
+@given(prompts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1), min_size=1))
+def test_a_table_gives_back_what_was_written(tmp_path_factory, prompts):
+    prompts = [f"x{prompt}x" for prompt in prompts]  # no outer blanks, which are stripped
+    file = tmp_path_factory.mktemp("prompts") / "prompts.csv"
+    with file.open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["id", "text"])
+        writer.writerows(enumerate(prompts))
+    assert read_prompts(file) == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "holds no prompt"),
+        ("a.txt", b"\n  \n", "holds no prompt"),
+        ("a.csv", b"", "no column `text` .columns found: none"),
+        ("a.csv", b"text\n", "holds no prompt"),
+        ("a.csv", b"caption,id\na red circle,1\n", "columns found: caption, id"),
+        ("a.csv", b'text\na red circle\n""\n', "line 3: column `text` is empty"),
+        ("a.csv", b"id,text\n1\n", "line 2: column `text` is empty"),
+        ("a.csv", b"text\na red circle, small\n", "line 2: more fields than the header"),
+        ("a.csv", b'text\n"a red circle\n', "near line 1: not a table"),
+        ("a.json", b"[]", r"\.txt file .* or a \.csv file"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_malformed_prompt_files_are_refused_and_named(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=message) as failure:
+        read_prompts(file)
+    assert str(file) in str(failure.value)
+
+
+def test_a_missing_prompt_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such prompt file"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        read_prompts(tmp_path / "folder.csv")
