@@ -36,17 +36,17 @@ def arrays(file: ArrayFile) -> Mapping[str, np.ndarray]:
 
 
 def tensor(file: ArrayFile, name: str) -> torch.Tensor:
-    """One array of `<file>.npz` as a fresh tensor of its own dtype; skips the calling test where the files are absent."""
+    """One array of `<file>.npz` as a fresh tensor of its own dtype; skips the calling test where absent."""
     return torch.from_numpy(np.array(arrays(file)[name]))
 
 
 def solver_cases() -> list[dict[str, Any]]:
-    """One entry per solver run (`solvers_index.json`); empty where the files are absent, so it may parametrise tests."""
+    """One entry per solver run (`solvers_index.json`); empty where absent, so that it may parametrise tests."""
     return json.loads((FOLDER / "solvers_index.json").read_text())["cases"] if present else []
 
 
 def table_names() -> list[str]:
-    """Names of the published predictor tables; empty where the files are absent, so it may parametrise tests."""
+    """Names of the published predictor tables; empty where absent, so that it may parametrise tests."""
     return sorted(path.stem for path in (FOLDER / "tables").glob("*.json"))
 
 
