@@ -1,0 +1,470 @@
+"""Everything that a run of the RL job can be told: typed, closed, cross-checked, all faults in one message.
+
+Precedence, lowest first: the defaults below, the `--config` file, the predictor snapshot (it fills what is null and
+must not be contradicted by the file), `--override`. `load_config` does the first, second and last, `apply_snapshot` the
+third.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from errors import InputError
+
+OVERRIDE = "--override"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which values a knob accepts: an inclusive or exclusive range, or a list of choices; `required`: no empty text."""
+
+    required: bool = False
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def complaint(self, value: Any) -> str | None:
+        """What is wrong with `value`, or None."""
+        if value is None:
+            return None
+        if self.required and not value:
+            return "is not set"
+        if self.choices and value not in self.choices:
+            return f"must be one of {', '.join(self.choices)}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return "must be a finite number"
+        if self.at_least is not None and value < self.at_least:
+            return f"must be at least {self.at_least:g}"
+        if self.above is not None and value <= self.above:
+            return f"must be above {self.above:g}"
+        if self.at_most is not None and value > self.at_most:
+            return f"must be at most {self.at_most:g}"
+        return None
+
+
+def knob(
+    default: Any,
+    meaning: str,
+    *,
+    required: bool = False,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A configuration field: its default, what it means with unit and scope, and the values it accepts."""
+    metadata = {"meaning": meaning, "limits": Limits(required, at_least, above, at_most, choices)}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes, on what it runs."""
+
+    output_root: str = knob("exps", "folder in which the run's own folder is made")
+    run_name: str = knob("ppo", "last part of the run folder's name")
+    seed: int = knob(0, "seed of the policy's draws, the initial noise and the prompt order", at_least=0)
+    device: str = knob("auto", "auto, cpu, cuda, mps, or cuda:N; per process")
+    num_devices: int = knob(1, "processes per node, one device each; the prompts are split among them", at_least=1)
+    num_nodes: int = knob(1, "machines", at_least=1)
+
+
+@dataclass
+class DataConfig:
+    """The table to start from and the prompts to train on."""
+
+    predictor_snapshot: str = knob(
+        "", "snapshot (.pkl or .json), its folder, or an experiment number in exps/", required=True
+    )
+    prompt_csv: str = knob("", "training prompts: a CSV file with a column `text`", required=True)
+    shuffle: bool = knob(True, "a new prompt order each epoch, drawn from run.seed; false: the file's order")
+
+
+@dataclass
+class ModelConfig:
+    """The frozen model and the solver's settings; null: as the predictor snapshot says."""
+
+    dataset_name: str | None = knob(None, "name of the model's world in the snapshot (shapes, ms_coco, ...)")
+    model_path: str | None = knob(
+        None, "diffusers folder, .ckpt or .safetensors file, or registered name; null: what dataset_name stands for"
+    )
+    guidance_type: str | None = knob(None, "cfg: classifier-free guidance; uncond: none", choices=("cfg", "uncond"))
+    guidance_rate: float | None = knob(None, "classifier-free guidance scale; 1 is no guidance", at_least=0)
+    schedule_type: str | None = knob(
+        None, "sigma grid", choices=("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
+    )
+    schedule_rho: float | None = knob(None, "exponent of the sigma grid", above=0)
+    num_steps: int | None = knob(None, "grid points of the sampler, one more than its intervals", at_least=2)
+    num_points: int | None = knob(None, "parallel network evaluations per interval, K", at_least=1)
+    dtype: str = knob("float32", "precision of the frozen network", choices=("float32", "float16", "bfloat16"))
+
+
+@dataclass
+class RewardConfig:
+    """The training reward."""
+
+    weights_path: str = knob("", "preference checkpoint in HPSv2.1's (open_clip) layout", required=True)
+    mix: dict[str, float] = knob(  # noqa: RUF009 - a factory, see knob
+        {}, "further checkpoints of that layout -> weight beside weights_path's 1; each is standardised over the step"
+    )
+    batch_size: int = knob(16, "images per forward pass of the reward model, per device", at_least=1)
+    enable_amp: bool = knob(False, "half precision in the reward model; CUDA only")
+    cache_dir: str | None = knob(None, "folder of the reward's tokenizer; null: the one named beside the checkpoint")
+
+
+@dataclass
+class PPOConfig:
+    """Policy and optimisation."""
+
+    steps: int = knob(100, "rollouts with their updates, the whole run, resumed parts included", at_least=1)
+    rollout_batch_size: int = knob(32, "images per step over all devices; a multiple of rloo_k", at_least=2)
+    rloo_k: int = knob(4, "tables (images) drawn per prompt, the leave-one-out group", at_least=2)
+    shared_noise: bool = knob(True, "a group shares its initial noise: its rewards differ by the table alone")
+    baseline: str = knob(
+        "prompt", "leave-one-out groups: one prompt each, or mixed as in the public code", choices=("prompt", "mixed")
+    )
+    ppo_epochs: int = knob(1, "passes over each rollout", at_least=1)
+    minibatch_size: int = knob(32, "images per optimizer update over all devices", at_least=1)
+    learning_rate: float = knob(1e-3, "Adam's step size at the start of the schedule", above=0)
+    learning_rate_schedule: str = knob(
+        "cosine",
+        "decay from learning_rate over ppo.steps; to zero unless constant",
+        choices=("constant", "linear", "cosine"),
+    )
+    clip_range: float = knob(0.2, "the probability ratio is clipped to 1 +- this", above=0, at_most=1)
+    kl_coef: float = knob(0.0, "weight of KL(policy || cold start), nats summed over the table's intervals", at_least=0)
+    entropy_coef: float = knob(0.0, "weight of the policy's entropy bonus, nats", at_least=0)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this Euclidean norm", above=0)
+    dirichlet_concentration: float = knob(20.0, "total concentration c of each Dirichlet at the cold start", above=0)
+    scale_std: float = knob(
+        0.05, "standard deviation of log scale_dir and log scale_time, where they are trained", above=0
+    )
+    train_scale_dir: bool = knob(False, "also draw scale_dir (log-normal) around the table's")
+    train_scale_time: bool = knob(False, "also draw scale_time (log-normal) around the table's")
+    decode_rgb: bool = knob(True, "hand the reward decoded RGB images; every reward here needs them")
+    max_rows: int | None = knob(
+        None,
+        "most rows (images x points x guidance halves) in one network call, per device; null: by free memory",
+        at_least=1,
+    )
+    decode_chunk_size: int = knob(8, "latents decoded at once, per device", at_least=1)
+    max_nonfinite_share: float = knob(
+        0.5,
+        "stop when more than this share of a step's groups was dropped for NaN or infinite rewards",
+        at_least=0,
+        at_most=1,
+    )
+
+
+@dataclass
+class LoggingConfig:
+    """What a run writes down, and the held-out watch."""
+
+    log_interval: int = knob(1, "steps between console lines", at_least=1)
+    save_interval: int = knob(50, "steps between checkpoints; the last step and an interrupt are saved too", at_least=1)
+    preview_interval: int = knob(50, "steps between table plots and image previews in TensorBoard", at_least=1)
+    preview_prompts: int = knob(4, "held-out prompts previewed, from the top of eval_prompts", at_least=0)
+    eval_interval: int = knob(25, "steps between held-out evaluations of the mean table; 0: none", at_least=0)
+    eval_prompts: str | None = knob(None, "held-out prompts: a CSV file with a column `text`")
+    eval_count: int = knob(
+        64, "held-out images per evaluation: prompts from the top of the file, one image each", at_least=2
+    )
+    eval_seed: int = knob(0, "seed of the first held-out image; the next has the next seed", at_least=0)
+    panel: str | None = knob(
+        None, "judge that is never trained on: `verifier` (shapes), or a checkpoint in open_clip layout; null: none"
+    )
+    stop_on_reward_hacking: bool = knob(False, "end the run when the held-out reward rises while the panel falls")
+
+
+@dataclass
+class Config:
+    """One run of the RL job."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked configuration, and the dotted keys that `--override` set (they win over the snapshot)."""
+
+    config: Config
+    overridden: frozenset[str]
+
+
+def _knobs() -> Iterator[tuple[str, dataclasses.Field]]:
+    for section in dataclasses.fields(Config):
+        for leaf in dataclasses.fields(section.default_factory):
+            yield f"{section.name}.{leaf.name}", leaf
+
+
+KNOBS: dict[str, dataclasses.Field] = dict(_knobs())
+"""Every dotted key with its field; `.metadata["meaning"]` documents it."""
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key such as `ppo.rloo_k`."""
+    section, leaf = key.split(".")
+    return getattr(getattr(config, section), leaf)
+
+
+def to_plain(config: Config) -> dict[str, dict[str, Any]]:
+    """The configuration as nested plain values."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML text that `load_config` reads back to the same configuration."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of the configuration's values, in hexadecimal."""
+    return hashlib.sha256(json.dumps(to_plain(config), sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read a YAML file, then the overrides (`section.key=value`), and check every value and every pair that must agree.
+
+    Raises:
+        InputError: lists all faults at once: unknown keys (with the nearest known one), wrong types, values out of
+            range, combinations that cannot work.
+    """
+    return build_config(_read_yaml(Path(path)), str(path), overrides)
+
+
+def build_config(values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """As `load_config`, from nested plain values; `origin` names them in messages."""
+    faults: list[str] = []
+    overridden = list(_parse_overrides(overrides, faults))
+    assigned = [(key, value, origin) for key, value in _flatten(values, origin, faults)]
+    assigned += [(key, value, OVERRIDE) for key, value in overridden]
+    node = OmegaConf.structured(Config)
+    origins: dict[str, str] = {}
+    unsound: set[str] = set()
+    for key, value, where in assigned:
+        if key not in KNOBS:
+            faults.append(f"{where}: unknown key {key}{_suggestion(key)}")
+            continue
+        try:
+            OmegaConf.update(node, key, value)
+            origins[key] = where
+        except OmegaConfBaseException as error:
+            unsound.add(key)
+            reason = str(error).splitlines()[0]
+            faults.append(f"{where}: {key}={value!r}: {reason} ({KNOBS[key].metadata['meaning']})")
+    config = OmegaConf.to_object(node)
+    for key, complaint in _out_of_range(config):
+        if key not in unsound:
+            unsound.add(key)
+            where = origins.get(key, origin)
+            value = value_of(config, key)
+            shown = key if value == "" else f"{key}={value!r}"
+            faults.append(f"{where}: {shown} {complaint} ({KNOBS[key].metadata['meaning']})")
+    # A pair is judged only where each of its values stands on its own.
+    faults += [fault for keys, fault in _disagreements(config) if unsound.isdisjoint(keys)]
+    _raise_all(faults)
+    return LoadedConfig(config, frozenset(key for key, _ in overridden))
+
+
+def apply_snapshot(
+    loaded: LoadedConfig, num_steps: int, num_points: int, metadata: Mapping[str, Any], snapshot: str
+) -> tuple[Config, list[str]]:
+    """Fill what the configuration leaves null from the predictor snapshot, and hold the rest against it.
+
+    Args:
+        loaded: the checked configuration.
+        num_steps, num_points: grid points and points per interval of the snapshot's table; no override changes them.
+        metadata: the snapshot's metadata.
+        snapshot: its path, for messages.
+
+    Returns:
+        The configuration without nulls in what the solver needs, and a line per override that beat the snapshot.
+
+    Raises:
+        InputError: lists every value that the snapshot fixes and the configuration contradicts, and what neither gives.
+    """
+    fixed = {name: metadata.get(name) for name in SNAPSHOT_KEYS} | {"num_steps": num_steps, "num_points": num_points}
+    chosen: dict[str, Any] = {}
+    notes: list[str] = []
+    faults: list[str] = []
+    for name, theirs in fixed.items():
+        key, ours = f"model.{name}", getattr(loaded.config.model, name)
+        if ours is None and theirs is None:
+            faults.append(f"{key} is null and {snapshot} does not say it: set it ({KNOBS[key].metadata['meaning']})")
+        elif ours is None or theirs is None or ours == theirs:
+            chosen[name] = theirs if ours is None else ours
+        elif name in SHAPE_KEYS:
+            faults.append(
+                f"{key}={ours}: the table in {snapshot} has {theirs}, and its shape cannot be changed: "
+                f"leave the key null, or distil another table with train.py"
+            )
+        elif key in loaded.overridden:
+            chosen[name] = ours
+            notes.append(f"{key}={ours} by {OVERRIDE}; {snapshot} says {theirs}")
+        else:
+            faults.append(
+                f"{key}={ours}: {snapshot} was made with {theirs}: set the key to null, "
+                f"or insist with {OVERRIDE} {key}={ours}"
+            )
+    _raise_all(faults)
+    return dataclasses.replace(loaded.config, model=dataclasses.replace(loaded.config.model, **chosen)), notes
+
+
+SHAPE_KEYS = ("num_steps", "num_points")
+SNAPSHOT_KEYS = ("dataset_name", "guidance_type", "guidance_rate", "schedule_type", "schedule_rho")
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such configuration file; those that come with the project are in training/ppo/cfgs/"
+        ) from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: not a readable YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected sections ({', '.join(_sections())}), found a list")
+    return values
+
+
+def _sections() -> list[str]:
+    return [section.name for section in dataclasses.fields(Config)]
+
+
+def _flatten(values: Mapping[str, Any], origin: str, faults: list[str]) -> Iterator[tuple[str, Any]]:
+    for section, content in values.items():
+        if section not in _sections():
+            known = ", ".join(_sections())
+            faults.append(f"{origin}: unknown section {section}{_suggestion(str(section))}; the sections are {known}")
+        elif content is None:
+            continue
+        elif not isinstance(content, Mapping):
+            faults.append(f"{origin}: {section}={content!r}: expected keys and values below it")
+        else:
+            yield from ((f"{section}.{leaf}", value) for leaf, value in content.items())
+
+
+def _parse_overrides(overrides: Iterable[str], faults: list[str]) -> Iterator[tuple[str, Any]]:
+    for pair in overrides:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            faults.append(f"{OVERRIDE} {pair}: expected section.key=value, for example ppo.steps=200")
+            continue
+        try:
+            # OmegaConf's YAML reads 7e-5 as a number, as everybody means it; plain YAML 1.1 reads a string.
+            yield key, OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"] if text else ""
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            faults.append(f"{OVERRIDE} {pair}: the value is not readable as YAML: {str(error).splitlines()[0]}")
+
+
+def _suggestion(key: str) -> str:
+    leaf = key.rpartition(".")[2]
+    candidates = [known for known in KNOBS if known.rpartition(".")[2] == leaf]
+    candidates += difflib.get_close_matches(key, [*KNOBS, *_sections()], n=1, cutoff=0.6)
+    leaves = {known.rpartition(".")[2]: known for known in KNOBS}
+    candidates += [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    return f"; did you mean {candidates[0]}?" if candidates else ""
+
+
+def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
+    for key, known in KNOBS.items():
+        complaint = known.metadata["limits"].complaint(value_of(config, key))
+        if complaint:
+            yield key, complaint
+
+
+def _disagreements(config: Config) -> Iterator[tuple[set[str], str]]:
+    """Values that are each allowed and cannot go together: their keys, why, and what to set instead."""
+    yield from _batch_disagreements(config.ppo, config.run.num_devices * config.run.num_nodes)
+    yield from _judge_disagreements(config)
+    if not config.ppo.decode_rgb:
+        yield {"ppo.decode_rgb"}, "ppo.decode_rgb=false: every reward here scores RGB images; set it to true"
+    if any(not math.isfinite(weight) or weight <= 0 for weight in config.reward.mix.values()):
+        yield {"reward.mix"}, f"reward.mix={config.reward.mix}: every weight must be a finite number above 0"
+
+
+def _batch_disagreements(ppo: PPOConfig, devices: int) -> Iterator[tuple[set[str], str]]:
+    rollout = {"ppo.rollout_batch_size", "ppo.rloo_k"}
+    update = {"ppo.rollout_batch_size", "ppo.minibatch_size"}
+    split = {"run.num_devices", "run.num_nodes"}
+    prompts, rest = divmod(ppo.rollout_batch_size, ppo.rloo_k)
+    if rest:
+        nearest = max(1, round(ppo.rollout_batch_size / ppo.rloo_k)) * ppo.rloo_k
+        yield (
+            rollout,
+            f"ppo.rollout_batch_size={ppo.rollout_batch_size} is not a multiple of ppo.rloo_k={ppo.rloo_k}: "
+            f"every prompt needs a whole group; set ppo.rollout_batch_size={nearest}",
+        )
+    elif prompts % devices:
+        even = math.ceil(prompts / devices) * devices * ppo.rloo_k
+        yield (
+            rollout | split,
+            f"ppo.rollout_batch_size={ppo.rollout_batch_size} holds {prompts} prompts, which cannot be split evenly "
+            f"among {devices} devices: set ppo.rollout_batch_size={even}",
+        )
+    if ppo.rollout_batch_size % ppo.minibatch_size:
+        yield (
+            update,
+            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}: "
+            f"updates would weigh images unequally; set ppo.minibatch_size={ppo.rollout_batch_size}",
+        )
+    elif ppo.minibatch_size % devices:
+        yield (
+            update | split,
+            f"ppo.minibatch_size={ppo.minibatch_size} cannot be split evenly among {devices} devices: "
+            f"set ppo.minibatch_size={ppo.rollout_batch_size}",
+        )
+
+
+def _judge_disagreements(config: Config) -> Iterator[tuple[set[str], str]]:
+    logging = config.logging
+    if logging.eval_interval and logging.eval_prompts is None:
+        yield (
+            {"logging.eval_interval", "logging.eval_prompts"},
+            f"logging.eval_interval={logging.eval_interval} but logging.eval_prompts is null: "
+            f"name a CSV file, or set logging.eval_interval=0",
+        )
+    if logging.stop_on_reward_hacking and (logging.panel is None or not logging.eval_interval):
+        yield (
+            {"logging.stop_on_reward_hacking", "logging.panel", "logging.eval_interval"},
+            "logging.stop_on_reward_hacking=true needs logging.panel and logging.eval_interval: "
+            "without a panel no hacking is seen",
+        )
+    if logging.panel in {config.reward.weights_path, *config.reward.mix}:
+        yield (
+            {"logging.panel", "reward.weights_path", "reward.mix"},
+            f"logging.panel={logging.panel} is trained on: a panel must be a judge that the reward does not contain",
+        )
+    if logging.eval_prompts is not None and logging.eval_prompts == config.data.prompt_csv:
+        yield (
+            {"logging.eval_prompts", "data.prompt_csv"},
+            f"logging.eval_prompts and data.prompt_csv are both {logging.eval_prompts}: "
+            f"held-out prompts must not be trained on",
+        )
+
+
+def _raise_all(faults: Sequence[str]) -> None:
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise InputError(f"the configuration has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults))
