@@ -1,0 +1,430 @@
+"""CLIP models (Radford et al., arXiv 2103.00020) in open_clip's checkpoint layout, held as `transformers.CLIPModel`.
+
+Preference rewards such as HPS v2.1 (arXiv 2306.09341) are published in that layout. It maps one to one onto
+`transformers.CLIPModel`, so scoring needs neither open_clip nor torchvision.
+
+A model is described by an open_clip style configuration, `model_cfg`:
+
+    {"embed_dim": 1024, "quick_gelu": false,
+     "vision_cfg": {"image_size": 224, "patch_size": 14, "width": 1280, "layers": 32, "head_width": 80,
+                    "mlp_ratio": 4.0},
+     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24,
+                  "mlp_ratio": 4.0}}
+
+`quick_gelu` (false) and `mlp_ratio` (4.0) may be left out. The end-of-text token, at which text is pooled, is the last
+one of the vocabulary: open_clip pools where the token id is largest.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from errors import InputError
+
+VIT_H_14 = Path(__file__).resolve().parent.parent / "src" / "pipelines" / "clip" / "ViT-H-14.json"
+
+# Mean and standard deviation of CLIP's training images, per RGB channel in [0, 1] (Radford et al., released code).
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_REQUIRED = {
+    "": {"embed_dim", "vision_cfg", "text_cfg"},
+    "vision_cfg": {"image_size", "patch_size", "width", "layers", "head_width"},
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers"},
+}
+_OPTIONAL = {"": {"quick_gelu"}, "vision_cfg": {"mlp_ratio"}, "text_cfg": {"mlp_ratio"}}
+_LISTED_KEYS = 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def read_model_cfg(path: Path | str) -> dict[str, Any]:
+    """Read an open_clip style configuration from a JSON file.
+
+    Raises:
+        InputError: the file is missing or holds no JSON object.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"There is no CLIP configuration at {path}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def clip_config(model_cfg: Mapping[str, Any]) -> CLIPConfig:
+    """Translate an open_clip style configuration (see the module's docstring) to a `transformers.CLIPConfig`.
+
+    Raises:
+        InputError: a key is missing or unknown, or a value does not fit; all faults are named at once.
+    """
+    _check_keys(model_cfg)
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    faults = [f"{name} must be a positive whole number, not {value!r}" for name, value in _not_counts(model_cfg)]
+    if not faults:
+        faults += _misfits(vision, text)
+    if faults:
+        raise InputError("The CLIP configuration does not fit: " + "; ".join(faults) + ".")
+    activation = "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu"
+    end_of_text = text["vocab_size"] - 1
+    return CLIPConfig(
+        projection_dim=model_cfg["embed_dim"],
+        vision_config={
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "hidden_size": vision["width"],
+            "intermediate_size": int(vision["width"] * vision.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": vision["layers"],
+            "num_attention_heads": vision["width"] // vision["head_width"],
+            "hidden_act": activation,
+            "projection_dim": model_cfg["embed_dim"],
+        },
+        text_config={
+            "max_position_embeddings": text["context_length"],
+            "vocab_size": text["vocab_size"],
+            "hidden_size": text["width"],
+            "intermediate_size": int(text["width"] * text.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": text["layers"],
+            "num_attention_heads": text["heads"],
+            "hidden_act": activation,
+            "projection_dim": model_cfg["embed_dim"],
+            "pad_token_id": 0,
+            "bos_token_id": end_of_text - 1,
+            "eos_token_id": end_of_text,
+        },
+    )
+
+
+def new_clip(model_cfg: Mapping[str, Any]) -> CLIPModel:
+    """Make a CLIP model with fresh weights from torch's global generator (float32, CPU, in training mode)."""
+    return CLIPModel(clip_config(model_cfg)).train()
+
+
+def _check_keys(model_cfg: Mapping[str, Any]) -> None:
+    faults: list[str] = []
+    for section, required in _REQUIRED.items():
+        content = model_cfg.get(section, {}) if section else model_cfg
+        if not isinstance(content, Mapping):
+            faults.append(f"{section} must be an object, not {content!r}")
+            continue
+        prefix = f"{section}." if section else ""
+        faults += [f"{prefix}{key} is missing" for key in sorted(required - content.keys())]
+        faults += [f"{prefix}{key} is unknown" for key in sorted(content.keys() - required - _OPTIONAL[section])]
+    if faults:
+        raise InputError("The CLIP configuration (model_cfg) is wrong: " + "; ".join(faults) + ".")
+
+
+def _not_counts(model_cfg: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    counts = {"embed_dim": model_cfg["embed_dim"]}
+    for section in ("vision_cfg", "text_cfg"):
+        counts |= {f"{section}.{key}": model_cfg[section][key] for key in sorted(_REQUIRED[section])}
+    return [
+        (name, value)
+        for name, value in counts.items()
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1
+    ]
+
+
+def _misfits(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[str]:
+    divisions = [
+        ("vision_cfg.width", vision["width"], "vision_cfg.head_width", vision["head_width"]),
+        ("vision_cfg.image_size", vision["image_size"], "vision_cfg.patch_size", vision["patch_size"]),
+        ("text_cfg.width", text["width"], "text_cfg.heads", text["heads"]),
+    ]
+    return [f"{name}={a} is no multiple of {other}={b}" for name, a, other, b in divisions if a % b]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoint layout
+
+
+class _Entry(NamedTuple):
+    """One tensor of the open_clip layout and where it lives in `transformers.CLIPModel`."""
+
+    open_clip: str
+    ours: tuple[str, ...]  # three for query, key, value, which open_clip stacks along the first dimension
+    transposed: bool = False
+
+
+def _layout(config: CLIPConfig) -> list[_Entry]:
+    entries = [
+        _Entry("visual.class_embedding", ("vision_model.embeddings.class_embedding",)),
+        _Entry("visual.positional_embedding", ("vision_model.embeddings.position_embedding.weight",)),
+        _Entry("visual.conv1.weight", ("vision_model.embeddings.patch_embedding.weight",)),
+        _Entry("visual.proj", ("visual_projection.weight",), transposed=True),
+        _Entry("token_embedding.weight", ("text_model.embeddings.token_embedding.weight",)),
+        _Entry("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
+        _Entry("text_projection", ("text_projection.weight",), transposed=True),
+        _Entry("logit_scale", ("logit_scale",)),
+        *_linear("visual.ln_pre", "vision_model.pre_layrnorm"),
+        *_linear("visual.ln_post", "vision_model.post_layernorm"),
+        *_linear("ln_final", "text_model.final_layer_norm"),
+    ]
+    for index in range(config.vision_config.num_hidden_layers):
+        entries += _block(f"visual.transformer.resblocks.{index}", f"vision_model.encoder.layers.{index}")
+    for index in range(config.text_config.num_hidden_layers):
+        entries += _block(f"transformer.resblocks.{index}", f"text_model.encoder.layers.{index}")
+    return entries
+
+
+def _linear(open_clip: str, ours: str) -> list[_Entry]:
+    return [_Entry(f"{open_clip}.{part}", (f"{ours}.{part}",)) for part in ("weight", "bias")]
+
+
+def _block(open_clip: str, ours: str) -> list[_Entry]:
+    stacked = [
+        _Entry(f"{open_clip}.attn.in_proj_{part}", tuple(f"{ours}.self_attn.{name}_proj.{part}" for name in "qkv"))
+        for part in ("weight", "bias")
+    ]
+    return [
+        *stacked,
+        *_linear(f"{open_clip}.attn.out_proj", f"{ours}.self_attn.out_proj"),
+        *_linear(f"{open_clip}.ln_1", f"{ours}.layer_norm1"),
+        *_linear(f"{open_clip}.ln_2", f"{ours}.layer_norm2"),
+        *_linear(f"{open_clip}.mlp.c_fc", f"{ours}.mlp.fc1"),
+        *_linear(f"{open_clip}.mlp.c_proj", f"{ours}.mlp.fc2"),
+    ]
+
+
+def to_open_clip(model: CLIPModel) -> dict[str, Tensor]:
+    """Return the model's weights under open_clip's names and shapes (detached; some share memory with the model)."""
+    weights = model.state_dict()
+    renamed = {}
+    for entry in _layout(model.config):
+        tensor = torch.cat([weights[name] for name in entry.ours]) if len(entry.ours) > 1 else weights[entry.ours[0]]
+        renamed[entry.open_clip] = tensor.T if entry.transposed else tensor
+    return renamed
+
+
+def from_open_clip(state_dict: Mapping[str, Tensor], model_cfg: Mapping[str, Any], *, source: str) -> CLIPModel:
+    """Make a CLIP model (float32, CPU, in evaluation mode) of weights in open_clip's layout; they are copied.
+
+    Args:
+        state_dict: tensors of any floating-point type under open_clip's names.
+        model_cfg: the open_clip style configuration that they must fit.
+        source: what messages call the weights: the file that they come from.
+
+    Raises:
+        InputError: tensors are missing, left over or of another shape; each is listed.
+    """
+    config = clip_config(model_cfg)
+    with torch.device("meta"):  # no time is spent on random weights that are replaced at once
+        model = CLIPModel(config)
+    layout = _layout(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in to_open_clip(model).items()}
+    _check_tensors(state_dict, expected, source)
+    weights: dict[str, Tensor] = {}
+    for entry in layout:
+        parts = _split(entry, state_dict[entry.open_clip].detach().to("cpu", torch.float32))
+        # Copies: the file stays mapped into memory otherwise, and parts of one stacked tensor would share storage.
+        copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        weights |= dict(zip(entry.ours, copies, strict=True))
+    model.load_state_dict(weights, strict=True, assign=True)
+    for embeddings in (model.vision_model.embeddings, model.text_model.embeddings):
+        # The one kind of tensor that no checkpoint holds, and that is therefore still without memory.
+        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
+    return model.eval()
+
+
+def _split(entry: _Entry, tensor: Tensor) -> Sequence[Tensor]:
+    tensor = tensor.T if entry.transposed else tensor
+    return tensor.chunk(len(entry.ours)) if len(entry.ours) > 1 else (tensor,)
+
+
+def _check_tensors(state_dict: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
+    missing = [name for name in expected if name not in state_dict]
+    extra = [name for name in state_dict if name not in expected]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    misshapen = [
+        f"{name} is {list(shapes[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    faults = [("missing", missing), ("left over", extra), ("of another shape", misshapen)]
+    found = [f"{len(names)} {what}: {_list(names)}" for what, names in faults if names]
+    if found:
+        raise InputError(
+            f"{source} is no CLIP checkpoint of the configured size: of {len(expected)} tensors expected, "
+            + "; ".join(found)
+            + "."
+        )
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_LISTED_KEYS])
+    return shown if len(names) <= _LISTED_KEYS else f"{shown} and {len(names) - _LISTED_KEYS} more"
+
+
+def read_open_clip_checkpoint(path: Path | str) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint without running code from it.
+
+    The file holds either the tensors themselves or, under `state_dict`, tensors beside plain values of the training
+    run. A `module.` before every name (left by data-parallel training) is dropped.
+
+    Raises:
+        InputError: the file is missing, is cut off, is no checkpoint (an HTML error page, say), or holds something
+            other than tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise InputError(f"There is no checkpoint at {path}.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
+        raise InputError(_unreadable(path, error)) from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise InputError(f"{path} holds no tensors by name, but a {type(content).__name__}. Fetch the file again.")
+    other = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if other:
+        raise InputError(f"{path} is no CLIP checkpoint: these of its entries are no tensors: {_list(other)}.")
+    names = [str(name) for name in content]
+    prefix = "module." if all(name.startswith("module.") for name in names) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in zip(names, content.values(), strict=True)}
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if not path.is_file():
+        return f"{path} is no file: a checkpoint is expected there."
+    with path.open("rb") as file:
+        start = file.read(256).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html")):
+        reason = "it is a web page (the download answered with an error page)"
+    elif start.startswith(b"pk"):
+        reason = "it is cut off or damaged"
+    else:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    size = path.stat().st_size
+    return f"{path} ({size:,} bytes) cannot be read as a checkpoint: {reason}. Delete it and fetch it again."
+
+
+def load_open_clip_checkpoint(path: Path | str, model_cfg: Mapping[str, Any]) -> CLIPModel:
+    """Read a checkpoint in open_clip's layout into a CLIP model (float32, CPU, in evaluation mode).
+
+    Raises:
+        InputError: the file cannot be read, or its tensors do not fit `model_cfg`; each one that does not is listed.
+    """
+    return from_open_clip(read_open_clip_checkpoint(path), model_cfg, source=str(path))
+
+
+def save_open_clip_checkpoint(model: CLIPModel, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
+    """Write the model's weights to `path` as `{"state_dict": ...}` in open_clip's layout, in the given type.
+
+    The file is written under a temporary name, flushed to disk and renamed, so that it is never half there.
+    """
+    path = Path(path)
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in to_open_clip(model).items()}
+    temporary = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("wb") as file:
+        torch.save({"state_dict": weights}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs and features
+
+
+def preprocess(images: Tensor, image_size: int) -> Tensor:
+    """Bring images to CLIP's input: shortest side to `image_size`, centre crop, CLIP's mean and deviation per channel.
+
+    The resize is bicubic with antialiasing, on the images' device; like Pillow's it is clipped to the range of colours.
+    An image that already has the size is only normalised.
+
+    Args:
+        images: [N, 3, H, W], RGB in [0, 1].
+        image_size: side of the result in pixels.
+
+    Returns:
+        [N, 3, image_size, image_size], float32.
+
+    Raises:
+        ValueError: the images have another number of dimensions or channels.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be [N, 3, H, W], not {list(images.shape)}")
+    images = _centre_crop(_resize(images.float(), image_size), image_size)
+    mean = torch.tensor(IMAGE_MEAN, device=images.device)[:, None, None]
+    std = torch.tensor(IMAGE_STD, device=images.device)[:, None, None]
+    return (images - mean) / std
+
+
+def _resize(images: Tensor, shortest: int) -> Tensor:
+    height, width = images.shape[-2:]
+    if min(height, width) == shortest:
+        return images
+    # The longer side is rounded down, as open_clip's image library does.
+    size = (max(shortest, shortest * height // width), max(shortest, shortest * width // height))
+    return functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def _centre_crop(images: Tensor, size: int) -> Tensor:
+    height, width = images.shape[-2:]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return images[..., top : top + size, left : left + size]
+
+
+def load_tokenizer(folder: Path | str) -> CLIPTokenizer:
+    """Read a CLIP tokenizer from a folder that holds vocab.json and merges.txt, or tokenizer.json; downloads nothing.
+
+    Raises:
+        InputError: the files are not there or cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+        if missing:
+            raise InputError(f"The tokenizer in {folder} is not complete: {' and '.join(missing)} missing.")
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"The tokenizer in {folder} cannot be read: {error}") from None
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str], context_length: int) -> Tensor:
+    """Turn texts into token ids the way open_clip does: start, text, end, then zeros.
+
+    HTML entities are resolved, case and white space are levelled. Of a text that is too long the first
+    `context_length - 1` tokens are kept and the end-of-text token closes them. (open_clip also repairs broken Unicode
+    and straightens typographic quotes through the package ftfy; that step, without effect on plain text, is left out.)
+
+    Returns:
+        int64 [len(texts), context_length].
+    """
+    cleaned = [html.unescape(html.unescape(text)).strip() for text in texts]
+    rows = tokenizer(cleaned, truncation=True, max_length=context_length, padding=False)["input_ids"]
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens
+
+
+def image_features(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """Embed preprocessed images [N, 3, S, S]: projected features [N, embed_dim], not normalised."""
+    return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+
+def text_features(model: CLIPModel, tokens: Tensor) -> Tensor:
+    """Embed token ids [N, L]: projected features [N, embed_dim] at the end-of-text token, not normalised."""
+    return model.text_projection(model.text_model(input_ids=tokens).pooler_output)
