@@ -1,0 +1,104 @@
+"""The arithmetic of PPO with leave-one-out baselines: pure functions of tensors, which know no table, model or reward.
+
+Rewards and all that follows from them are prompt-major: the `group_size` samples of one prompt are neighbours.
+Sources: PPO (Schulman et al., arXiv 1707.06347), RLOO (Ahmadian et al., arXiv 2402.14740), TPDM (arXiv 2412.01243).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+
+Baseline = Literal["prompt", "mixed"]
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
+
+
+class RewardVariances(NamedTuple):
+    """Where the rewards' spread comes from.
+
+    Attributes:
+        within: mean over the groups of the unbiased variance inside a group: what the tables (and the noise) did.
+        between: unbiased variance of the groups' means: mostly what the prompts did.
+    """
+
+    within: float
+    between: float
+
+
+def leave_one_out_advantages(rewards: Tensor, group_size: int, *, baseline: Baseline = "prompt") -> Tensor:
+    """A_j = R_j - mean of the other k - 1 rewards of j's group (arXiv 2402.14740, section 3.3); A = R where k is 1.
+
+    Args:
+        rewards: [N], prompt-major; N a multiple of `group_size`.
+        group_size: k, tables per prompt.
+        baseline: `prompt` groups the k samples of one prompt. `mixed` groups samples j, j + N/k, j + 2N/k, ... as the
+            public EPD implementation does: its groups mix prompts, the prompts' own spread enters; for ablation only.
+
+    Returns:
+        [N] in the order of `rewards`.
+    """
+    if group_size < 1 or len(rewards) % group_size:
+        raise InputError(f"{len(rewards)} rewards cannot be split into groups of {group_size}")
+    if group_size == 1:
+        return rewards.clone()
+    groups = rewards.view(-1, group_size) if baseline == "prompt" else rewards.view(group_size, -1).T
+    advantages = groups - (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (advantages if baseline == "prompt" else advantages.T).reshape(-1)
+
+
+def normalize(advantages: Tensor) -> Tensor:
+    """Zero mean and unit population standard deviation over the batch [N]; all zeros when they are all equal."""
+    return (advantages - advantages.mean()) / advantages.std(correction=0).clamp(min=1e-8)
+
+
+def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's loss (arXiv 1707.06347, equation 7, negated): mean of max(-A r, -A clip(r, 1 - c, 1 + c)), r the ratio."""
+    ratio = (log_prob - old_log_prob).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
+
+
+def total_loss(policy_loss: Tensor, kl: Tensor, entropy: Tensor, *, kl_coef: float, entropy_coef: float) -> Tensor:
+    """Policy loss + `kl_coef` * KL to the cold start - `entropy_coef` * entropy; a scalar."""
+    return policy_loss + kl_coef * kl - entropy_coef * entropy
+
+
+def clip_fraction(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) -> float:
+    """Share of samples whose probability ratio left [1 - c, 1 + c]."""
+    return ((log_prob - old_log_prob).exp() - 1).abs().gt(clip_range).double().mean().item()
+
+
+def approximate_kl(log_prob: Tensor, old_log_prob: Tensor) -> float:
+    """KL(old || new) in nats from the old policy's samples: mean of r - 1 - log r, at least 0 (Schulman's k3)."""
+    log_ratio = log_prob - old_log_prob
+    return (log_ratio.expm1() - log_ratio).mean().item()
+
+
+def effective_sample_share(log_prob: Tensor, old_log_prob: Tensor) -> float:
+    """Effective sample size of the importance weights over their number, (sum r)^2 / (N sum r^2), in (0, 1]."""
+    log_ratio = log_prob - old_log_prob
+    return math.exp((2 * log_ratio.logsumexp(0) - (2 * log_ratio).logsumexp(0)).item()) / len(log_ratio)
+
+
+def saturated_share(rewards: Tensor, group_size: int, tolerance: float = 1e-6) -> float:
+    """Share of rewards in groups whose rewards are all equal within `tolerance`: they teach nothing about the table."""
+    groups = rewards.view(-1, group_size)
+    return (groups.amax(1) - groups.amin(1)).le(tolerance).double().mean().item()
+
+
+def reward_variances(rewards: Tensor, group_size: int) -> RewardVariances:
+    """Within-group and between-group variance of rewards [N]; 0 where a single sample or a single group leaves none."""
+    groups = rewards.double().view(-1, group_size)
+    within = groups.var(1).mean().item() if group_size > 1 else 0.0
+    return RewardVariances(within, groups.mean(1).var().item() if len(groups) > 1 else 0.0)
+
+
+def learning_rate(step: int, steps: int, start: float, schedule: LearningRateSchedule) -> float:
+    """Learning rate of step 0, 1, ..., steps - 1: constant, or falling from `start` to 0 (reached after the last)."""
+    progress = min(step / steps, 1.0)
+    factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return start * factors[schedule]
