@@ -1,0 +1,111 @@
+"""Grids of noise levels: `num_steps` points from sigma_max down to sigma_min, in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Song et al., arXiv 2011.13456: the VP process is followed down to this time, below which it is stiff.
+_VP_TIME_MIN = 1e-3
+
+# A stored sigma_min or sigma_max has been through float32.
+_RANGE_TOLERANCE = 1e-4
+
+
+class HasModelTime(Protocol):
+    """What the grids that are uniform in a model's own time ask of it (every `Denoiser` has it)."""
+
+    @property
+    def time_min(self) -> float:
+        """The smallest time the model knows, in (0, 1); the largest is 1."""
+
+    def sigma_of_time(self, time: Tensor) -> Tensor:
+        """Noise levels, float64, ascending, of float64 times in [time_min, 1]."""
+
+
+def get_schedule(
+    schedule_type: str,
+    num_steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    *,
+    rho: float = 7.0,
+    denoiser: HasModelTime | None = None,
+) -> Tensor:
+    """Grid of noise levels, float64 [num_steps], strictly descending from sigma_max to sigma_min, both positive.
+
+    schedule_type, with u = i / (num_steps - 1):
+        polynomial    (σ_max^(1/ρ) + u (σ_min^(1/ρ) - σ_max^(1/ρ)))^ρ        (Karras et al., arXiv 2206.00364, Eq. 5)
+        logsnr        uniform in log σ; ρ plays no part
+        time_uniform  t = (1 + u (ε^(1/ρ) - 1))^ρ, ε = 1e-3, and σ(t) of the VP process that has σ(ε) = σ_min and
+                      σ(1) = σ_max                                           (arXiv 2206.00364, Table 1, column VP)
+        discrete      the same t with ε = the model's time_min, and the model's own σ(t): with ρ = 1 the usual uniform
+                      timesteps. Needs `denoiser`
+        flowmatch     the model's own σ(t) at uniform t; ρ plays no part. Needs `denoiser`
+
+    The last two span the model's own range; sigma_min and sigma_max must be that range.
+    Raises ValueError for an unknown type, a bad number of steps, range or rho, a missing denoiser or another's range.
+    """
+    if schedule_type not in SCHEDULES:
+        raise ValueError(f"unknown schedule_type {schedule_type!r}; known: {', '.join(SCHEDULES)}")
+    if num_steps < 2:
+        raise ValueError(f"num_steps counts grid points, at least 2; got {num_steps}")
+    if not (0 < sigma_min < sigma_max and math.isfinite(sigma_max)):
+        raise ValueError(f"a schedule needs 0 < sigma_min < sigma_max; got {sigma_min} and {sigma_max}")
+    if not (rho > 0 and math.isfinite(rho)):
+        raise ValueError(f"rho must be positive; got {rho}")
+    u = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    if schedule_type in _MODEL_TIMES:
+        return _model_grid(schedule_type, u, sigma_min, sigma_max, rho, denoiser)
+    return _FORMULAS[schedule_type](u, sigma_min, sigma_max, rho)
+
+
+def _polynomial(u: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    return _power_interpolation(u, sigma_max, sigma_min, rho)
+
+
+def _logsnr(u: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    return sigma_max * (sigma_min / sigma_max) ** u
+
+
+def _time_uniform(u: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """σ(t)² + 1 = exp(β_d t²/2 + β_min t); β_d and β_min solve it at (ε, σ_min) and (1, σ_max)."""
+    time = _power_interpolation(u, 1.0, _VP_TIME_MIN, rho)
+    # log1p and expm1, because at σ_min the argument is 1 + 4e-6: the plain forms lose 11 of 16 digits there.
+    log_at_min, log_at_max = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (log_at_min / _VP_TIME_MIN - log_at_max) / (_VP_TIME_MIN - 1)
+    beta_min = log_at_max - beta_d / 2
+    return torch.expm1(beta_d * time**2 / 2 + beta_min * time).sqrt()
+
+
+def _power_interpolation(u: Tensor, start: float, end: float, rho: float) -> Tensor:
+    """From start (u = 0) to end (u = 1), uniform in the rho-th root."""
+    return (start ** (1 / rho) + u * (end ** (1 / rho) - start ** (1 / rho))) ** rho
+
+
+def _model_grid(
+    schedule_type: str, u: Tensor, sigma_min: float, sigma_max: float, rho: float, denoiser: HasModelTime | None
+) -> Tensor:
+    if denoiser is None:
+        raise ValueError(f"the {schedule_type} schedule follows a model's own time: it needs a denoiser")
+    time = _power_interpolation(u, 1.0, denoiser.time_min, rho if _MODEL_TIMES[schedule_type] else 1.0)
+    sigmas = denoiser.sigma_of_time(time)
+    for name, given, own in (("sigma_max", sigma_max, sigmas[0]), ("sigma_min", sigma_min, sigmas[-1])):
+        if not math.isclose(given, own, rel_tol=_RANGE_TOLERANCE):
+            raise ValueError(f"the {schedule_type} schedule has the model's own {name} = {own:.6g}; got {given:.6g}")
+    return sigmas
+
+
+_FORMULAS: dict[str, Callable[[Tensor, float, float, float], Tensor]] = {
+    "polynomial": _polynomial,
+    "logsnr": _logsnr,
+    "time_uniform": _time_uniform,
+}
+# Schedules of a model's own time; whether rho bends it.
+_MODEL_TIMES = {"discrete": True, "flowmatch": False}
+SCHEDULES = (*_FORMULAS, *_MODEL_TIMES)
+"""The names that `get_schedule` knows."""
