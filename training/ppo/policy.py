@@ -109,7 +109,7 @@ class TableDistribution:
         alpha_positions: Dirichlet concentrations of the segments, [S, K+1]; with context [N, S, K+1], one per row.
         alpha_weights: those of the weights, [S, K] or [N, S, K].
         scale_dir, scale_time: log-normal, or None where the scale is not trained.
-        fixed_scale_dir, fixed_scale_time: shaped as alpha_weights, the cold-start table's where not trained; None: no scale.
+        fixed_scale_dir, fixed_scale_time: as alpha_weights, the cold-start table's where not trained; None: no scale.
         at_bounds: how many parameters were held at `MINIMUM_ALPHA` or `LOG_STD_BOUNDS`; they get no gradient.
     """
 

@@ -289,8 +289,8 @@ def stored(name):
 def reference_case(table_name: str, concentration: float, scale_std: float, deltas: torch.Tensor):
     """Our policy of a stored table, and the residual that gives the reference's parameters.
 
-    The reference puts the scale's location at log(scale), ours is at log(scale) - std^2/2, so that the mean is the table:
-    to compare, std^2/2 is added to every location, in `deltas` and in the base.
+    The reference puts the scale's location at log(scale), ours is at log(scale) - std^2/2, so that the mean is the
+    table: to compare, std^2/2 is added to every location, in `deltas` and in the base.
     """
     arrays = golden.arrays("policy")
     scales = [stored(f"{table_name}__{name}") if f"{table_name}__{name}" in arrays else None for name in SCALES]
