@@ -81,7 +81,7 @@ class RunConfig:
     seed: int = knob(0, "seed of the policy's draws, the initial noise and the prompt order", at_least=0)
     device: str = knob("auto", "auto, cpu, cuda, mps, or cuda:N; per process")
     num_devices: int = knob(1, "processes per node, one device each; the prompts are split among them", at_least=1)
-    num_nodes: int = knob(1, "machines", at_least=1)
+    num_nodes: int = knob(1, "machines (nodes) of the run", at_least=1)
 
 
 @dataclass
@@ -106,7 +106,7 @@ class ModelConfig:
     guidance_type: str | None = knob(None, "cfg: classifier-free guidance; uncond: none", choices=("cfg", "uncond"))
     guidance_rate: float | None = knob(None, "classifier-free guidance scale; 1 is no guidance", at_least=0)
     schedule_type: str | None = knob(
-        None, "sigma grid", choices=("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
+        None, "kind of the sigma grid", choices=("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
     )
     schedule_rho: float | None = knob(None, "exponent of the sigma grid", above=0)
     num_steps: int | None = knob(None, "grid points of the sampler, one more than its intervals", at_least=2)
@@ -124,7 +124,7 @@ class RewardConfig:
     )
     batch_size: int = knob(16, "images per forward pass of the reward model, per device", at_least=1)
     enable_amp: bool = knob(False, "half precision in the reward model; CUDA only")
-    cache_dir: str | None = knob(None, "folder of the reward's tokenizer; null: the one named beside the checkpoint")
+    cache_dir: str | None = knob(None, "folder of the tokenizer of reward.weights_path; null: the one named beside it")
 
 
 @dataclass
@@ -177,8 +177,9 @@ class LoggingConfig:
 
     log_interval: int = knob(1, "steps between console lines", at_least=1)
     save_interval: int = knob(50, "steps between checkpoints; the last step and an interrupt are saved too", at_least=1)
-    preview_interval: int = knob(50, "steps between table plots and image previews in TensorBoard", at_least=1)
-    preview_prompts: int = knob(4, "held-out prompts previewed, from the top of eval_prompts", at_least=0)
+    preview_prompts: int = knob(
+        4, "held-out prompts whose images are kept at each evaluation, from the top", at_least=0
+    )
     eval_interval: int = knob(25, "steps between held-out evaluations of the mean table; 0: none", at_least=0)
     eval_prompts: str | None = knob(None, "held-out prompts: a CSV file with a column `text`")
     eval_count: int = knob(
@@ -400,8 +401,8 @@ def _disagreements(config: Config) -> Iterator[tuple[set[str], str]]:
     yield from _judge_disagreements(config)
     if not config.ppo.decode_rgb:
         yield {"ppo.decode_rgb"}, "ppo.decode_rgb=false: every reward here scores RGB images; set it to true"
-    if any(not math.isfinite(weight) or weight <= 0 for weight in config.reward.mix.values()):
-        yield {"reward.mix"}, f"reward.mix={config.reward.mix}: every weight must be a finite number above 0"
+    if any(not math.isfinite(weight) or weight == 0 for weight in config.reward.mix.values()):
+        yield {"reward.mix"}, f"reward.mix={config.reward.mix}: every weight must be a finite number other than 0"
 
 
 def _batch_disagreements(ppo: PPOConfig, devices: int) -> Iterator[tuple[set[str], str]]:
@@ -429,7 +430,7 @@ def _batch_disagreements(ppo: PPOConfig, devices: int) -> Iterator[tuple[set[str
             f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}: "
             f"updates would weigh images unequally; set ppo.minibatch_size={ppo.rollout_batch_size}",
         )
-    elif ppo.minibatch_size % devices:
+    elif ppo.minibatch_size % devices and ppo.rollout_batch_size % devices == 0:
         yield (
             update | split,
             f"ppo.minibatch_size={ppo.minibatch_size} cannot be split evenly among {devices} devices: "

@@ -1,0 +1,183 @@
+"""Checkpoints and the run's folder: round trips, cut-off and forged files, a full disk, rewinding the log."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from errors import InputError
+from training.ppo.checkpoint import (
+    KEYS,
+    best_path,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    step_path,
+)
+from training.ppo.run_folder import MetricsLog, RunFolder, read_metrics
+
+
+def state_at(step: int) -> dict:
+    generator = torch.Generator().manual_seed(step)
+    torch.randn(3, generator=generator)
+    return {
+        "step": step,
+        "trainer": {"weights": torch.linspace(0, 1, 7, dtype=torch.float64), "random": generator.get_state()},
+        "watch": None,
+        "table": {"positions": torch.tensor([[0.3, 0.6]])},
+        "snapshot_metadata": {"dataset_name": "shapes", "M": 3, "afs": False},
+        "config": {"ppo": {"steps": 3}},
+        "config_hash": "ab",
+    }
+
+
+class Touch:
+    """Unpickled by a plain reader, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mknod, (str(self.path),)
+
+
+def test_round_trip_is_exact(tmp_path: Path):
+    save_checkpoint(step_path(tmp_path, 12), state_at(12))
+    read = load_checkpoint(tmp_path / "policy-step000012.pt")
+    written = state_at(12)
+    assert read.keys() == KEYS
+    assert torch.equal(read["trainer"]["weights"], written["trainer"]["weights"])
+    assert read["trainer"]["weights"].dtype == torch.float64
+    resumed, never_stopped = torch.Generator(), torch.Generator()
+    resumed.set_state(read["trainer"]["random"])
+    never_stopped.set_state(written["trainer"]["random"])
+    assert torch.equal(torch.randn(5, generator=resumed), torch.randn(5, generator=never_stopped))
+    assert [path.name for path in tmp_path.iterdir()] == ["policy-step000012.pt"]
+
+
+def test_newest_is_the_largest_step_not_the_largest_name(tmp_path: Path):
+    for step in (2, 999_999, 1_000_000):
+        save_checkpoint(step_path(tmp_path, step), state_at(step))
+    save_checkpoint(best_path(tmp_path), state_at(2))
+    assert newest_checkpoint(tmp_path) == step_path(tmp_path, 1_000_000)
+    assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_no_checkpoint_yet(tmp_path: Path):
+    with pytest.raises(InputError, match="ended before its first checkpoint"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_corrupt_checkpoint_is_named_and_the_one_before_offered(tmp_path: Path, share: float):
+    for step in (10, 20, 30):
+        save_checkpoint(step_path(tmp_path, step), state_at(step))
+    for broken in (step_path(tmp_path, 20), step_path(tmp_path, 30)):
+        content = broken.read_bytes()
+        broken.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(step_path(tmp_path, 30))
+    assert "policy-step000030.pt: the checkpoint is corrupt" in str(caught.value)
+    assert f"--resume {step_path(tmp_path, 10)}" in str(caught.value)
+    assert load_checkpoint(step_path(tmp_path, 10))["step"] == 10
+
+
+def test_corrupt_first_checkpoint_has_none_before_it(tmp_path: Path):
+    step_path(tmp_path, 10).write_bytes(b"no checkpoint")
+    with pytest.raises(InputError, match="no readable checkpoint before it"):
+        load_checkpoint(step_path(tmp_path, 10))
+
+
+def test_forged_checkpoint_runs_nothing(tmp_path: Path):
+    torch.save({"format": 1, "step": Touch(tmp_path / "made")}, step_path(tmp_path, 1))
+    with pytest.raises(InputError, match="corrupt"):
+        load_checkpoint(step_path(tmp_path, 1))
+    assert not (tmp_path / "made").exists()
+
+
+def test_other_files_are_no_checkpoints(tmp_path: Path):
+    torch.save({"weights": torch.zeros(2)}, step_path(tmp_path, 1))
+    with pytest.raises(InputError, match="no checkpoint of the RL job"):
+        load_checkpoint(step_path(tmp_path, 1))
+    with pytest.raises(InputError, match="no such checkpoint"):
+        load_checkpoint(step_path(tmp_path, 2))
+
+
+def test_only_plain_values_are_written(tmp_path: Path):
+    with pytest.raises(ValueError, match="plain values only"):
+        save_checkpoint(step_path(tmp_path, 1), {**state_at(1), "watch": tmp_path})
+    with pytest.raises(ValueError, match="a checkpoint holds"):
+        save_checkpoint(step_path(tmp_path, 1), {"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = step_path(tmp_path, 1)
+    save_checkpoint(path, state_at(1))
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(InputError, match="No space left on device"):
+        save_checkpoint(path, state_at(1) | {"config_hash": "cd"})
+    assert load_checkpoint(path)["config_hash"] == "ab"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_folder_opens_by_itself_and_by_a_checkpoint(tmp_path: Path):
+    folder = RunFolder.create(tmp_path / "exps", "trial")
+    assert folder.path.name.endswith("-trial")
+    folder.config.write_text("run: {}\n")
+    assert RunFolder.open(folder.path) == folder
+    assert RunFolder.open(step_path(folder.checkpoints, 3)) == folder
+    with pytest.raises(InputError, match="no run of the RL job"):
+        RunFolder.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
+def test_run_names_are_plain_names(tmp_path: Path, name: str):
+    with pytest.raises(InputError, match=r"run\.run_name"):
+        RunFolder.create(tmp_path, name)
+
+
+def test_output_root_that_is_a_file(tmp_path: Path):
+    (tmp_path / "exps").write_text("")
+    with pytest.raises(InputError, match="cannot be made"):
+        RunFolder.create(tmp_path / "exps", "trial")
+
+
+def test_metrics_survive_a_disk_that_is_full_for_a_while(tmp_path: Path):
+    log = MetricsLog(tmp_path / "logs" / "metrics.jsonl")
+    with pytest.raises(InputError, match="1 rows wait in memory"):
+        log.append({"step": 1})
+    log.path.parent.mkdir()
+    log.append({"step": 2})
+    assert read_metrics(log.path) == [{"step": 1}, {"step": 2}]
+
+
+def test_rewinding_keeps_a_copy_of_what_it_takes_back(tmp_path: Path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        log.append({"step": step, "reward": step / 3})
+    assert log.rewind(3) == 2
+    log.append({"step": 4, "reward": 0.0})
+    assert [row["step"] for row in read_metrics(log.path)] == [1, 2, 3, 4]
+    assert len(read_metrics(tmp_path / "metrics-before-resume-at-step000003.jsonl")) == 5
+
+
+def test_cut_off_last_row_is_left_out_any_other_is_an_error(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "rew')
+    assert read_metrics(path) == [{"step": 1}]
+    path.write_text('{"st\n' + json.dumps({"step": 2}) + "\n")
+    with pytest.raises(InputError, match="line 1"):
+        read_metrics(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))

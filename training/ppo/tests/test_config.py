@@ -1,0 +1,247 @@
+"""The configuration: closed, typed, cross-checked, all faults at once; the snapshot's word and the override's."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import InputError
+from training.ppo.config import (
+    KNOBS,
+    Config,
+    LoadedConfig,
+    apply_snapshot,
+    build_config,
+    config_hash,
+    load_config,
+    to_plain,
+    to_yaml,
+    value_of,
+)
+
+CFGS = Path(__file__).resolve().parents[1] / "cfgs"
+LEAST = {
+    "data": {"predictor_snapshot": "exps/a.pkl", "prompt_csv": "train.csv"},
+    "reward": {"weights_path": "weights/reward.pt"},
+    "logging": {"eval_interval": 0},
+}
+METADATA = {
+    "dataset_name": "shapes",
+    "guidance_type": "cfg",
+    "guidance_rate": 7.5,
+    "schedule_type": "discrete",
+    "schedule_rho": 1.0,
+}
+PUBLIC_KEYS = {
+    "run": {"output_root", "run_name", "seed"},
+    "data": {"predictor_snapshot", "prompt_csv"},
+    "model": {"num_steps", "num_points", *METADATA},
+    "reward": {"weights_path", "batch_size", "enable_amp", "cache_dir"},
+    "ppo": {
+        *("rollout_batch_size", "rloo_k", "ppo_epochs", "minibatch_size", "learning_rate", "clip_range", "kl_coef"),
+        *("entropy_coef", "max_grad_norm", "decode_rgb", "steps", "dirichlet_concentration"),
+    },
+    "logging": {"log_interval", "save_interval"},
+}
+
+
+def least(*overrides: str, **sections: dict) -> LoadedConfig:
+    return build_config(
+        {name: {**LEAST.get(name, {}), **sections.get(name, {})} for name in {*LEAST, *sections}},
+        "config.yaml",
+        overrides,
+    )
+
+
+def faults_of(*overrides: str, **sections: dict) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        least(*overrides, **sections)
+    head, *lines = str(caught.value).splitlines()
+    assert re.fullmatch(rf"the configuration has {len(lines)} faults?:", head)
+    return lines
+
+
+def test_public_keys_are_there_and_every_knob_is_documented():
+    assert {f"{section}.{key}" for section, keys in PUBLIC_KEYS.items() for key in keys} <= KNOBS.keys()
+    assert all(len(known.metadata["meaning"]) > 10 for known in KNOBS.values())
+
+
+@pytest.mark.parametrize("name", ["shapes.yaml", "sd15_base.yaml"])
+def test_shipped_configurations_hold_every_public_key(name: str):
+    written = yaml.safe_load((CFGS / name).read_text())
+    assert all(keys <= written[section].keys() for section, keys in PUBLIC_KEYS.items())
+    loaded = load_config(CFGS / name)
+    assert loaded.overridden == frozenset()
+    assert loaded.config.run.run_name == name.removesuffix(".yaml")
+
+
+def test_yaml_reads_back_and_keeps_the_hash(tmp_path: Path):
+    config = least("reward.mix={weights/b.pt: 0.5}", "ppo.learning_rate=7e-5").config
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    again = load_config(tmp_path / "c.yaml").config
+    assert again == config
+    assert config_hash(again) == config_hash(config)
+    assert config_hash(least("ppo.steps=101").config) != config_hash(least().config)
+
+
+def test_override_has_the_last_word():
+    loaded = least("ppo.steps=7", "ppo.steps=8", "run.seed=3", ppo={"steps": 5, "rloo_k": 2})
+    assert (loaded.config.ppo.steps, loaded.config.ppo.rloo_k, loaded.config.run.seed) == (8, 2, 3)
+    assert loaded.overridden == {"ppo.steps", "run.seed"}
+
+
+def test_values_are_read_as_people_write_them():
+    config = least("ppo.learning_rate=7e-5", "ppo.shared_noise=no", "model.guidance_rate=null", "run.run_name=2024",
+                   "reward.mix={a.pt: 2}").config  # fmt: skip
+    assert config.ppo.learning_rate == 7e-5
+    assert config.ppo.shared_noise is False
+    assert config.model.guidance_rate is None
+    assert config.run.run_name == "2024"
+    assert config.reward.mix == {"a.pt": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("ppo.rlo_k", "ppo.rloo_k"),
+        ("ppo.seed", "run.seed"),
+        ("learning_rate", "ppo.learning_rate"),
+        ("ppo.learningrate", "ppo.learning_rate"),
+        ("model.guidance_scale", "model.guidance_rate"),
+        ("loging.save_interval", "logging.save_interval"),
+    ],
+)
+def test_unknown_key_names_the_nearest(wrong: str, meant: str):
+    (line,) = faults_of(f"{wrong}=1")
+    assert f"unknown key {wrong}; did you mean {meant}?" in line
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(sorted(KNOBS)), st.integers(0, 30), st.sampled_from("xq_"))
+def test_any_key_with_a_letter_too_many_is_refused_and_found(key: str, place: int, letter: str):
+    section, leaf = key.split(".")
+    place = min(place, len(leaf))
+    wrong = f"{section}.{leaf[:place]}{letter}{leaf[place:]}"
+    (line,) = faults_of(f"{wrong}=1")
+    assert "unknown key" in line
+    assert "did you mean" in line
+
+
+def test_all_faults_come_at_once():
+    lines = faults_of(
+        "ppo.clip_range=2",
+        "ppo",
+        run={"run_nam": "x", "seed": -1},
+        ppo={"rollout_batch_size": 30, "rloo_k": "four", "minibatch_size": 7},
+        data={"prompt_csv": ""},
+        reward={"batch_size": 1.5},
+    )
+    expected = [
+        "--override ppo: expected section.key=value",
+        "config.yaml: unknown key run.run_nam; did you mean run.run_name?",
+        "config.yaml: ppo.rloo_k='four'",
+        "config.yaml: reward.batch_size=1.5",
+        "config.yaml: run.seed=-1 must be at least 0",
+        "config.yaml: data.prompt_csv is not set",
+        "--override: ppo.clip_range=2.0 must be at most 1",
+        "ppo.minibatch_size=7 does not divide ppo.rollout_batch_size=30",
+    ]
+    assert len(lines) == len(expected)
+    assert all(any(part in line for line in lines) for part in expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["ppo.rollout_batch_size=30", "ppo.minibatch_size=30"], "set ppo.rollout_batch_size=32"),
+        (["ppo.minibatch_size=24"], "set ppo.minibatch_size=32"),
+        (["run.num_devices=3"], "set ppo.rollout_batch_size=36"),
+        (["run.num_devices=8", "ppo.minibatch_size=4"], "cannot be split evenly among 8 devices"),
+        (["ppo.decode_rgb=false"], "every reward here scores RGB images"),
+        (["logging.eval_interval=5"], "logging.eval_prompts is null"),
+        (["logging.stop_on_reward_hacking=true"], "without a panel no hacking is seen"),
+        (["logging.panel=weights/reward.pt"], "is trained on"),
+        (["logging.eval_prompts=train.csv"], "held-out prompts must not be trained on"),
+        (["reward.mix={a.pt: 0}"], "other than 0"),
+        (["ppo.learning_rate=.nan"], "must be a finite number"),
+        (["ppo.baseline=all"], "must be one of prompt, mixed"),
+        (["ppo.steps=[1"], "not readable as YAML"),
+        (["ppo.steps=true"], "could not be converted to Integer"),
+        (["ppo.steps=null"], "ppo.steps=None"),
+    ],
+)
+def test_single_faults(overrides: list[str], part: str):
+    (line,) = faults_of(*overrides)
+    assert part in line
+
+
+def test_what_a_message_proposes_works():
+    assert least("run.num_devices=3", "ppo.rollout_batch_size=36", "ppo.minibatch_size=36").config.run.num_devices == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("- 1\n", "found a list"),
+        ("run: [\n", "not a readable YAML file"),
+        ("run: 4\n", "run=4: expected keys and values"),
+        ("runs: {seed: 1}\n", "unknown section runs; did you mean run?"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, content: str, part: str):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=re.escape(part)):
+        load_config(path)
+
+
+def test_missing_file_points_to_the_shipped_ones(tmp_path: Path):
+    with pytest.raises(InputError, match=r"no such configuration file.*training/ppo/cfgs/"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_snapshot_fills_what_is_null():
+    config, notes = apply_snapshot(least(), 4, 2, METADATA, "a.pkl")
+    model = config.model
+    assert {name: getattr(model, name) for name in METADATA} == METADATA
+    assert (model.num_steps, model.num_points, notes) == (4, 2, [])
+
+
+def test_agreement_with_the_snapshot_is_no_note():
+    loaded = least("model.guidance_rate=7.5", model={"num_steps": 4})
+    assert apply_snapshot(loaded, 4, 2, METADATA, "a.pkl")[1] == []
+
+
+def test_contradicted_snapshot_is_an_error_unless_overridden():
+    with pytest.raises(InputError) as caught:
+        apply_snapshot(least(model={"guidance_rate": 5.0, "schedule_type": "logsnr"}), 4, 2, METADATA, "a.pkl")
+    assert "2 faults" in str(caught.value)
+    assert "--override model.guidance_rate=5.0" in str(caught.value)
+    config, notes = apply_snapshot(least("model.guidance_rate=5"), 4, 2, METADATA, "a.pkl")
+    assert config.model.guidance_rate == 5.0
+    assert notes == ["model.guidance_rate=5.0 by --override; a.pkl says 7.5"]
+
+
+def test_no_override_changes_the_table_s_shape():
+    with pytest.raises(InputError, match=r"model.num_steps=6: the table in a.pkl has 4"):
+        apply_snapshot(least("model.num_steps=6"), 4, 2, METADATA, "a.pkl")
+
+
+def test_silent_snapshot_needs_the_configuration_to_speak():
+    silent = dict.fromkeys(METADATA)
+    with pytest.raises(InputError, match="5 faults"):
+        apply_snapshot(least(), 4, 2, silent, "a.pkl")
+    assert apply_snapshot(least(model=METADATA), 4, 2, silent, "a.pkl")[0].model.schedule_type == "discrete"
+
+
+def test_plain_values_cover_every_knob():
+    plain = to_plain(Config())
+    assert {f"{section}.{key}" for section, keys in plain.items() for key in keys} == KNOBS.keys()
+    assert all(value_of(Config(), key) == plain[key.split(".")[0]][key.split(".")[1]] for key in KNOBS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))
