@@ -18,10 +18,7 @@ one of the vocabulary: open_clip pools where the token id is largest.
 from __future__ import annotations
 
 import html
-import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +29,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from errors import InputError
+from models.checkpoints import read_state_dict
 
 VIT_H_14 = Path(__file__).resolve().parent.parent / "src" / "pipelines" / "clip" / "ViT-H-14.json"
 
@@ -52,24 +50,6 @@ _LISTED_KEYS = 12
 # Configuration
 
 
-def read_model_cfg(path: Path | str) -> dict[str, Any]:
-    """Read an open_clip style configuration from a JSON file.
-
-    Raises:
-        InputError: the file is missing or holds no JSON object.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"There is no CLIP configuration at {path}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
-    return content
-
-
 def clip_config(model_cfg: Mapping[str, Any]) -> CLIPConfig:
     """Translate an open_clip style configuration (see the module's docstring) to a `transformers.CLIPConfig`.
 
@@ -79,6 +59,12 @@ def clip_config(model_cfg: Mapping[str, Any]) -> CLIPConfig:
     _check_keys(model_cfg)
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     faults = [f"{name} must be a positive whole number, not {value!r}" for name, value in _not_counts(model_cfg)]
+    for section in ("vision_cfg", "text_cfg"):
+        ratio = model_cfg[section].get("mlp_ratio", 4.0)
+        if not isinstance(ratio, int | float) or not ratio > 0:
+            faults.append(f"{section}.mlp_ratio must be a positive number, not {ratio!r}")
+    if not isinstance(model_cfg.get("quick_gelu", False), bool):
+        faults.append(f"quick_gelu must be true or false, not {model_cfg['quick_gelu']!r}")
     if not faults:
         faults += _misfits(vision, text)
     if faults:
@@ -273,57 +259,22 @@ def _list(names: Sequence[str]) -> str:
     return shown if len(names) <= _LISTED_KEYS else f"{shown} and {len(names) - _LISTED_KEYS} more"
 
 
-def read_open_clip_checkpoint(path: Path | str) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint without running code from it.
-
-    The file holds either the tensors themselves or, under `state_dict`, tensors beside plain values of the training
-    run. A `module.` before every name (left by data-parallel training) is dropped.
-
-    Raises:
-        InputError: the file is missing, is cut off, is no checkpoint (an HTML error page, say), or holds something
-            other than tensors and plain values.
-    """
-    path = Path(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise InputError(f"There is no checkpoint at {path}.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
-        raise InputError(_unreadable(path, error)) from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not content:
-        raise InputError(f"{path} holds no tensors by name, but a {type(content).__name__}. Fetch the file again.")
-    other = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    if other:
-        raise InputError(f"{path} is no CLIP checkpoint: these of its entries are no tensors: {_list(other)}.")
-    names = [str(name) for name in content]
-    prefix = "module." if all(name.startswith("module.") for name in names) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in zip(names, content.values(), strict=True)}
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    if not path.is_file():
-        return f"{path} is no file: a checkpoint is expected there."
-    with path.open("rb") as file:
-        start = file.read(256).lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html")):
-        reason = "it is a web page (the download answered with an error page)"
-    elif start.startswith(b"pk"):
-        reason = "it is cut off or damaged"
-    else:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    size = path.stat().st_size
-    return f"{path} ({size:,} bytes) cannot be read as a checkpoint: {reason}. Delete it and fetch it again."
-
-
 def load_open_clip_checkpoint(path: Path | str, model_cfg: Mapping[str, Any]) -> CLIPModel:
     """Read a checkpoint in open_clip's layout into a CLIP model (float32, CPU, in evaluation mode).
 
+    The file (.pt, .ckpt or .safetensors) holds the tensors themselves or has them under `state_dict`. A `module.`
+    before every name, left by data-parallel training, is dropped. No code from the file is run.
+
     Raises:
-        InputError: the file cannot be read, or its tensors do not fit `model_cfg`; each one that does not is listed.
+        InputError: the file is missing or cannot be read, or its tensors do not fit `model_cfg`; each is listed.
     """
-    return from_open_clip(read_open_clip_checkpoint(path), model_cfg, source=str(path))
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no checkpoint at {path}.")
+    tensors = read_state_dict(path)
+    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
+    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return from_open_clip(bare, model_cfg, source=str(path))
 
 
 def save_open_clip_checkpoint(model: CLIPModel, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
@@ -349,8 +300,8 @@ def save_open_clip_checkpoint(model: CLIPModel, path: Path | str, dtype: torch.d
 def preprocess(images: Tensor, image_size: int) -> Tensor:
     """Bring images to CLIP's input: shortest side to `image_size`, centre crop, CLIP's mean and deviation per channel.
 
-    The resize is bicubic with antialiasing, on the images' device; like Pillow's it is clipped to the range of colours.
-    An image that already has the size is only normalised.
+    The resize is Pillow's bicubic with antialiasing, less its rounding to 8 bits, on the images' device. An image that
+    already has the size is only normalised.
 
     Args:
         images: [N, 3, H, W], RGB in [0, 1].
@@ -375,31 +326,17 @@ def _resize(images: Tensor, shortest: int) -> Tensor:
     if min(height, width) == shortest:
         return images
     # The longer side is rounded down, as open_clip's image library does.
-    size = (max(shortest, shortest * height // width), max(shortest, shortest * width // height))
-    return functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+    new_height, new_width = max(shortest, shortest * height // width), max(shortest, shortest * width // height)
+    # One direction after the other, because Pillow clips what overshoots the range of colours after each.
+    for size in ((height, new_width), (new_height, new_width)):
+        images = functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+    return images
 
 
 def _centre_crop(images: Tensor, size: int) -> Tensor:
     height, width = images.shape[-2:]
     top, left = round((height - size) / 2), round((width - size) / 2)
     return images[..., top : top + size, left : left + size]
-
-
-def load_tokenizer(folder: Path | str) -> CLIPTokenizer:
-    """Read a CLIP tokenizer from a folder that holds vocab.json and merges.txt, or tokenizer.json; downloads nothing.
-
-    Raises:
-        InputError: the files are not there or cannot be read.
-    """
-    folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
-        if missing:
-            raise InputError(f"The tokenizer in {folder} is not complete: {' and '.join(missing)} missing.")
-    try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"The tokenizer in {folder} cannot be read: {error}") from None
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str], context_length: int) -> Tensor:
