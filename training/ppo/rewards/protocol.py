@@ -1,0 +1,21 @@
+"""What the trainer knows of a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Reward(Protocol):
+    """Judges images of prompts."""
+
+    name: str
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [N, 3, H, W] in [0, 1] against their N prompts: [N] float32, raw, higher is better.
+
+        A score may be NaN or infinite; the caller handles it.
+        """
+        ...
