@@ -1,0 +1,44 @@
+"""What a file, a folder or a model is, as one SHA-256: results that are kept on disk are kept under such names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from errors import InputError
+from models.registry import REGISTERED, SOURCE
+
+BLOCK = 2**20  # bytes read at once
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal. Raises InputError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """One SHA-256 of the names (below the given paths) and contents of files; folders stand for all files in them."""
+    digest = hashlib.sha256()
+    for path in paths:
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for file in files:
+            name = file.relative_to(path).as_posix() if path.is_dir() else path.name
+            digest.update(f"{name}\0{file_sha256(file)}\0".encode())
+    return digest.hexdigest()
+
+
+def model_fingerprint(spec: str | Path) -> str:
+    """The fingerprint of the files that `models.load_denoiser(spec)` reads: another weight, another fingerprint."""
+    if str(spec) not in REGISTERED:
+        return fingerprint([Path(spec)])
+    model = REGISTERED[str(spec)]
+    weights = next(file for asset in model.weights if (file := SOURCE / asset.path).exists())
+    return fingerprint([weights, *(SOURCE / asset.path for asset in model.companions)])

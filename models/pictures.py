@@ -1,0 +1,74 @@
+"""Images on disk: PNG files with their story as metadata, and captioned contact sheets."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+MARGIN = 8  # pixels around every cell and caption
+FONT_SIZE = 14
+SMALLEST_CELL = 128  # pixels: smaller images are enlarged by a whole factor, without smoothing
+LINE_HEIGHT = round(FONT_SIZE * 1.3)
+CHARACTER_WIDTH = 0.56 * FONT_SIZE  # of the widest common letters of the default font, for wrapping
+ROW_CAPTION_WIDTH = 190
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Images [..., 3, H, W] in [0, 1] as uint8 [..., H, W, 3], rounded; values outside are clipped, NaN is black."""
+    return images.detach().nan_to_num().clamp(0, 1).mul(255).round().byte().movedim(-3, -1).cpu().numpy()
+
+
+def png_text(entries: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    """Text chunks (iTXt, so any language) for `Image.save(..., pnginfo=...)`."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in entries.items():
+        chunks.add_itxt(key, value)
+    return chunks
+
+
+def file_stem(prompt: str, limit: int = 60) -> str:
+    """A file name's body out of a prompt: lower-case letters, digits and dashes, at most `limit` characters."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    return words[:limit].strip("-") or "prompt"
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[np.ndarray]], row_captions: Sequence[str], column_captions: Sequence[str]
+) -> Image.Image:
+    """Equal-sized uint8 images [H, W, 3] in rows, a caption above each column and to the left of each row.
+
+    Raises ValueError where the captions do not match the rows and columns, or there is no image.
+    """
+    if not rows or not rows[0]:
+        raise ValueError("a contact sheet needs at least one image")
+    if len(row_captions) != len(rows) or any(len(row) != len(column_captions) for row in rows):
+        raise ValueError("one caption for each row and for each column is needed")
+    height, width = rows[0][0].shape[:2]
+    factor = max(1, -(-SMALLEST_CELL // min(height, width)))
+    height, width = height * factor, width * factor
+    headings = [_wrapped(caption, width) for caption in column_captions]
+    top = MARGIN + LINE_HEIGHT * max(heading.count("\n") + 1 for heading in headings)
+    size = (ROW_CAPTION_WIDTH + len(headings) * (width + MARGIN), top + len(rows) * (height + MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    for column, heading in enumerate(headings):
+        left = ROW_CAPTION_WIDTH + column * (width + MARGIN)
+        pen.multiline_text((left, MARGIN // 2), heading, fill="black", font=font)
+    for row, (caption, images) in enumerate(zip(row_captions, rows, strict=True)):
+        upper = top + row * (height + MARGIN)
+        pen.multiline_text((MARGIN, upper), _wrapped(caption, ROW_CAPTION_WIDTH - MARGIN), fill="black", font=font)
+        for column, image in enumerate(images):
+            cell = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(cell, (ROW_CAPTION_WIDTH + column * (width + MARGIN), upper))
+    return sheet
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, max(4, int(width / CHARACTER_WIDTH)))) or " "

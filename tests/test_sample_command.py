@@ -1,0 +1,324 @@
+"""sample.py: one image a prompt and seed, the same in every batch, with its story; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import sample
+from models import load_denoiser
+from models.generate import generate
+from models.pictures import to_pixels
+from schedules import get_schedule
+from solvers import SAMPLERS, EPDTable, epd_sampler
+from tests.tiny_pipeline import save_tiny_pipeline
+from training.snapshot import save_snapshot
+
+TABLE = EPDTable(
+    torch.tensor([[0.3, 0.7], [0.4, 0.8]], dtype=torch.float64),
+    torch.tensor([[0.6, 0.4], [0.5, 0.5]], dtype=torch.float64),
+)
+METADATA = {
+    "dataset_name": "ms_coco",
+    "guidance_type": "cfg",
+    "guidance_rate": 3.0,
+    "schedule_type": "time_uniform",
+    "schedule_rho": 2.0,
+    "afs": True,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    run = tmp_path_factory.mktemp("exps") / "00004-tiny"
+    return save_snapshot(run / "network-snapshot-000002", TABLE, METADATA)
+
+
+def run(*arguments):
+    return CliRunner().invoke(sample.main, [str(argument) for argument in arguments])
+
+
+def pixels(folder):
+    return {file.name: np.array(Image.open(file)) for file in folder.glob("*.png")}
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+
+
+def test_a_predictor_is_replayed_exactly(pipeline, predictor, tmp_path):
+    result = run(
+        "--predictor_path",
+        predictor,
+        "--model_path",
+        pipeline,
+        "--prompt",
+        "a dog",
+        "--seeds",
+        "5",
+        "--outdir",
+        tmp_path,
+    )
+    assert result.exit_code == 0, result.output
+    denoiser = load_denoiser(pipeline, device="cpu", dtype=torch.float32)
+    sigmas = get_schedule("time_uniform", 3, denoiser.sigma_min, denoiser.sigma_max, rho=2.0)
+    latents = generate(
+        denoiser,
+        ["a dog"],
+        [5],
+        lambda denoise, x, levels: epd_sampler(denoise, x, levels, TABLE, afs=True),
+        sigmas,
+        guidance_scale=3.0,
+        progress=False,
+    )
+    (image,) = pixels(tmp_path).values()
+    np.testing.assert_array_equal(image, to_pixels(denoiser.decode(latents))[0])
+
+
+def test_every_image_carries_its_story(pipeline, predictor, tmp_path):
+    result = run(
+        *("--predictor_path", predictor, "--model_path", pipeline, "--prompt", "a dog", "--prompt", "a Cat"),
+        *("--seeds", "0-1", "--outdir", tmp_path),
+    )
+    assert result.exit_code == 0, result.output
+    lines = records(tmp_path)
+    assert [(line["prompt"], line["seed"]) for line in lines] == [
+        ("a dog", 0),
+        ("a dog", 1),
+        ("a Cat", 0),
+        ("a Cat", 1),
+    ]
+    assert [line["file"] for line in lines][::3] == ["00000-a-dog-seed000000.png", "00001-a-cat-seed000001.png"]
+    for line in lines:
+        assert (line["parallel_evaluations"], line["total_evaluations"]) == (3, 5)  # 2 intervals of 1 + 2, AFS saves 1
+        assert (line["schedule"], line["num_steps"], line["guidance"]) == ("time_uniform:2", 3, 3.0)
+        assert line["predictor"] == str(predictor)
+        assert len(line["predictor_sha256"]) == 64
+        story = Image.open(tmp_path / line["file"]).text
+        assert (story["prompt"], story["seed"], story["predictor"]) == (
+            line["prompt"],
+            str(line["seed"]),
+            str(predictor),
+        )
+
+
+@pytest.mark.parametrize("solver", [("--solver", "dpmpp", "--num-steps", "4"), ("--predictor_path", None)])
+def test_an_image_depends_neither_on_its_batch_nor_on_its_neighbours(pipeline, predictor, tmp_path, solver):
+    solver = tuple(predictor if part is None else part for part in solver)
+    common = (*solver, "--model_path", pipeline)
+    many = ("--prompt", "a dog", "--prompt", "a cat", "--seeds", "0-2,9")
+    for batch in (1, 3, 8):
+        assert run(*common, *many, "--batch", batch, "--outdir", tmp_path / str(batch)).exit_code == 0
+    one, three, eight = (pixels(tmp_path / str(batch)) for batch in (1, 3, 8))
+    assert one.keys() == three.keys() == eight.keys()
+    assert len(one) == 8
+    for name, image in one.items():
+        for other in (three[name], eight[name]):
+            # Matrix products of another height may round in another order: one level of 255, here and there, at most.
+            difference = np.abs(image.astype(int) - other)
+            assert difference.max() <= 1
+            assert (difference > 0).mean() < 0.01
+    assert run(*common, "--prompt", "a dog", "--seeds", "9", "--outdir", tmp_path / "alone").exit_code == 0
+    np.testing.assert_array_equal(
+        pixels(tmp_path / "alone")["00000-a-dog-seed000009.png"], one["00000-a-dog-seed000009.png"]
+    )
+    distinct = {image.tobytes() for image in one.values()}
+    assert len(distinct) == len(one)
+
+
+def test_existing_images_are_replaced_and_no_other_file_is_left(pipeline, tmp_path):
+    common = ("--model_path", pipeline, "--solver", "ddim", "--num-steps", "3", "--prompt", "a dog", "--seeds", "0-1")
+    assert run(*common, "--outdir", tmp_path, "--guidance", "1").exit_code == 0
+    before = pixels(tmp_path)
+    assert run(*common, "--outdir", tmp_path, "--guidance", "9", "--grid").exit_code == 0
+    after = pixels(tmp_path)
+    sheet = after.pop("grid.png")
+    assert before.keys() == after.keys()
+    assert all((before[name] != after[name]).any() for name in before)
+    assert {line["guidance"] for line in records(tmp_path)} == {9.0}
+    assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".jsonl"}
+    for image in after.values():  # each image, enlarged eightfold, stands on the sheet
+        enlarged = image.repeat(8, axis=0).repeat(8, axis=1)
+        found = [left for left in range(sheet.shape[1] - 127) if (sheet[-136:-8, left : left + 128] == enlarged).all()]
+        assert len(found) == 1
+
+
+def test_overrides_are_honoured_and_said(pipeline, predictor, tmp_path):
+    common = ("--predictor_path", predictor, "--model_path", pipeline, "--prompt", "a dog", "--seeds", "0")
+    result = run(*common, "--schedule", "discrete", "--guidance", "1", "--outdir", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert f"--model_path {pipeline} overrides the predictor's model, sd15" in result.output
+    assert "--schedule discrete overrides the predictor's schedule, time_uniform:2" in result.output
+    assert "--guidance 1 overrides the predictor's guidance, 3" in result.output
+    assert (records(tmp_path)[0]["schedule"], records(tmp_path)[0]["guidance"]) == ("discrete", 1.0)
+    same = run(
+        *common, "--schedule", "time_uniform:2", "--guidance", "3", "--num-steps", "3", "--afs", "--outdir", tmp_path
+    )
+    assert same.exit_code == 0, same.output
+    assert "--schedule" not in same.output
+    assert "--guidance" not in same.output
+
+
+def test_an_explosion_is_reported_and_black_pixels_are_no_crash(pipeline, tmp_path, monkeypatch):
+    def exploding(denoise, x, sigmas, **_):
+        return torch.where(torch.arange(len(x))[:, None, None, None] == 1, torch.nan, x)
+
+    monkeypatch.setitem(SAMPLERS, "ddim", exploding)
+    result = run(
+        *("--model_path", pipeline, "--solver", "ddim", "--num-steps", "3", "--prompt", "a dog"),
+        *("--seeds", "0-2", "--outdir", tmp_path),
+    )
+    assert result.exit_code == 0, result.output
+    assert "1 of 3 images are not finite" in result.output
+    assert [line["finite"] for line in records(tmp_path)] == [True, False, True]
+
+
+def refused(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    return result.output
+
+
+CLASSICAL = ("--model_path", "shapes", "--solver", "ddim", "--num-steps", "3", "--prompt", "a dog")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "a dog"), "--predictor_path is missing"),
+        (("--prompt", "a dog", "--solver", "epd"), "--predictor_path is missing"),
+        (("--prompt", "a dog", "--solver", "rk4"), "unknown solver 'rk4'; known are epd, ddim, heun"),
+        (("--prompt", "a dog", "--solver", "ddim:2"), "ddim has no order"),
+        (("--prompt", "a dog", "--solver", "dpmpp:4"), "the orders of dpmpp are 1, 2, 3"),
+        (("--prompt", "a dog", "--solver", "ddim"), "--num-steps is missing"),
+        (("--prompt", "a dog", "--solver", "ddim", "--num-steps", "3"), "--model_path is missing"),
+        (("--prompt", "a dog", "--solver", "ddim", "--num-steps", "1"), "--num-steps"),
+        ((*CLASSICAL, "--model_path", "shaps"), "Did you mean shapes?"),
+        ((*CLASSICAL, "--schedule", "cosine"), "unknown schedule 'cosine'; known are polynomial"),
+        ((*CLASSICAL, "--schedule", "logsnr:2"), "logsnr has no exponent rho"),
+        ((*CLASSICAL, "--schedule", "discrete:x"), "write a number"),
+        ((*CLASSICAL, "--schedule", "discrete:-1"), "positive and finite"),
+        ((*CLASSICAL, "--seeds", "3-0"), "runs backwards"),
+        ((*CLASSICAL, "--seeds", "0-400", "--grid"), "at most 400 images"),
+        ((*CLASSICAL, "--device", "tpu"), "Unknown device 'tpu'"),
+        ((*CLASSICAL, "--dtype", "int8"), "int8"),
+        ((*CLASSICAL, "--color", "red"), "No such option"),
+        ((*CLASSICAL, "--prompt-file", "none.csv"), "none.csv: there is no such prompt file"),
+        (("--solver", "ddim", "--num-steps", "3", "--model_path", "shapes"), "nothing to draw"),
+        (("--prompt", "a dog", "--predictor_path", "77"), "experiment 77: no folder"),
+        (("--prompt", "a dog", "--predictor_path", "none.pkl"), "no such snapshot"),
+    ],
+)
+def test_bad_input_gets_one_clear_message(arguments, message, tmp_path):
+    assert message in " ".join(refused(*arguments, "--outdir", tmp_path / "out").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+    (tmp_path / "prompts.csv").write_text("text\n")
+    output = refused("--solver", "ddim", "--num-steps", "3", "--prompt-file", tmp_path / "prompts.csv")
+    assert "holds no prompt" in output
+
+
+def test_what_contradicts_the_predictor_is_refused(pipeline, predictor, tmp_path):
+    common = (
+        "--predictor_path",
+        predictor,
+        "--model_path",
+        pipeline,
+        "--prompt",
+        "a dog",
+        "--outdir",
+        tmp_path / "out",
+    )
+    assert "whose table has 3 grid points" in refused(*common, "--num-steps", "4")
+    assert "--solver heun takes no predictor" in refused(*common, "--solver", "heun")
+    plain = save_snapshot(tmp_path / "network-snapshot-1", TABLE, {**METADATA, "afs": False})
+    assert "--afs contradicts" in refused("--predictor_path", plain, "--prompt", "a dog", "--afs")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"dataset_name": None}, "does not say its dataset_name"),
+        ({"dataset_name": "cifar10"}, "Model 'cifar10' is neither"),
+        ({"dataset_name": 3}, "dataset_name is 3; it must be a text"),
+        ({"sampler_stu": "ipndm"}, "only tables of the solver epd"),
+    ],
+)
+def test_a_predictor_that_cannot_be_used_is_refused(tmp_path, metadata, message):
+    file = save_snapshot(tmp_path / "network-snapshot-1", TABLE, {**METADATA, **metadata})
+    assert message in refused("--predictor_path", file, "--prompt", "a dog", "--outdir", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"schedule_type": None}, "does not say its schedule_type"),
+        ({"schedule_type": "cosine"}, "schedule_type is 'cosine'; known are"),
+        ({"schedule_rho": "seven"}, "schedule_rho is 'seven'; it must be a number"),
+        ({"schedule_rho": -1.0}, "rho must be positive"),
+        ({"afs": "yes"}, "afs is 'yes'"),
+    ],
+)
+def test_a_predictor_whose_settings_make_no_sense_is_refused(pipeline, tmp_path, metadata, message):
+    file = save_snapshot(tmp_path / "network-snapshot-1", TABLE, {**METADATA, **metadata})
+    output = refused(
+        "--predictor_path", file, "--model_path", pipeline, "--prompt", "a dog", "--outdir", tmp_path / "o"
+    )
+    assert message in output
+    assert str(file.with_suffix("")) in output
+
+
+def test_a_predictor_with_a_payload_is_refused_and_not_run(tmp_path):
+    trace = tmp_path / "trace"
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (trace,)
+
+    file = tmp_path / "network-snapshot-1.pkl"
+    file.write_bytes(pickle.dumps({"model": Payload()}))
+    assert "refused" in refused("--predictor_path", file, "--prompt", "a dog")
+    assert not trace.exists()
+
+
+def test_prompts_that_the_model_cannot_take_are_refused(pipeline, tmp_path):
+    arguments = ("--model_path", pipeline, "--solver", "ddim", "--num-steps", "3", "--outdir", tmp_path / "out")
+    assert "it is empty" in refused(*arguments, "--prompt", " ")
+    assert "tokens long" in refused(*arguments, "--prompt", "x" * 60)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_examples_of_the_help_are_understood(tmp_path):
+    help_text = run("--help").output
+    examples = [line.strip() for line in help_text.splitlines() if line.strip().startswith("python sample.py")]
+    assert len(examples) == 2
+    for example in examples:
+        sample.main.make_context("sample.py", shlex.split(example)[2:])
+
+
+@pytest.mark.skipif(not Path("src/shapes/unet").exists(), reason="the shapes weights are not there")
+def test_the_first_example_of_the_help_runs(tmp_path):
+    example = next(line for line in run("--help").output.splitlines() if "--model_path shapes" in line)
+    result = run(*shlex.split(example)[2:], "--seeds", "0", "--outdir", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert next(iter(pixels(tmp_path).values())).shape == (64, 64, 3)
+    assert "colour" not in result.output
+    refusal = refused("--model_path", "shapes", "--solver", "ddim", "--num-steps", "3", "--prompt", "a plaid zebra")
+    assert "plaid, zebra" in refusal

@@ -1,0 +1,144 @@
+"""A folder of generated images: a PNG for each, with its story inside, and a line for each in images.jsonl."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from models.denoiser import Denoiser
+from models.generate import generate
+from models.pictures import contact_sheet, file_stem, png_text, to_pixels
+from training.sampling import Plan, Predictor
+from training.snapshot import write_atomically
+
+LOG_NAME = "images.jsonl"
+SHEET_NAME = "grid.png"
+DECODED_AT_ONCE = 16  # images
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One line of images.jsonl; evaluations are an image's, before guidance, which doubles them unless it is 1."""
+
+    file: str
+    prompt: str
+    seed: int
+    model: str
+    solver: str
+    schedule: str
+    num_steps: int
+    guidance: float
+    parallel_evaluations: int
+    total_evaluations: int
+    predictor: str | None
+    predictor_sha256: str | None
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be drawn: every prompt with every seed.
+
+    model: the name or path by which the model was asked for. predictor: the table's file, for the record. dtype: of the
+    latents.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    plan: Plan
+    model: str
+    predictor: Predictor | None
+    guidance_scale: float
+    batch_size: int
+    dtype: torch.dtype
+
+
+def draw(job: Job, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Callable[[str], None]) -> list[ImageRecord]:
+    """Draw every image of the job into `folder`, with images.jsonl and, if asked for, a contact sheet grid.png.
+
+    Files of the same names are replaced, each at once; images appear batch by batch. An image whose latents are not
+    finite is written as it decodes with zeros in their place, marked in its record and reported through `note`.
+    Raises InputError where a file cannot be written.
+    """
+    pairs = [(number, prompt, seed) for number, prompt in enumerate(job.prompts) for seed in job.seeds]
+    records: list[ImageRecord] = []
+    kept: list[np.ndarray] = []
+    with tqdm(total=len(pairs), unit="image") as bar:
+        for start in range(0, len(pairs), job.batch_size):
+            batch = pairs[start : start + job.batch_size]
+            pixels, finite = _drawn(job, denoiser, batch)
+            for (number, prompt, seed), image, is_finite in zip(batch, pixels, finite, strict=True):
+                records.append(_record(job, number, prompt, seed, finite=is_finite))
+                write_atomically(folder / records[-1].file, _png(image, records[-1]))
+            kept.extend(pixels if sheet else ())
+            bar.update(len(batch))
+    lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    write_atomically(folder / LOG_NAME, lines.encode())
+    if sheet:
+        rows = [kept[start : start + len(job.seeds)] for start in range(0, len(kept), len(job.seeds))]
+        write_sheet(folder / SHEET_NAME, rows, job.prompts, [f"seed {seed}" for seed in job.seeds])
+    if lost := sum(not record.finite for record in records):
+        note(f"{lost} of {len(records)} images are not finite: the solver exploded there (see `finite` in {LOG_NAME})")
+    return records
+
+
+def write_sheet(
+    path: Path, rows: Sequence[Sequence[np.ndarray]], row_captions: Sequence[str], column_captions: Sequence[str]
+) -> None:
+    """Write a contact sheet (`models.pictures.contact_sheet`) as a PNG file, at once."""
+    buffer = io.BytesIO()
+    contact_sheet(rows, row_captions, column_captions).save(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def _drawn(job: Job, denoiser: Denoiser, batch: Sequence[tuple[int, str, int]]) -> tuple[np.ndarray, list[bool]]:
+    """uint8 images [n, H, W, 3] of (number, prompt, seed), and which of them have finite latents."""
+    latents = generate(
+        denoiser,
+        [prompt for _, prompt, _ in batch],
+        [seed for _, _, seed in batch],
+        job.plan.solve,
+        job.plan.sigmas,
+        guidance_scale=job.guidance_scale,
+        batch_size=job.batch_size,
+        progress=False,
+        dtype=job.dtype,
+    )
+    finite = latents.flatten(1).isfinite().all(dim=1)  # [n]
+    with torch.no_grad():
+        images = denoiser.decode(latents.nan_to_num(0.0, 0.0, 0.0), DECODED_AT_ONCE)
+    return to_pixels(images), finite.tolist()
+
+
+def _record(job: Job, number: int, prompt: str, seed: int, *, finite: bool) -> ImageRecord:
+    return ImageRecord(
+        file=f"{number:05d}-{file_stem(prompt)}-seed{seed:06d}.png",
+        prompt=prompt,
+        seed=seed,
+        model=job.model,
+        solver=job.plan.label if job.predictor is None else job.plan.solver,
+        schedule=str(job.plan.grid),
+        num_steps=len(job.plan.sigmas),
+        guidance=job.guidance_scale,
+        parallel_evaluations=job.plan.evaluations.parallel,
+        total_evaluations=job.plan.evaluations.total,
+        predictor=None if job.predictor is None else str(job.predictor.file),
+        predictor_sha256=None if job.predictor is None else job.predictor.sha256,
+        finite=finite,
+    )
+
+
+def _png(image: np.ndarray, record: ImageRecord) -> bytes:
+    described = {key: value for key, value in asdict(record).items() if value is not None and key != "file"}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png", pnginfo=png_text(texts))
+    return buffer.getvalue()
