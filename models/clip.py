@@ -58,15 +58,7 @@ def clip_config(model_cfg: Mapping[str, Any]) -> CLIPConfig:
     """
     _check_keys(model_cfg)
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    faults = [f"{name} must be a positive whole number, not {value!r}" for name, value in _not_counts(model_cfg)]
-    for section in ("vision_cfg", "text_cfg"):
-        ratio = model_cfg[section].get("mlp_ratio", 4.0)
-        if not isinstance(ratio, int | float) or not ratio > 0:
-            faults.append(f"{section}.mlp_ratio must be a positive number, not {ratio!r}")
-    if not isinstance(model_cfg.get("quick_gelu", False), bool):
-        faults.append(f"quick_gelu must be true or false, not {model_cfg['quick_gelu']!r}")
-    if not faults:
-        faults += _misfits(vision, text)
+    faults = _wrong_values(model_cfg) or _misfits(vision, text)
     if faults:
         raise InputError("The CLIP configuration does not fit: " + "; ".join(faults) + ".")
     activation = "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu"
@@ -116,6 +108,17 @@ def _check_keys(model_cfg: Mapping[str, Any]) -> None:
         faults += [f"{prefix}{key} is unknown" for key in sorted(content.keys() - required - _OPTIONAL[section])]
     if faults:
         raise InputError("The CLIP configuration (model_cfg) is wrong: " + "; ".join(faults) + ".")
+
+
+def _wrong_values(model_cfg: Mapping[str, Any]) -> list[str]:
+    faults = [f"{name} must be a positive whole number, not {value!r}" for name, value in _not_counts(model_cfg)]
+    for section in ("vision_cfg", "text_cfg"):
+        ratio = model_cfg[section].get("mlp_ratio", 4.0)
+        if not isinstance(ratio, int | float) or not ratio > 0:
+            faults.append(f"{section}.mlp_ratio must be a positive number, not {ratio!r}")
+    if not isinstance(model_cfg.get("quick_gelu", False), bool):
+        faults.append(f"quick_gelu must be true or false, not {model_cfg['quick_gelu']!r}")
+    return faults
 
 
 def _not_counts(model_cfg: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,10 +157,8 @@ class RewardHPS:
             self._text_features |= dict(zip(chunk, features, strict=True))
         return torch.stack([self._text_features[prompt] for prompt in prompts])
 
-    def _autocast(self) -> torch.autocast | nullcontext[None]:
-        if self.amp_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.amp_dtype)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
 def _load_model(files: RewardFiles) -> CLIPModel:
