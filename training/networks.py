@@ -1,0 +1,175 @@
+"""The learnable EPD table: some fifty numbers, parametrised so that every value of the parameters is a valid table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from solvers import EPDTable
+
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
+"""What the metadata of a snapshot may hold: values that JSON can say."""
+
+# The attributes that the public code base looks for in every predictor, and their values where nobody set them.
+PUBLIC_ATTRIBUTES: Mapping[str, Plain] = MappingProxyType(
+    {
+        "dataset_name": None,
+        "img_resolution": None,
+        "sampler_stu": "epd",
+        "sampler_tea": None,
+        "M": None,
+        "guidance_type": None,
+        "guidance_rate": None,
+        "schedule_type": None,
+        "schedule_rho": None,
+        "afs": False,
+        "max_order": None,
+        "predict_x0": True,
+        "lower_order_final": True,
+        "fcn": False,
+        "alpha": 10.0,
+    }
+)
+
+# At its bound a scale's parameter is infinite: a bound that from_table chooses leaves this factor of room, and is
+# never narrower than SMALLEST_SCALE_BOUND.
+SCALE_BOUND_ROOM = 1.5
+SMALLEST_SCALE_BOUND = 0.01
+
+# exp of this is far below what a float32 weight can show beside others that sum to 1.
+SMALLEST_WEIGHT = 1e-30
+
+
+class EPD_predictor(nn.Module):
+    """The parameters of an EPD table (arXiv 2507.14797), named as in the public EPD code base.
+
+    With S = `num_steps` - 1 intervals and K = `num_points`, four parameters of shape [S, K]:
+
+        r = sigmoid(r_params)                                                positions, in (0, 1)
+        w = softmax(weight_s) over K                                         weights, on the simplex
+        o = 2 sigmoid(scale_dir_params / 2) a + (1 - a),   a = scale_dir     direction scales, in (1 - a, 1 + a)
+        s = 2 sigmoid(scale_time_params / 2) a + (1 - a),  a = scale_time    time scales, likewise
+
+    The parameters are float32, as the public code base stores them; the table is computed in float64. A fresh
+    predictor is the cold start: positions evenly spaced, r_k = k / (K + 1), equal weights, scales 1.
+
+    Args:
+        num_steps: grid points of the solver, at least 2.
+        num_points: parallel evaluations K per interval, at least 1.
+        scale_dir: bound of the direction scales, 0 for none.
+        scale_time: bound of the time scales, 0 for none.
+        metadata: what the table was made for, by the names of `PUBLIC_ATTRIBUTES` and any others: plain values, each
+            kept as an attribute (as the public code base does). One of them acts here: `fcn` forces the direction
+            scales of the last interval to 1.
+
+    Raises:
+        ValueError: a size or a bound out of its range, or a metadata name that is an attribute of every module.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        num_points: int = 2,
+        scale_dir: float = 0.0,
+        scale_time: float = 0.0,
+        **metadata: Plain,
+    ) -> None:
+        """Start cold; see the class."""
+        super().__init__()
+        if num_steps < 2 or num_points < 1:
+            raise ValueError(f"num_steps={num_steps}, num_points={num_points}: at least 2 grid points and 1 point")
+        if not (scale_dir >= 0 and scale_time >= 0):
+            raise ValueError(f"scale_dir={scale_dir}, scale_time={scale_time}: a bound cannot be negative")
+        self.num_steps, self.num_points = num_steps, num_points
+        self.scale_dir, self.scale_time = scale_dir, scale_time
+
+        shape = (num_steps - 1, num_points)
+        evenly_spaced = torch.arange(1, num_points + 1, dtype=torch.float64) / (num_points + 1)
+        self.r_params = nn.Parameter(torch.logit(evenly_spaced).float().expand(shape).clone())
+        self.weight_s = nn.Parameter(torch.zeros(shape))
+        self.scale_dir_params = nn.Parameter(torch.zeros(shape))
+        self.scale_time_params = nn.Parameter(torch.zeros(shape))
+        # Without parameters, and unused here: the public code base calls them on the predictors that it loads.
+        self.sigmoid = nn.Sigmoid()
+        self.softmax = nn.Softmax(dim=-1)
+
+        for name, value in {**PUBLIC_ATTRIBUTES, **metadata}.items():
+            if name.startswith("_") or hasattr(self, name):
+                raise ValueError(f"metadata {name!r}: that name is taken by the predictor itself")
+            setattr(self, name, value)
+
+    @property
+    def metadata(self) -> dict[str, Plain]:
+        """Everything but the numbers, num_steps and the bounds included: `EPD_predictor(**metadata)` is alike."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
+
+    def table(self) -> EPDTable:
+        """The table that the parameters stand for: float64 tensors [S, K], differentiable in the parameters."""
+        scale_dir = _scale(self.scale_dir_params, self.scale_dir)
+        if scale_dir is not None and self.fcn:
+            scale_dir = torch.cat([scale_dir[:-1], torch.ones_like(scale_dir[-1:])])
+        return EPDTable(
+            positions=self.r_params.double().sigmoid(),
+            weights=self.weight_s.double().softmax(dim=-1),
+            scale_dir=scale_dir,
+            scale_time=_scale(self.scale_time_params, self.scale_time),
+        )
+
+    @classmethod
+    def from_table(cls, table: EPDTable, metadata: Mapping[str, Plain] = MappingProxyType({})) -> EPD_predictor:
+        """The predictor whose table is the given one, to float32 precision.
+
+        A bound of the scales is part of the parametrisation, not of the table: it is taken from the metadata where
+        the table's scales lie well inside it, and otherwise chosen wide enough.
+
+        Args:
+            table: positions, weights and scales [S, K].
+            metadata: kept as attributes. num_steps and num_points are taken from the table; `fcn` becomes False, for
+                the table itself says what the scales of its last interval are.
+
+        Raises:
+            ValueError: the table has a batch dimension, or what the constructor raises.
+        """
+        if table.positions.ndim != 2:
+            raise ValueError(f"a predictor holds one table [S, K], not {tuple(table.positions.shape)}")
+        described = {
+            **metadata,
+            "num_steps": table.positions.shape[0] + 1,
+            "num_points": table.positions.shape[1],
+            "scale_dir": _scale_bound(table.scale_dir, metadata.get("scale_dir")),
+            "scale_time": _scale_bound(table.scale_time, metadata.get("scale_time")),
+            "fcn": False,
+        }
+        predictor = cls(**described)
+        with torch.no_grad():
+            predictor.r_params.copy_(torch.logit(table.positions.double()))
+            predictor.weight_s.copy_(table.weights.double().clamp_min(SMALLEST_WEIGHT).log())
+            if table.scale_dir is not None:
+                predictor.scale_dir_params.copy_(_scale_logit(table.scale_dir, predictor.scale_dir))
+            if table.scale_time is not None:
+                predictor.scale_time_params.copy_(_scale_logit(table.scale_time, predictor.scale_time))
+        return predictor
+
+
+def _scale(parameters: Tensor, bound: float) -> Tensor | None:
+    """2 sigmoid(p / 2) a + (1 - a): scales [S, K] in (1 - a, 1 + a), or None where the bound is 0."""
+    return 2 * torch.sigmoid(0.5 * parameters.double()) * bound + (1 - bound) if bound else None
+
+
+def _scale_logit(scale: Tensor, bound: float) -> Tensor:
+    """The parameters whose `_scale` is the given one."""
+    return 2 * torch.logit((scale.double() - (1 - bound)) / (2 * bound))
+
+
+def _scale_bound(scale: Tensor | None, wanted: Plain) -> float:
+    """The wanted bound if every scale lies well inside it, otherwise one that is wide enough; 0 without scales."""
+    if scale is None:
+        return 0.0
+    widest = float((scale.detach() - 1).abs().max())
+    if isinstance(wanted, (int, float)) and wanted > 0 and widest <= 0.999 * wanted:
+        return float(wanted)
+    return max(SCALE_BOUND_ROOM * widest, SMALLEST_SCALE_BOUND)
