@@ -1,0 +1,401 @@
+"""Snapshots of EPD tables: a `.pkl` that the public EPD code base loads too, and a `.json` of plain numbers beside it.
+
+A pickle is a program. This module never runs one: its reader knows a short list of names, each of which it answers
+with a harmless stand-in of its own, and refuses a file at the first other name. Source code that a file carries
+(the public code base's snapshots do) is skipped over as the text that it is.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+from solvers import EPDTable
+from training.networks import EPD_predictor, Plain
+
+SIZES = ("num_steps", "num_points")
+JSON_KEYS = {"positions": "r", "weights": "w", "scale_dir": "scale_dir", "scale_time": "scale_time"}
+PARAMETERS = ("r_params", "weight_s", "scale_dir_params", "scale_time_params")
+
+Snapshot: TypeAlias = tuple[EPDTable, dict[str, Plain]]
+
+LARGEST_FILE = 16 * 2**20  # bytes; a snapshot has some ten thousand
+LARGEST_TENSOR = 2**20  # numbers
+# How far a .pkl may be from its .json: float32 parameters, and weights that sum to 1 by construction, beside float64
+# numbers whose weights may miss 1 by 1e-5 (EPDTable).
+AGREEMENT = 2e-5
+
+SNAPSHOT_NAME = re.compile(r"network-snapshot-.*?(\d+)\.(pkl|json)")
+
+
+# ---------------------------------------------------------------------------------------------------------- save
+
+
+def save_snapshot(path: str | Path, table: EPDTable, metadata: Mapping[str, Plain]) -> Path:
+    """Write a table and what it was made for as `<path>.pkl` and `<path>.json`; each appears whole or not at all.
+
+    The .json holds the table's numbers exactly (float64), the .pkl to float32 precision, as an `EPD_predictor` under
+    the key `model`, pickled by reference.
+
+    Args:
+        path: where to; its suffix, if any, is .pkl or .json. Missing folders are made, files replaced.
+        table: positions, weights and scales [S, K].
+        metadata: plain values (None, bool, int, finite float, str, and lists and dicts of them), by name.
+
+    Returns:
+        The path of the .pkl.
+
+    Raises:
+        InputError: the table is not valid, the metadata is not plain, or the files cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in ("", ".pkl", ".json"):
+        raise InputError(f"{path}: a snapshot is a .pkl and a .json, not {path.suffix!r}")
+    for name, value in metadata.items():
+        if not _is_plain(value):
+            raise InputError(f"{path}: metadata {name!r} is {value!r}; a snapshot holds plain, finite values only")
+    try:
+        predictor = EPD_predictor.from_table(table, metadata)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    table = table.detach().to(device="cpu", dtype=torch.float64)
+    rows = {key: getattr(table, field) for field, key in JSON_KEYS.items()}
+    described = {
+        "num_steps": predictor.num_steps,
+        "num_points": predictor.num_points,
+        **{key: None if tensor is None else tensor.tolist() for key, tensor in rows.items()},
+        "metadata": predictor.metadata,
+    }
+    text = json.dumps(described, indent=1, allow_nan=False) + "\n"
+    write_atomically(path.with_suffix(".json"), text.encode())
+    write_atomically(path.with_suffix(".pkl"), pickle.dumps({"model": predictor}, protocol=4))
+    return path.with_suffix(".pkl")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old file or the new one, never a part.
+
+    Raises:
+        InputError: it cannot be written (no such disk, no room, no right); what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- find
+
+
+def find_snapshot(source: str | Path | int, root: str | Path = "exps") -> Path:
+    """The snapshot file that a person means.
+
+    Args:
+        source: a .pkl or .json file; a folder with `network-snapshot-*` files (a distillation run, an export), of
+            which the one with the largest number is taken; a folder with such a folder `export` (a run of the RL
+            job); or the number of an experiment, 3 for `<root>/00003-*`.
+        root: where numbered experiments lie.
+
+    Returns:
+        The .pkl where there is one, otherwise the .json.
+
+    Raises:
+        InputError: nothing fits, or several experiments have the number; the message says what was looked for.
+    """
+    path = Path(str(source))
+    if path.is_file():
+        return path
+    if not path.exists() and str(source).isdecimal():
+        path = _numbered_run(int(source), Path(root))
+    if not path.is_dir():
+        raise InputError(f"{path}: no such snapshot; give a .pkl or .json file, a run or export folder, or a number")
+    for folder in (path, path / "export"):
+        newest = _newest_snapshot(folder)
+        if newest is not None:
+            return newest
+    raise InputError(f"{path}: holds no network-snapshot-*.pkl or .json, neither itself nor in its folder export/")
+
+
+def _numbered_run(number: int, root: Path) -> Path:
+    runs = sorted(run for run in root.glob(f"{number:05d}-*") if run.is_dir())
+    if not runs:
+        known = sorted(run.name for run in root.glob("[0-9][0-9][0-9][0-9][0-9]-*") if run.is_dir())
+        raise InputError(
+            f"experiment {number}: no folder {root}/{number:05d}-*; there are: {', '.join(known) or 'none'}"
+        )
+    if len(runs) > 1:
+        names = ", ".join(run.name for run in runs)
+        raise InputError(f"experiment {number}: several folders have that number ({names}); give the path of one")
+    return runs[0]
+
+
+def _newest_snapshot(folder: Path) -> Path | None:
+    """The file with the largest number in its name; of a .pkl and a .json the .pkl."""
+    found = [
+        (match, file) for file in folder.glob("network-snapshot-*") if (match := SNAPSHOT_NAME.fullmatch(file.name))
+    ]
+    return max(found, key=lambda entry: (int(entry[0][1]), entry[0][2], entry[1].name), default=(None, None))[1]
+
+
+# ---------------------------------------------------------------------------------------------------------- load
+
+
+def load_snapshot(path: str | Path) -> Snapshot:
+    """Read a table and its metadata from a .pkl or a .json file; of a pair of both, either name reads the same.
+
+    Read are this project's snapshots, the public EPD code base's (its numbers and plain attributes; the source code
+    inside is ignored) and published tables in the layout of our .json (`num_steps`, `num_points`, `r`, `w`,
+    `scale_dir`, `scale_time`, `metadata`). Where the two files of a pair are there, they must agree; the .json's
+    numbers are returned, which are exact.
+
+    Returns:
+        The table (float64 tensors [S, K]) and the metadata, `num_steps` and `num_points` among it.
+
+    Raises:
+        InputError: missing, cut off, no snapshot, not finite, wrong shapes, positions outside (0, 1), weights that do
+            not sum to 1, a name in the pickle that no snapshot needs, or two files that contradict each other.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise InputError(
+            f"{path}: a snapshot is a .pkl or a .json file, not {path.suffix or 'a file without suffix'!r}"
+        )
+    pair = {suffix: path.with_suffix(suffix) for suffix in _READERS if path.with_suffix(suffix).is_file()}
+    if path.suffix not in pair:
+        raise InputError(f"{path}: no such file")
+    read = {suffix: _READERS[suffix](file, _content(file)) for suffix, file in pair.items()}
+    if len(read) == 2 and not _agree(read[".pkl"][0], read[".json"][0]):
+        raise InputError(f"{pair['.pkl']} and {pair['.json'].name} contradict each other: move one of them away")
+    return read.get(".json", read.get(".pkl"))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise InputError(f"{path}: {size:,} bytes; that is no snapshot, which has some ten thousand")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read_json(path: Path, content: bytes) -> Snapshot:
+    try:
+        described = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is no JSON, or was cut off ({error})") from error
+    if not isinstance(described, dict) or not {"r", "w", "num_steps", "num_points"} <= described.keys():
+        raise InputError(f"{path}: is no snapshot: it lacks one of the keys num_steps, num_points, r and w")
+    metadata = described.get("metadata", {})
+    if not isinstance(metadata, dict) or not _is_plain(metadata):
+        raise InputError(f"{path}: metadata is no object of plain, finite values")
+    metadata = _without_module_state({**metadata, **{key: described[key] for key in SIZES}})
+    rows = {field: _rows(path, key, described.get(key)) for field, key in JSON_KEYS.items()}
+    return _table(path, metadata, **rows), metadata
+
+
+def _rows(path: Path, key: str, rows: object) -> Tensor | None:
+    """float64 [S, K] from lists of numbers; None stays None for what a table may lack."""
+    if rows is None and key in ("scale_dir", "scale_time"):
+        return None
+    alike = isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
+    if not alike or not rows or not all(type(number) in (int, float) for row in rows for number in row):
+        raise InputError(f"{path}: {key} must be rows of equally many numbers, one row per interval")
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _read_pickle(path: Path, content: bytes) -> Snapshot:
+    try:
+        unpickled = _RestrictedUnpickler(path, content).load()
+    except InputError:
+        raise
+    except Exception as error:  # what a cut-off or forged pickle makes the machine trip over can be anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{path}: is no pickle, or was cut off ({type(error).__name__}: {reason})") from error
+    model = unpickled.get("model") if isinstance(unpickled, dict) else None
+    state = model.state if isinstance(model, _Predictor) else None
+    parameters = state.get("_parameters") if isinstance(state, dict) else None
+    if not isinstance(parameters, dict) or not all(isinstance(parameters.get(name), Tensor) for name in PARAMETERS):
+        raise InputError(f"{path}: is no snapshot: it must hold an EPD_predictor under the key 'model'")
+
+    metadata = _without_module_state({name: _plain(value) for name, value in state.items() if _is_plain(_plain(value))})
+    shape = tuple(parameters["r_params"].shape)
+    for name in PARAMETERS:
+        if len(shape) != 2 or 0 in shape or tuple(parameters[name].shape) != shape:
+            raise InputError(f"{path}: {name} has the shape {tuple(parameters[name].shape)}; all need one shape [S, K]")
+        if not (parameters[name].is_floating_point() and parameters[name].isfinite().all()):
+            raise InputError(f"{path}: {name} holds NaN, infinity or no real numbers")
+    bounds = {key: metadata.get(key, 0.0) for key in ("scale_dir", "scale_time")}
+    for key, bound in bounds.items():
+        if type(bound) not in (int, float) or bound < 0:
+            raise InputError(f"{path}: {key} is {bound!r}; the bound of a scale is a number from 0 up")
+    try:
+        predictor = EPD_predictor(shape[0] + 1, shape[1], **bounds, fcn=metadata.get("fcn", False)).double()
+        with torch.no_grad():
+            for name in PARAMETERS:
+                predictor.get_parameter(name).copy_(parameters[name])
+            table = predictor.table()
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    metadata = {"num_steps": table.num_steps, "num_points": table.num_points, **metadata}
+    rows = {field.name: getattr(table, field.name) for field in fields(EPDTable)}
+    return _table(path, metadata, **rows), metadata
+
+
+_READERS: dict[str, Callable[[Path, bytes], Snapshot]] = {".pkl": _read_pickle, ".json": _read_json}
+
+
+# --------------------------------------------------------------------------------------------------------- check
+
+
+def _table(path: Path, metadata: Mapping[str, Plain], **rows: Tensor | None) -> EPDTable:
+    """The table of these rows (float64 [S, K], or None for scales that are not there), if it is a valid one."""
+    try:
+        table = EPDTable(**rows)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    said, found = tuple(metadata.get(key) for key in SIZES), (table.num_steps, table.num_points)
+    if table.batch_size is not None or said != found:
+        raise InputError(
+            f"{path}: num_steps={said[0]!r} and num_points={said[1]!r}, but the rows are {[*table.positions.shape]}; "
+            "they must be [num_steps - 1, num_points]"
+        )
+    return table
+
+
+def _agree(one: EPDTable, other: EPDTable) -> bool:
+    """Whether two tables are the same to the precision of a .pkl."""
+    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(EPDTable)]
+    return all(
+        a is b or (a is not None and b is not None and a.shape == b.shape and bool(((a - b).abs() < AGREEMENT).all()))
+        for a, b in pairs
+    )
+
+
+def _is_plain(value: object) -> bool:
+    """Whether JSON can say it, exactly."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _plain(value: object) -> object:
+    """The same value with its tuples as lists and its mappings as plain dicts."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _without_module_state(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of a module's attributes without those that torch.nn.Module keeps for itself."""
+    return {name: value for name, value in attributes.items() if not name.startswith("_") and name != "training"}
+
+
+# ------------------------------------------------------------------------------------------- the restricted reader
+
+
+class _Inert:
+    """Stands for an object that is of no interest here; keeps what the pickle says of its state."""
+
+    state: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _Predictor(_Inert):
+    """Stands for an EPD_predictor: none of its code runs while the file is read."""
+
+
+class _Dict(dict[str, object]):
+    """Stands for the public code base's dict with attribute access."""
+
+
+def _persistent(meta: object) -> _Inert:
+    """Stands for the public code base's reconstruction from embedded source: keeps the state, ignores the source."""
+    if not isinstance(meta, dict):
+        raise pickle.UnpicklingError("a persistent object without its description")
+    stand_in = _Predictor() if meta.get("class_name") == "EPD_predictor" else _Inert()
+    stand_in.state = meta.get("state")
+    return stand_in
+
+
+def _storage(content: object) -> Tensor:
+    """Stands for torch.storage._load_from_bytes, which would run a pickle within the pickle."""
+    if not isinstance(content, bytes):
+        raise pickle.UnpicklingError("a tensor's storage must be bytes")
+    storage = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not isinstance(storage, torch.TypedStorage):
+        raise pickle.UnpicklingError(f"a tensor's storage holds {type(storage).__name__}")
+    return torch.tensor([], dtype=storage.dtype).set_(storage)
+
+
+def _tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> Tensor:
+    """Stands for torch._utils._rebuild_tensor_v2: a copy, of bounded size."""
+    if math.prod(size) > LARGEST_TENSOR:
+        raise pickle.UnpicklingError(f"a tensor of {math.prod(size):,} numbers")
+    return storage.as_strided(tuple(size), tuple(stride), offset).clone()
+
+
+def _parameter(tensor: Tensor, *_: object) -> Tensor:
+    """Stands for torch._utils._rebuild_parameter: the numbers alone."""
+    return tensor
+
+
+_STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = {
+    ("builtins", "set"): set,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("dnnlib.util", "EasyDict"): _Dict,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch.nn.modules.activation", "Sigmoid"): _Inert,
+    ("torch.nn.modules.activation", "Softmax"): _Inert,
+    ("torch.storage", "_load_from_bytes"): _storage,
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
+    ("training.networks", "EPD_predictor"): _Predictor,
+}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Builds tensors, plain containers and stand-ins, and nothing else: no name in the file is ever imported."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Callable[..., object]:
+        """The stand-in for a name, or InputError."""
+        if module == "solvers" and name.endswith("_sampler"):  # the public training loss names its samplers
+            return _Inert
+        stand_in = _STAND_INS.get((module, name))
+        if stand_in is None:
+            raise InputError(
+                f"{self.path}: refused, nothing in it was run: it asks for {module}.{name}, which no snapshot needs"
+            )
+        return stand_in
