@@ -1,0 +1,39 @@
+"""Devices and number types by the names that command lines take."""
+
+from __future__ import annotations
+
+import torch
+
+from errors import InputError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (cuda where it is there, else cpu), `cpu`, `cuda`, `cuda:<index>` or `mps`, as a device that can be used.
+
+    Metal is never chosen by itself: it has no float64, so noise levels must stay on the CPU there. Raises `InputError`
+    for an unknown name and for a device this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise InputError(f"Unknown device {name!r}. Known: auto, cpu, cuda, cuda:<index>, mps.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise InputError(f"Device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices here.")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError("Device 'mps' asked for, but torch finds no Metal device here. Use cpu or auto.")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The floating-point type of that name. Raises `InputError` for an unknown one."""
+    if name not in DTYPES:
+        raise InputError(f"Unknown dtype {name!r}. Known: {', '.join(DTYPES)}.")
+    return DTYPES[name]
