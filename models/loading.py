@@ -1,0 +1,279 @@
+"""From files on disk to the parts of a Stable Diffusion 1.x or 2.x pipeline. Nothing here ever asks a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers
+import torch
+import transformers
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    infer_diffusers_model_type,
+)
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from errors import InputError
+from models.checkpoints import read_state_dict
+from models.latent_diffusion import Components
+from models.noise_levels import NoiseLevels
+
+FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+SHOWN_KEYS = 5
+
+# Parts that change what the UNet is asked for: refiners, upscalers, distilled and class-conditional models.
+FOREIGN_UNET_PARTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+
+Diffuser = TypeVar("Diffuser", UNet2DConditionModel, AutoencoderKL)
+Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+
+
+def load_folder(folder: Path) -> Components:
+    """The parts of a diffusers pipeline folder (`model_index.json` and one folder a component).
+
+    Raises `InputError` where the folder is no such pipeline, is of another family, or lacks files or weights.
+    """
+    _check_pipeline_folder(folder)
+    with _quiet_and_repeatable():
+        return _fitting(
+            folder,
+            _load_module(UNet2DConditionModel, folder / "unet"),
+            _load_module(AutoencoderKL, folder / "vae"),
+            _load_module(CLIPTextModel, folder / "text_encoder"),
+            load_tokenizer(folder / "tokenizer"),
+            folder / "scheduler" / "scheduler_config.json",
+        )
+
+
+def read_compvis(path: Path) -> dict[str, Tensor]:
+    """The tensors of a whole Stable Diffusion 1.x in a single .safetensors or .ckpt file (the CompVis code's layout).
+
+    Raises `InputError` that says what the file is instead.
+    """
+    state = read_state_dict(path)
+    _check_compvis(state, path)
+    return state
+
+
+def assemble_compvis(state: dict[str, Tensor], path: Path, configs: Path) -> Components:
+    """The parts of a pipeline from what `read_compvis` read from `path`.
+
+    `configs` is a diffusers folder with the component configurations and the tokenizer, without weights. Raises
+    `InputError` where the file does not hold exactly the weights that the configurations ask for.
+    """
+    with _quiet_and_repeatable():
+        return _fitting(
+            path,
+            _converted(UNet2DConditionModel, convert_ldm_unet_checkpoint, state, configs / "unet/config.json", path),
+            _converted(AutoencoderKL, convert_ldm_vae_checkpoint, state, configs / "vae/config.json", path),
+            _converted_text_encoder(state, configs / "text_encoder", path),
+            load_tokenizer(configs / "tokenizer"),
+            configs / "scheduler" / "scheduler_config.json",
+        )
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a folder with tokenizer.json, or vocab.json and merges.txt; `InputError` without them."""
+    if not (folder / "tokenizer.json").is_file():
+        # transformers would go on with a vocabulary of three tokens
+        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+        if missing:
+            raise InputError(f"{folder} holds no tokenizer: {' and '.join(missing)} missing (and no tokenizer.json).")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for malformed files
+        raise InputError(f"{folder} holds no readable CLIP tokenizer: {_first_line(error)}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; `InputError` where it is missing or is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no readable JSON file: {error}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def _check_pipeline_folder(folder: Path) -> None:
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} is no diffusers pipeline, model_index.json is missing: {_what_is_in(folder)}.")
+    index = read_json(folder / "model_index.json")
+    others = sorted(name for name, part in index.items() if name.endswith("_2") and part != [None, None])
+    missing = [name for name in FOLDERS if not (folder / name).is_dir()]
+    kind = index.get("_class_name", "pipeline of no named class")
+    if others or missing:
+        reason = f"it has {' and '.join(others)}" if others else f"the folders {', '.join(missing)} are missing"
+        raise InputError(
+            f"{folder} holds a {kind} that cannot be used here: {reason}. "
+            "Models of the Stable Diffusion 1.x and 2.x family can be used (StableDiffusionPipeline)."
+        )
+
+
+def _what_is_in(folder: Path) -> str:
+    if (folder / "config.json").is_file():
+        kind = read_json(folder / "config.json").get("_class_name", "component")
+        return f"this is a single {kind}, give the folder of the whole pipeline (perhaps {folder.parent})"
+    found = sorted(entry.name for entry in folder.iterdir())
+    return f"the folder holds {', '.join(found[:SHOWN_KEYS]) or 'nothing'}"
+
+
+def _load_module(kind: type[Model], folder: Path) -> Model:
+    try:
+        module, report = kind.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except UNREADABLE as error:
+        raise InputError(f"{folder} holds no readable {kind.__name__}: {_first_line(error)}") from error
+    _check_report(kind, folder, report)
+    return module
+
+
+def _check_compvis(state: dict[str, Tensor], path: Path) -> None:
+    """Raise `InputError` unless the names of the tensors are those of a whole Stable Diffusion 1.x checkpoint."""
+    if not any(name.startswith("model.diffusion_model.") for name in state):
+        raise InputError(f"{path} is no Stable Diffusion checkpoint: {_kind_of_other_file(state)}.")
+    kind = infer_diffusers_model_type(state)
+    if kind == "v2":
+        raise InputError(
+            f"{path} is a Stable Diffusion 2.x checkpoint. A single file does not say whether such a model "
+            "predicts epsilon or v: use its diffusers folder."
+        )
+    if kind != "v1":
+        raise InputError(f"{path} is a checkpoint of kind {kind!r}; a single file must be Stable Diffusion 1.x.")
+    for prefix, part in (("first_stage_model.", "VAE"), ("cond_stage_model.transformer.", "text encoder")):
+        if not any(name.startswith(prefix) for name in state):
+            raise InputError(f"{path} holds a UNet but no {part} ({prefix}*); use the full checkpoint.")
+
+
+def _kind_of_other_file(state: dict[str, Tensor]) -> str:
+    if any("lora" in name for name in state):
+        return "it is a LoRA, an addition to a model"
+    if any(name.startswith("down_blocks.") for name in state):
+        return "it is a UNet alone, in the layout of diffusers; give the folder of its whole pipeline"
+    if any(name.startswith(("encoder.", "decoder.")) for name in state):
+        return "it is a VAE alone"
+    return f"its {len(state)} tensors are named {', '.join(sorted(state)[:SHOWN_KEYS]) or 'nothing'}"
+
+
+def _converted(
+    kind: type[Diffuser],
+    convert: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]],
+    state: dict[str, Tensor],
+    config_file: Path,
+    path: Path,
+) -> Diffuser:
+    """A module built without memory of its own, which then takes over exactly the converted weights."""
+    config = read_json(config_file)
+    with torch.device("meta"):
+        module = kind.from_config(config)
+    try:
+        report = module.load_state_dict(convert(state, config), strict=False, assign=True)
+    except (KeyError, IndexError, AttributeError, RuntimeError) as error:
+        # the first three: the converter finds other layers than it expects; the last: shapes that do not fit
+        raise InputError(f"{path}: the weights do not fit a {kind.__name__} of {config_file}: {error}") from error
+    _check_keys(kind, path, report.missing_keys, report.unexpected_keys)
+    return module
+
+
+def _converted_text_encoder(state: dict[str, Tensor], config_folder: Path, path: Path) -> CLIPTextModel:
+    weights = convert_ldm_clip_checkpoint(state)
+    weights.pop("text_model.embeddings.position_ids", None)  # the numbers 0 to 76, which older files carry along
+    config = CLIPTextConfig.from_pretrained(config_folder, local_files_only=True)
+    try:
+        module, report = CLIPTextModel.from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except UNREADABLE as error:
+        raise InputError(f"{path}: the weights do not fit a CLIPTextModel: {_first_line(error)}") from error
+    _check_report(CLIPTextModel, path, report)
+    return module
+
+
+def _fitting(
+    source: Path,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    scheduler: Path,
+) -> Components:
+    """The parts together; `InputError` where they do not fit each other or this program."""
+    foreign = [part for part in FOREIGN_UNET_PARTS if unet.config[part] is not None]
+    if foreign:
+        raise InputError(
+            f"{source}: the UNet has {', '.join(foreign)}: it is no plain Stable Diffusion 1.x or 2.x model."
+        )
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise InputError(
+            f"{source}: the UNet takes {unet.config.in_channels} channels where the VAE has "
+            f"{vae.config.latent_channels}: an inpainting or editing model cannot be used here."
+        )
+    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+        raise InputError(
+            f"{source}: the UNet reads text of width {unet.config.cross_attention_dim}, "
+            f"the text encoder writes width {text_encoder.config.hidden_size}."
+        )
+    config = read_json(scheduler)
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise InputError(f"{scheduler}: prediction_type {prediction_type!r}; known are epsilon and v_prediction.")
+    levels = NoiseLevels.from_scheduler_config(config, str(scheduler))
+    return Components(unet, vae, text_encoder, tokenizer, levels, prediction_type)
+
+
+def _check_report(kind: type, source: Path, report: Mapping[str, Collection[Any]]) -> None:
+    """Check what `from_pretrained` says of the weights; left alone, it fills what is missing with random numbers."""
+    misshapen = [name for name, *_ in report["mismatched_keys"]]
+    _check_keys(kind, source, report["missing_keys"], report["unexpected_keys"], misshapen)
+
+
+def _check_keys(
+    kind: type,
+    source: Path,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    misshapen: Collection[str] = (),
+) -> None:
+    faults = [
+        f"{len(keys)} {word} ({', '.join(sorted(keys)[:SHOWN_KEYS])}{', ...' if len(keys) > SHOWN_KEYS else ''})"
+        for keys, word in ((missing, "missing"), (unexpected, "not belonging to it"), (misshapen, "of another shape"))
+        if keys
+    ]
+    if faults:
+        raise InputError(f"{source}: the weights are not those of this {kind.__name__}: {'; '.join(faults)}.")
+
+
+@contextmanager
+def _quiet_and_repeatable() -> Iterator[None]:
+    """The libraries without their progress bars and reports, and torch's global random state left as it was."""
+    loggings = [diffusers.utils.logging, transformers.utils.logging]
+    before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggings]
+    for logging in loggings:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for logging, (verbosity, bars) in zip(loggings, before, strict=True):
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

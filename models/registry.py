@@ -1,0 +1,149 @@
+"""The models that have names, and `load_denoiser`, the one way from a name or a path to a `Denoiser`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from errors import InputError
+from models.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from models.latent_diffusion import Components
+
+SOURCE = Path(__file__).resolve().parent.parent / "src"
+# Component configurations and tokenizer of Stable Diffusion 1.x, which a single file does not carry.
+COMPVIS_CONFIGS = "pipelines/sd15"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """What a model needs on disk: a path below src/, and its size in bytes (None for a folder)."""
+
+    path: str
+    size: int | None
+
+    def __str__(self) -> str:
+        """For messages: the path and how large a file is to be expected."""
+        return f"src/{self.path}" + (f" ({self.size} bytes)" if self.size else "")
+
+
+TOKENIZER = (
+    Asset(f"{COMPVIS_CONFIGS}/tokenizer/vocab.json", 1_059_962),
+    Asset(f"{COMPVIS_CONFIGS}/tokenizer/merges.txt", 524_619),
+)
+FETCH_SD15 = (
+    "Fetch what is missing:  python -m models.assets fetch sd15\n"
+    "To try things now, use the model that comes with the repository:  shapes"
+)
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A model with a name.
+
+    weights: alternatives, the first that is there is used. companions: all needed besides. remedy: what to do when
+    something is missing. unknown_words: see `LatentDiffusion`.
+    """
+
+    weights: tuple[Asset, ...]
+    companions: tuple[Asset, ...]
+    remedy: str
+    unknown_words: Callable[[str], list[str]] | None
+
+
+def _words_unknown_to_shapes(prompt: str) -> list[str]:
+    from models.shapes.scenes import unknown_words  # the other models do without the world of shapes
+
+    return unknown_words(prompt)
+
+
+REGISTERED = {
+    "shapes": RegisteredModel(
+        weights=(Asset("shapes", None),),
+        companions=(Asset("shapes/model_index.json", None),),
+        remedy="It is part of the repository:  git checkout -- src/shapes",
+        unknown_words=_words_unknown_to_shapes,
+    ),
+    "sd15": RegisteredModel(
+        weights=(
+            Asset("ms_coco/v1-5-pruned-emaonly.safetensors", 4_265_146_304),
+            Asset("ms_coco/v1-5-pruned-emaonly.ckpt", 4_265_380_512),
+        ),
+        companions=TOKENIZER,
+        remedy=FETCH_SD15,
+        unknown_words=None,
+    ),
+}
+
+
+def load_denoiser(spec: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Denoiser:
+    """The model called `spec`, ready on `device`, its modules in `dtype`.
+
+    `spec` is a registered name (`shapes`, `sd15`), a diffusers pipeline folder, or a single .safetensors or .ckpt file
+    of Stable Diffusion 1.x. Nothing is downloaded. Raises `InputError` for an unknown name, for files that are missing
+    (each named, with its size and what to do) and for files that are not what they should be.
+    """
+    # diffusers and transformers take seconds to import: only where a model is really loaded
+    from models.latent_diffusion import LatentDiffusion
+
+    device = torch.device(device)
+    check_assets(str(spec))
+    if str(spec) in REGISTERED:
+        model = REGISTERED[str(spec)]
+        components = _load_path(_first_present(model.weights))
+        return LatentDiffusion(str(spec), components, device=device, dtype=dtype, unknown_words=model.unknown_words)
+    path = Path(spec)
+    return LatentDiffusion(path.resolve().stem, _load_path(path), device=device, dtype=dtype)
+
+
+def check_assets(spec: str) -> None:
+    """Load nothing; raise `InputError` where files of the registered model `spec` are missing.
+
+    The same error where `spec` is neither a registered name nor a path that exists.
+    """
+    if spec in REGISTERED:
+        model = REGISTERED[spec]
+        found = any((SOURCE / asset.path).exists() for asset in model.weights)
+        weights = [] if found else [", or ".join(str(asset) for asset in model.weights)]
+        _check_nothing_missing(f"Model {spec}", [*weights, *_missing(model.companions)], model.remedy)
+    elif not Path(spec).exists():
+        raise InputError(_unknown_message(spec))
+
+
+def _load_path(path: Path) -> Components:
+    from models.loading import assemble_compvis, load_folder, read_compvis
+
+    if path.is_dir():
+        return load_folder(path)
+    state = read_compvis(path)
+    _check_nothing_missing(f"The tokenizer of {path}", _missing(TOKENIZER), FETCH_SD15)
+    return assemble_compvis(state, path, SOURCE / COMPVIS_CONFIGS)
+
+
+def _first_present(assets: Sequence[Asset]) -> Path:
+    return next(SOURCE / asset.path for asset in assets if (SOURCE / asset.path).exists())
+
+
+def _missing(assets: Sequence[Asset]) -> list[str]:
+    return [str(asset) for asset in assets if not (SOURCE / asset.path).exists()]
+
+
+def _check_nothing_missing(what: str, missing: Sequence[str], remedy: str) -> None:
+    if missing:
+        lines = "\n".join(f"  {item}" for item in missing)
+        raise InputError(f"{what} needs files that are not there:\n{lines}\n{remedy}")
+
+
+def _unknown_message(spec: str) -> str:
+    nearest = difflib.get_close_matches(spec, REGISTERED, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    return (
+        f"Model {spec!r} is neither a registered name ({', '.join(REGISTERED)}) nor a file or folder that exists."
+        f"{hint} Models of a hub are not fetched on the way: download them first and give their folder."
+    )

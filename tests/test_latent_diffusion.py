@@ -1,0 +1,293 @@
+"""The Stable Diffusion denoiser against diffusers' and transformers' own modules, and against its own algebra."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from errors import InputError
+from models import load_denoiser
+from models.denoiser import Conditioning
+from models.latent_diffusion import LatentDiffusion
+from tests import golden
+from tests.tiny_pipeline import TEXT_WIDTH, TOKEN_LIMIT, save_tiny_pipeline
+
+PROMPTS = ["red box", "a big cat"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_pipeline(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def denoiser(folder) -> LatentDiffusion:
+    return load_denoiser(folder, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def exact(folder) -> LatentDiffusion:
+    return load_denoiser(folder, device="cpu", dtype=torch.float64)
+
+
+def noise(count: int, sigma: float, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return sigma * torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+class LinearNetwork(nn.Module):
+    """The golden file's own network, eps = c * z + 0.001 * c_noise, which remembers what it was asked."""
+
+    def forward(self, z: Tensor, timestep: Tensor, text: Tensor, return_dict: bool) -> tuple[Tensor]:
+        assert not return_dict
+        self.z, self.timestep = z, timestep
+        return (text[:, :, :, None] * z + 0.001 * timestep[:, None, None, None],)
+
+
+@pytest.mark.parametrize(("scale", "name"), [(1.0, "D_g1"), (7.5, "D_g7p5")])
+def test_estimate_and_network_inputs_agree_with_the_reference(folder, scale, name):
+    def reference(key):
+        return golden.tensor("schedules", f"f64__sd15_{key}")
+
+    text, without = reference("fwd_cond")[:, None, None], reference("fwd_uncond")[:, None, None]
+    denoiser = load_denoiser(folder, device="cpu", dtype=torch.float64)
+    denoiser.unet = LinearNetwork()
+    x, sigma = reference("fwd_x"), reference("grid_sigma")
+    # The reference's unconditional text differs from row to row, so each row is asked alone.
+    rows = []
+    for row in range(len(x)):
+        unconditional = None if scale == 1.0 else without[row : row + 1]
+        conditioning = Conditioning(text[row : row + 1], unconditional, scale)
+        rows.append(denoiser.denoise(x[row : row + 1], sigma[row], conditioning))
+        torch.testing.assert_close(denoiser.unet.z[0], reference("model_input")[row], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(denoiser.unet.timestep[0], reference("c_noise")[row], rtol=1e-8, atol=1e-9)
+        c_in = denoiser.unet.z[0].flatten()[0] / x[row].flatten()[0]
+        torch.testing.assert_close(c_in, reference("c_in")[row], rtol=1e-10, atol=0.0)
+    torch.testing.assert_close(torch.cat(rows), reference(name), rtol=1e-9, atol=1e-10)
+
+
+def test_properties_come_from_the_files(denoiser):
+    assert denoiser.latent_shape == (4, 8, 8)
+    assert denoiser.image_size == (16, 16)
+    assert denoiser.token_limit == TOKEN_LIMIT
+    assert denoiser.time_min == 0.001
+    assert denoiser.sigma_max == pytest.approx(14.6146, abs=1e-4)
+    assert float(denoiser.sigma_of_time(torch.tensor(denoiser.time_min))) == pytest.approx(denoiser.sigma_min, rel=1e-6)
+    modules = (denoiser.unet, denoiser.vae, denoiser.text_encoder)
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    assert not any(module.training for module in modules)
+
+
+def test_denoise_agrees_with_the_modules_fed_by_hand(folder, exact):
+    step, scale = 500, 3.0
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").double()
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").double()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    ids = tokenizer([*PROMPTS, "", ""], padding="max_length", max_length=TOKEN_LIMIT, return_tensors="pt").input_ids
+    alpha_squared = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)[step]
+    sigma = ((1 - alpha_squared) / alpha_squared).sqrt()
+    x = noise(2, float(sigma))
+    with torch.no_grad():
+        text = text_encoder(ids).last_hidden_state
+        z = (x * alpha_squared.sqrt()).repeat(2, 1, 1, 1)
+        with_text, without = unet(z, torch.tensor(step), text).sample.chunk(2)
+        expected = x - sigma * (without + scale * (with_text - without))
+        ours = exact.denoise(x, sigma, exact.encode(PROMPTS, scale))
+    # 1e-5: the network's own embedding of the step is in float32
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_whole_sampling_agrees_with_the_diffusers_pipeline(folder, denoiser):
+    """Euler's method in sigma is DDIM: four steps of the pipeline, text and guidance and decoding included."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    steps = torch.tensor([999, 749, 499, 249, 0], dtype=torch.float64)
+    sigmas = denoiser.sigma_of_time((steps + 1) / 1000)
+    x = noise(2, float(sigmas[0]), torch.float32)
+    latents = x / (1 + float(sigmas[0]) ** 2) ** 0.5
+    theirs = pipeline(
+        PROMPTS, num_inference_steps=4, guidance_scale=7.5, latents=latents, height=16, width=16, output_type="pt"
+    ).images
+    with torch.no_grad():
+        conditioning = denoiser.encode(PROMPTS)
+        for sigma, following in pairwise(sigmas):
+            slope = (x - denoiser.denoise(x, sigma, conditioning)) / sigma
+            x = (x + (following - sigma) * slope).float()
+        # The pipeline decodes its latents in the model's own scaling.
+        ours = denoiser.decode(x / (1 + sigmas[-1].float() ** 2).sqrt())
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-4)
+
+
+def test_guidance_is_the_line_through_both_predictions(exact):
+    x, sigma = noise(2, 3.0), torch.tensor(3.0, dtype=torch.float64)
+    with_text = exact.denoise(x, sigma, exact.encode(PROMPTS, 1.0))
+    without = exact.denoise(x, sigma, exact.encode(["", ""], 1.0))
+    guided = exact.denoise(x, sigma, exact.encode(PROMPTS, 4.0))
+    assert (with_text - without).abs().max() > 1e-4
+    torch.testing.assert_close(guided, without + 4.0 * (with_text - without), rtol=1e-9, atol=1e-9)
+
+
+def test_a_negative_prompt_takes_the_unconditional_place(exact):
+    x, sigma = noise(1, 3.0), torch.tensor(3.0, dtype=torch.float64)
+    negated = exact.denoise(x, sigma, exact.encode(["red box"], 0.0, negative_prompt="cat"))
+    torch.testing.assert_close(negated, exact.denoise(x, sigma, exact.encode(["cat"], 1.0)), rtol=1e-9, atol=1e-9)
+
+
+def test_k_points_in_one_call_equal_k_calls(exact):
+    """Sample-major rows, each with its own noise level."""
+    points, conditioning = 3, exact.encode(PROMPTS)
+    x = noise(2 * points, 5.0).reshape(2, points, 4, 8, 8)
+    sigma = torch.tensor([[0.1, 1.0, 7.0], [0.5, 2.0, 14.0]], dtype=torch.float64)
+    together = exact.denoise(x.flatten(0, 1), sigma.flatten(), conditioning).unflatten(0, (2, points))
+    for point in range(points):
+        alone = exact.denoise(x[:, point], sigma[:, point], conditioning)
+        torch.testing.assert_close(together[:, point], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_text_rows_are_made_once_for_each_count(denoiser):
+    conditioning = denoiser.encode(PROMPTS)
+    rows = conditioning.rows(6)
+    assert conditioning.rows(6) is rows
+    assert conditioning.rows(2) is not rows
+    first, second = conditioning.embeddings
+    assert torch.equal(rows[6:], torch.stack([first, first, first, second, second, second]))
+    assert torch.equal(rows[:6], conditioning.unconditional.expand(6, -1, -1))
+    assert len(denoiser.encode(PROMPTS, 1.0).rows(6)) == 6
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_latents_that_cannot_be_shared_out_are_an_error(denoiser, count):
+    with pytest.raises(ValueError, match="no multiple"):
+        denoiser.denoise(noise(count, 1.0), torch.tensor(1.0), denoiser.encode(PROMPTS))
+
+
+def test_each_prompt_is_encoded_once(folder):
+    denoiser = load_denoiser(folder, device="cpu", dtype=torch.float32)
+    calls = []
+    denoiser.text_encoder.register_forward_hook(lambda _module, arguments, _output: calls.append(arguments))
+    first = denoiser.encode(["red", "blue", "red"])
+    again = denoiser.encode(["blue", "red"])
+    assert len(calls) == 3  # red, blue, and the empty prompt
+    assert torch.equal(again.embeddings, first.embeddings[[1, 0]])
+
+
+def test_the_cache_forgets_the_prompt_longest_unused(folder, monkeypatch):
+    monkeypatch.setattr("models.latent_diffusion.CACHED_PROMPTS", 2)
+    denoiser = load_denoiser(folder, device="cpu", dtype=torch.float32)
+    for prompt in ("a", "b", "a", "c"):
+        denoiser.encode([prompt], 1.0)
+    assert list(denoiser._embeddings) == ["a", "c"]
+
+
+def test_v_prediction_and_epsilon_prediction_of_one_network_agree(tmp_path, exact):
+    """If v = alpha eps - sigma_z x0 is what the network says, both give the same x0 (arXiv 2202.00512, section 4)."""
+    folder = save_tiny_pipeline(tmp_path, prediction_type="v_prediction")
+    v_model = load_denoiser(folder, device="cpu", dtype=torch.float64)
+    x, sigma = noise(2, 3.0), torch.tensor(3.0, dtype=torch.float64)
+    alpha = 1 / (1 + sigma**2).sqrt()
+    # The two folders hold the same weights: the raw output v is read off the epsilon model.
+    v = (x - exact.denoise(x, sigma, exact.encode(PROMPTS))) / sigma
+    z = alpha * x
+    epsilon = alpha * v + sigma * alpha * z
+    x0 = (z - sigma * alpha * epsilon) / alpha
+    ours = v_model.denoise(x, sigma, v_model.encode(PROMPTS))
+    torch.testing.assert_close(ours, x0, rtol=1e-9, atol=1e-9)
+
+
+def test_estimate_can_be_differentiated_in_x_and_sigma(exact):
+    """Distillation follows the loss through the network; checked by finite differences in one direction."""
+    conditioning = exact.encode(["red box"])
+    x = noise(1, 3.0).requires_grad_()
+    sigma = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    probe = noise(1, 1.0, seed=1)
+    value = (exact.denoise(x, sigma, conditioning) * probe).sum()
+    along_x, along_sigma = torch.autograd.grad(value, (x, sigma))
+    step = 3e-4  # no smaller: the network embeds the time in float32
+    with torch.no_grad():
+
+        def difference(x_step: Tensor | float, sigma_step: float) -> Tensor:
+            ahead, behind = (
+                (exact.denoise(x + sign * x_step, sigma + sign * sigma_step, conditioning) * probe).sum()
+                for sign in (1, -1)
+            )
+            return (ahead - behind) / (2 * step)
+
+        assert float(along_sigma) == pytest.approx(float(difference(0.0, step)), rel=2e-2)
+        direction = noise(1, 1.0, seed=2)
+        assert float((along_x * direction).sum()) == pytest.approx(float(difference(step * direction, 0.0)), rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5])
+def test_decoding_in_chunks_equals_the_vae_on_the_whole(folder, denoiser, chunk_size):
+    latents = noise(5, 1.0, torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    with torch.no_grad():
+        images = denoiser.decode(latents, chunk_size)
+        expected = (vae.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1)
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, expected, rtol=0.0, atol=1e-5)
+
+
+def test_low_precision_weights_leave_the_estimate_in_the_type_of_x(folder):
+    denoiser = load_denoiser(folder, device="cpu", dtype=torch.bfloat16)
+    x, sigma = noise(2, 0.05, torch.float32), torch.tensor(0.05, dtype=torch.float64)
+    with torch.no_grad():
+        estimate = denoiser.denoise(x, sigma, denoiser.encode(PROMPTS))
+    assert estimate.dtype == torch.float32
+    # At a small level D is x and a small correction: were it formed in bfloat16 it would be off by |x| / 256.
+    in_full = load_denoiser(folder, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        expected = in_full.denoise(x, sigma, in_full.encode(PROMPTS))
+    correction = (expected - x).abs().max()
+    assert (estimate - expected).abs().max() < 0.1 * correction
+
+
+def test_bad_prompts_are_all_listed_with_their_reasons(denoiser):
+    denoiser.validate_prompts(PROMPTS)
+    long = "abcdefghijklmnopqrstuvwxyz"
+    with pytest.raises(InputError) as error:
+        denoiser.validate_prompts(["red box", "  ", long])
+    message = str(error.value)
+    assert "prompt 2" in message
+    assert "empty" in message
+    assert "prompt 3" in message
+    assert "26 tokens" in message
+    assert "22" in message
+    assert "prompt 1" not in message
+    with pytest.raises(InputError, match="26 tokens"):
+        denoiser.encode([long])
+
+
+def test_words_the_model_was_not_taught_are_named(folder):
+    from models.loading import load_folder
+
+    def unknown_words(prompt: str) -> list[str]:
+        return [word for word in prompt.split() if word not in ("red", "box")]
+
+    denoiser = LatentDiffusion(
+        "taught", load_folder(folder), device=torch.device("cpu"), dtype=torch.float32, unknown_words=unknown_words
+    )
+    denoiser.validate_prompts(["red box"])
+    with pytest.raises(InputError, match="mauve, sofa"):
+        denoiser.validate_prompts(["mauve sofa"])
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
+def test_a_guidance_scale_that_is_no_scale_is_refused(denoiser, scale):
+    with pytest.raises(InputError, match="guidance scale"):
+        denoiser.encode(PROMPTS, scale)
+
+
+def test_no_prompts_and_no_chunk_are_refused(denoiser):
+    with pytest.raises(InputError, match="No prompts"):
+        denoiser.encode([])
+    with pytest.raises(ValueError, match="chunk_size"):
+        denoiser.decode(noise(1, 1.0), chunk_size=0)
+
+
+def test_the_text_width_is_that_of_the_files(denoiser):
+    assert denoiser.encode(PROMPTS).embeddings.shape == (2, TOKEN_LIMIT, TEXT_WIDTH)
