@@ -1,0 +1,117 @@
+"""The shared sampling loop: noise belongs to its seed, images to their prompt and seed, whatever the batch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models import load_denoiser
+from models.generate import Denoise, generate, initial_noise
+from tests.tiny_pipeline import save_tiny_pipeline
+
+CPU = torch.device("cpu")
+SHAPE = (4, 8, 8)
+PROMPTS = ["red box", "a cat", "blue", "red box", "dog"]
+SEEDS = [3, 1, 4, 1, 5]
+SIGMAS = torch.tensor([14.6, 3.0, 0.8, 0.1], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory):
+    return load_denoiser(save_tiny_pipeline(tmp_path_factory.mktemp("tiny")), device=CPU, dtype=torch.float32)
+
+
+def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
+    for sigma, following in pairwise(sigmas):
+        x = x + (following / sigma - 1).to(x) * (x - denoise(x, sigma))
+    return x
+
+
+def start_only(_denoise: Denoise, x: Tensor, _sigmas: Tensor) -> Tensor:
+    return x
+
+
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5), st.data())
+@settings(max_examples=25, deadline=None)
+def test_noise_is_that_of_the_seed_alone_to_the_last_bit(seeds, data):
+    noise = initial_noise(seeds, SHAPE, device=CPU, dtype=torch.float32)
+    order = data.draw(st.permutations(range(len(seeds))))
+    permuted = initial_noise([seeds[index] for index in order], SHAPE, device=CPU, dtype=torch.float32)
+    assert torch.equal(permuted, noise[list(order)])
+    alone = initial_noise(seeds[:1], SHAPE, device=CPU, dtype=torch.float64)
+    assert torch.equal(alone[0], noise[0].double())
+
+
+def test_noise_is_standard_normal_and_differs_between_seeds():
+    noise = initial_noise(range(200), SHAPE, device=CPU, dtype=torch.float32)
+    assert abs(float(noise.mean())) < 0.02
+    assert float(noise.std()) == pytest.approx(1.0, abs=0.02)
+    assert len({float(row[0, 0, 0]) for row in noise}) == 200
+
+
+def test_generating_leaves_the_global_random_state_alone(denoiser):
+    before = torch.random.get_rng_state()
+    generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_start_is_the_first_level_times_the_noise_in_the_type_asked_for(denoiser):
+    latents = generate(denoiser, PROMPTS, SEEDS, start_only, SIGMAS, progress=False, dtype=torch.float64)
+    noise = initial_noise(SEEDS, SHAPE, device=CPU, dtype=torch.float64)
+    assert torch.equal(latents, SIGMAS[0] * noise)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_batch_size_never_changes_an_image(denoiser, batch_size):
+    """In float32 the last bits may move with the shape of a matrix product; an image of 256 levels does not see it."""
+    together = generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, batch_size=5, progress=False)
+    split = generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, batch_size=batch_size, progress=False)
+    torch.testing.assert_close(split, together, rtol=0.0, atol=2e-5 * float(together.abs().max()))
+
+
+def test_an_image_is_that_of_its_own_prompt_and_seed(denoiser):
+    together = generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, batch_size=2, progress=False)
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        alone = generate(denoiser, [prompt], [seed], euler, SIGMAS, progress=False)
+        torch.testing.assert_close(alone[0], together[row], rtol=0.0, atol=2e-5 * float(together.abs().max()))
+    assert (together[0] - together[3]).abs().max() > 0.1  # one prompt, two seeds
+    assert (together[1] - together[3]).abs().max() > 1e-3  # one seed, two prompts
+
+
+def test_embeddings_do_not_depend_on_the_batch_to_the_last_bit(denoiser, tmp_path):
+    together = denoiser.encode(PROMPTS).embeddings
+    fresh = load_denoiser(save_tiny_pipeline(tmp_path), device=CPU, dtype=torch.float32)
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.equal(fresh.encode([prompt]).embeddings[0], together[row])
+
+
+def test_guidance_reaches_the_model(denoiser):
+    plain, default, strong = (
+        generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, guidance_scale=scale, progress=False)
+        for scale in (1.0, None, 7.5)
+    )
+    assert torch.equal(default, strong)
+    assert (plain - strong).abs().max() > 1e-3
+
+
+def test_no_gradient_is_kept(denoiser):
+    assert not generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, progress=False).requires_grad
+
+
+def test_wrong_counts_are_errors(denoiser):
+    with pytest.raises(ValueError, match="as many prompts as seeds"):
+        generate(denoiser, PROMPTS, SEEDS[:2], euler, SIGMAS)
+    with pytest.raises(ValueError, match="at least one"):
+        generate(denoiser, [], [], euler, SIGMAS)
+    with pytest.raises(ValueError, match="batch_size"):
+        generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, batch_size=0)
+
+
+def test_the_bar_counts_images(denoiser, capsys):
+    generate(denoiser, PROMPTS, SEEDS, start_only, SIGMAS, batch_size=2)
+    assert "5/5" in capsys.readouterr().err
