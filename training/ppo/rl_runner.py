@@ -1,0 +1,239 @@
+"""The rollout source of the RL job: a frozen diffusion model sampled with many solver tables at once, then rewarded.
+
+It hands the same `solvers.epd_sampler` that replays a finished table another table for each sample, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+from models.denoiser import Denoiser
+from models.generate import initial_noise
+from solvers import EPDTable, epd_sampler
+from training.ppo.rewards.mix import WeightedMix
+from training.ppo.rollout import PhaseClock, PromptBatch, Scores, derived_seed
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MAX_ROWS = 64
+"""Network rows per call where no limit is set and the device does not report that its memory is full."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """N images with what made them.
+
+    Attributes:
+        pixels: [N, 3, H, W] float32 in [0, 1].
+        prompts: N texts.
+        finite: [N] bool; False where the latents or the pixels hold a NaN or an infinity.
+    """
+
+    pixels: Tensor
+    prompts: tuple[str, ...]
+    finite: Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a step's prompts this process rolls out.
+
+    Every process draws the same tables and prompts, rolls out its own consecutive part of the groups, and gathers the
+    raw scores of all; so all compute the same update and no gradient travels.
+
+    Attributes:
+        rank, count: this process and the number of processes.
+        gather: [n, ...] of this process to [count * n, ...] of all, in the order of their ranks.
+    """
+
+    rank: int = 0
+    count: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda local: local
+
+
+class RLRunner:
+    """Samples and rewards images; a `RolloutSource` whose outcomes are `Images`.
+
+    An image depends on its prompt, its seed and its table, never on the batch or the micro-batch it came in.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sigmas: Tensor,
+        reward: WeightedMix,
+        *,
+        group_size: int,
+        shared_noise: bool,
+        seed: int,
+        guidance_scale: float | None = None,
+        afs: bool = False,
+        max_rows: int | None = None,
+        decode_chunk_size: int = 8,
+        dtype: torch.dtype = torch.float32,
+        shard: Shard | None = None,
+    ) -> None:
+        """Bind all that stays the same over a run.
+
+        Args:
+            denoiser: the frozen model.
+            sigmas: [num_steps] float64, descending.
+            reward: scores images of prompts.
+            group_size: k, samples per prompt.
+            shared_noise: the samples of a prompt start from the same noise, so that their rewards differ by the table
+                alone; otherwise each has its own.
+            seed: of the initial noise.
+            guidance_scale: None: the model's default; 1: no guidance.
+            afs: the solver's first direction is analytic.
+            max_rows: most rows (images x points x guidance halves) in one network call. None: on CUDA all at once,
+                elsewhere `DEFAULT_MAX_ROWS`. Halved whenever the device's memory does not suffice.
+            decode_chunk_size: latents decoded at once.
+            dtype: of the solver's state.
+            shard: this process's part of the work; None: all of it.
+        """
+        self.denoiser = denoiser
+        self.sigmas = sigmas
+        self.reward = reward
+        self.reward_names = tuple(reward.state_dict())
+        self.group_size = group_size
+        self.shared_noise = shared_noise
+        self.seed = seed
+        self.guidance_scale = denoiser.default_guidance_scale if guidance_scale is None else guidance_scale
+        self.afs = afs
+        self.decode_chunk_size = decode_chunk_size
+        self.dtype = dtype
+        self.shard = shard or Shard()
+        self.clock = PhaseClock(denoiser.device)
+        self.max_rows = max_rows if max_rows or denoiser.device.type == "cuda" else DEFAULT_MAX_ROWS
+
+    def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int) -> Images:
+        """This process's part of the images of tables [B * k, S, K] on B prompts, k for each, prompt-major.
+
+        Raises:
+            InputError: the prompts cannot be split evenly among the processes, or one image is too much for the memory.
+        """
+        if len(prompts) % self.shard.count:
+            raise InputError(f"{len(prompts)} prompts cannot be split evenly among {self.shard.count} processes")
+        prompts_here = len(prompts) // self.shard.count
+        first = self.shard.rank * prompts_here
+        groups = range(first, first + prompts_here)
+        return self.sample_images(
+            tables.select(slice(groups.start * self.group_size, groups.stop * self.group_size)),
+            [prompts.texts[group] for group in groups for _ in range(self.group_size)],
+            [self.noise_seed(step, group, member) for group in groups for member in range(self.group_size)],
+        )
+
+    @torch.no_grad()
+    def score(self, outcome: Images) -> Scores:
+        """Reward the images of all processes; images that are not finite are not shown to the reward and get NaN."""
+        with self.clock.measure("reward"):
+            finite = outcome.finite.to(outcome.pixels.device)
+            prompts = [text for text, keep in zip(outcome.prompts, finite.tolist(), strict=True) if keep]
+            raw = self.reward.raw_scores(outcome.pixels[finite], prompts) if prompts else {}
+            parts = {name: self._gathered(raw.get(name), finite) for name in self.reward_names}
+            self.reward.observe(parts)
+            return Scores(self.reward.combine(parts).double(), parts)
+
+    @torch.no_grad()
+    def sample_images(self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
+        """One image for each pair of a prompt and a seed, with one table [S, K] or with one for each [N, S, K].
+
+        Runs in micro-batches of at most `max_rows` network rows; where the device's memory does not suffice they are
+        halved, for this and all later calls.
+
+        Raises:
+            InputError: the memory does not suffice for one image.
+        """
+        pixels, finite = [], []
+        start = 0
+        while start < len(prompts):
+            rows = slice(start, min(start + self._micro_batch(table.num_points), len(prompts)))
+            part = table if table.batch_size is None else table.select(rows)
+            result = self._sample_if_it_fits(part, prompts[rows], seeds[rows])
+            if result is None:
+                self._halve(rows.stop - rows.start, table.num_points)
+                continue
+            pixels.append(result[0])
+            finite.append(result[1])
+            start = rows.stop
+        return Images(torch.cat(pixels), tuple(prompts), torch.cat(finite).cpu())
+
+    def noise_seed(self, step: int, prompt: int, member: int) -> int:
+        """Seed of the initial noise of sample `member` of the step's prompt number `prompt`."""
+        return derived_seed("initial noise", self.seed, step, prompt, 0 if self.shared_noise else member)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds by phase since the last call: text, network, solver (without the network), decode, reward."""
+        return self.clock.take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The reward's running statistics, and the micro-batch that was found to fit."""
+        return {"reward": self.reward.state_dict(), "max_rows": self.max_rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.reward.load_state_dict(state["reward"])
+        self.max_rows = state["max_rows"]
+
+    def _sample_if_it_fits(
+        self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """`_sample`, or None when the device ran out of memory: past the handler, what it allocated is free."""
+        try:
+            return self._sample(table, prompts, seeds)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _sample(self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """One micro-batch: images [n, 3, H, W], and which of them are finite [n]."""
+        device = self.denoiser.device
+        with self.clock.measure("text"):
+            conditioning = self.denoiser.encode(prompts, self.guidance_scale)
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            with self.clock.measure("network"):
+                return self.denoiser.denoise(x, sigma, conditioning)
+
+        with self.clock.measure("solver"):
+            noise = initial_noise(seeds, self.denoiser.latent_shape, device=device, dtype=self.dtype)
+            start = noise * self.sigmas[0].to(noise)
+            latents = epd_sampler(denoise, start, self.sigmas, table.to(device=device), afs=self.afs)
+        with self.clock.measure("decode"):
+            images = self.denoiser.decode(latents, self.decode_chunk_size)
+            finite = latents.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
+        return images, finite
+
+    def _gathered(self, scores: Tensor | None, finite: Tensor) -> Tensor:
+        """Raw scores of the finite images of this process to those of all images of all processes [N], on the CPU."""
+        local = torch.full(finite.shape, torch.nan, device=finite.device)
+        if scores is not None:
+            local[finite] = scores.to(local)
+        return self.shard.gather(local).cpu()
+
+    def _micro_batch(self, points: int) -> int:
+        """Images that go through the solver together."""
+        return max(1, self.max_rows // self._rows_per_image(points)) if self.max_rows else 2**31
+
+    def _halve(self, images: int, points: int) -> None:
+        """Remember that `images` at once were too many."""
+        if images == 1:
+            raise InputError(
+                f"the memory of {self.denoiser.device} does not suffice for one image: "
+                f"free it, use a smaller model.dtype, or another device"
+            )
+        self.max_rows = (images // 2) * self._rows_per_image(points)
+        log.warning(
+            "out of memory with %d images at once: from now on %d (max_rows %d)", images, images // 2, self.max_rows
+        )
+        if self.denoiser.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _rows_per_image(self, points: int) -> int:
+        return points * (1 if self.guidance_scale == 1.0 else 2)

@@ -1,0 +1,173 @@
+"""What the trainer knows of rollouts: prompts in, tables tried on them, rewards out. No model and no reward by name.
+
+A step draws B prompts and k tables for each. All that belongs to its N = B * k samples is prompt-major: row b * k + j
+is table j of prompt b.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errors import InputError
+from solvers import EPDTable
+
+
+class DivergenceError(InputError, RuntimeError):
+    """Training cannot go on: too many rewards, or an update, are not finite. The message says what to change."""
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The B prompts of a step: their texts, and their places in the list of all prompts."""
+
+    texts: tuple[str, ...]
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What N samples were worth.
+
+    Attributes:
+        rewards: [N] float64 on the CPU, prompt-major; NaN or infinite where the image or its score was not finite.
+        parts: raw scores [N] of each reward that went into it, by name.
+    """
+
+    rewards: Tensor
+    parts: Mapping[str, Tensor]
+
+
+Outcome = TypeVar("Outcome")
+"""What a source makes of the tables, for example images; the trainer only hands it on to `score`."""
+
+
+class RolloutSource(Protocol[Outcome]):
+    """Tries tables on prompts. The trainer's only view of models, images and rewards."""
+
+    def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int) -> Outcome:
+        """Use tables [B * k, S, K] on B prompts; `step` (0, 1, ...) seeds whatever is random in it."""
+        ...
+
+    def score(self, outcome: Outcome) -> Scores:
+        """Reward the N = B * k samples of a rollout, in the order of its tables."""
+        ...
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent by phase since this was last called."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        ...
+
+
+class PromptStream:
+    """Prompts without end: epoch after epoch in the list's order, or in a new order each epoch drawn from the seed."""
+
+    def __init__(self, prompts: Sequence[str], *, shuffle: bool, seed: int) -> None:
+        """Start at the first prompt of epoch 0.
+
+        Raises:
+            InputError: there are no prompts.
+        """
+        if not prompts:
+            raise InputError("there are no prompts to train on: the prompt file is empty")
+        self.prompts = tuple(prompts)
+        self.shuffle = shuffle
+        self.seed = seed
+        self.cursor = 0  # prompts taken so far, over all epochs
+        self.fingerprint = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def take(self, number: int) -> PromptBatch:
+        """The next `number` prompts."""
+        indices = tuple(self._index(place) for place in range(self.cursor, self.cursor + number))
+        self.cursor += number
+        return PromptBatch(tuple(self.prompts[index] for index in indices), indices)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream, and what the stream is made of."""
+        return {"cursor": self.cursor, "seed": self.seed, "shuffle": self.shuffle, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a place that `state_dict` gave.
+
+        Raises:
+            InputError: the prompts, their order or the seed are not those of the checkpoint.
+        """
+        mine = self.state_dict()
+        different = [name for name in ("fingerprint", "shuffle", "seed") if mine[name] != state[name]]
+        if different:
+            names = {"fingerprint": "prompts", "shuffle": "data.shuffle", "seed": "run.seed"}
+            raise InputError(
+                f"the checkpoint was trained with other {' and '.join(names[name] for name in different)}: "
+                f"resume with the prompt file and the configuration of the run"
+            )
+        self.cursor = state["cursor"]
+
+    def _index(self, place: int) -> int:
+        epoch, position = divmod(place, len(self.prompts))
+        if not self.shuffle:
+            return position
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(derived_seed("prompt order", self.seed, epoch))
+            self._order = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
+        return self._order[1][position]
+
+
+class PhaseClock:
+    """Seconds by phase; a phase measured inside another counts for itself alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        """A clock that waits for `device` to finish its work before it reads the time."""
+        self._device = device
+        self._seconds: dict[str, float] = {}
+        self._nested: list[float] = []
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Add the time until the block ends to `phase`."""
+        start = self._now()
+        self._nested.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = self._now() - start
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed - self._nested.pop()
+            if self._nested:
+                self._nested[-1] += elapsed
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far; the clock starts again at zero."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
+        return perf_counter()
+
+
+def derived_seed(purpose: str, *parts: int) -> int:
+    """A seed in [0, 2^63) for one purpose, from whole numbers of at least 0 such as the run's seed and the step."""
+    purpose_word = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4])
+    return int(np.random.SeedSequence([purpose_word, *parts]).generate_state(1, np.uint64)[0] >> np.uint64(1))

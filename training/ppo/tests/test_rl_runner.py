@@ -1,0 +1,251 @@
+"""Rollouts: which prompt, noise and table meet in which image, whatever the micro-batch, the process or the memory."""
+
+import itertools
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+import schedules
+from errors import InputError
+from models.generate import generate, initial_noise
+from solvers import EPDTable, epd_sampler
+from training.ppo.policy import EPDParamPolicy
+from training.ppo.rewards.mix import WeightedMix
+from training.ppo.rl_runner import RLRunner, Shard
+from training.ppo.rollout import PhaseClock, PromptBatch, PromptStream, derived_seed
+from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
+
+K = 3
+SIGMAS = schedules.get_schedule("logsnr", 3, GaussianDenoiser.sigma_min, GaussianDenoiser.sigma_max)
+
+
+def runner(denoiser=None, reward=None, **settings):
+    settings = {"group_size": K, "shared_noise": False, "seed": 5, "dtype": torch.float64} | settings
+    return RLRunner(denoiser or GaussianDenoiser(), SIGMAS, reward or brightness(), **settings)
+
+
+def batch(number=4) -> PromptBatch:
+    return PromptStream(PROMPTS, shuffle=False, seed=0).take(number)
+
+
+def tables(number=4 * K) -> EPDTable:
+    policy = EPDParamPolicy(cold_start_table(), concentration=5.0)
+    return policy().sample(number, torch.Generator().manual_seed(0)).table()
+
+
+def test_each_image_comes_from_its_own_prompt_seed_and_table():
+    rolled = runner()
+    images = rolled.roll_out(tables(), batch(), step=7)
+    assert images.pixels.shape == (4 * K, 3, 2, 2)
+    assert images.prompts == tuple(itertools.chain.from_iterable([text] * K for text in PROMPTS[:4]))
+    assert images.finite.all()
+    denoiser = GaussianDenoiser()
+    for row in range(4 * K):
+        conditioning = denoiser.encode([PROMPTS[row // K]])
+        seed = derived_seed("initial noise", 5, 7, row // K, row % K)
+        start = SIGMAS[0] * initial_noise([seed], (4, 2, 2), device=torch.device("cpu"), dtype=torch.float64)
+        latent = epd_sampler(
+            lambda x, s, c=conditioning: denoiser.denoise(x, s, c), start, SIGMAS, tables().select(row)
+        )
+        torch.testing.assert_close(images.pixels[row], denoiser.decode(latent)[0], rtol=0, atol=1e-6)
+
+
+def test_a_rollout_is_what_replay_makes_of_the_same_table():
+    table, seeds, prompts = cold_start_table(), [11, 12, 13, 14], list(PROMPTS[:4])
+    images = runner(dtype=torch.float32).sample_images(table, prompts, seeds)
+    latents = generate(
+        GaussianDenoiser(), prompts, seeds, lambda d, x, s: epd_sampler(d, x, s, table), SIGMAS, progress=False
+    )
+    assert torch.equal(images.pixels, GaussianDenoiser().decode(latents))
+
+
+def test_afs_and_guidance_reach_the_solver_and_the_model():
+    plain = runner().roll_out(tables(), batch(), 0).pixels
+    denoiser = GaussianDenoiser()
+    fast = runner(denoiser, afs=True).roll_out(tables(), batch(), 0).pixels
+    assert denoiser.rows == [24, 12, 24]  # without the first direction
+    unguided = runner(guidance_scale=1.0).roll_out(tables(), batch(), 0).pixels
+    assert not torch.allclose(plain, fast, atol=1e-3)
+    assert not torch.allclose(plain, unguided, atol=1e-3)
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 20, 28, 1000])
+def test_micro_batches_change_nothing(max_rows):
+    whole = runner().roll_out(tables(), batch(), 3)
+    denoiser = GaussianDenoiser()
+    split = runner(denoiser, max_rows=max_rows).roll_out(tables(), batch(), 3)
+    torch.testing.assert_close(split.pixels, whole.pixels, rtol=0, atol=1e-7)
+    assert split.prompts == whole.prompts
+    assert max(denoiser.rows) * 2 <= max(max_rows, 4)  # two guidance halves a row; one image with two points at least
+
+
+def test_memory_that_does_not_suffice_halves_the_batch_and_remembers(caplog):
+    whole = runner().roll_out(tables(), batch(), 3)
+    denoiser = GaussianDenoiser(memory=7)
+    small = runner(denoiser)
+    assert torch.allclose(small.roll_out(tables(), batch(), 3).pixels, whole.pixels, rtol=0, atol=1e-7)
+    assert "from now on 3 (max_rows 12)" in caplog.text
+    denoiser.rows.clear()
+    small.roll_out(tables(), batch(), 4)
+    assert max(denoiser.rows) == 6
+    resumed = runner(GaussianDenoiser(memory=7))
+    resumed.load_state_dict(small.state_dict())
+    resumed.roll_out(tables(), batch(), 4)
+    assert resumed.denoiser.rows == denoiser.rows
+
+
+def test_memory_that_does_not_suffice_for_one_image_is_a_clear_error():
+    with pytest.raises(InputError, match="does not suffice for one image"):
+        runner(GaussianDenoiser(memory=1)).roll_out(tables(), batch(), 0)
+
+
+def noise_seeds(shared, step):
+    source = runner(shared_noise=shared)
+    return [[source.noise_seed(step, prompt, member) for member in range(K)] for prompt in range(4)]
+
+
+def test_noise_is_shared_inside_a_group_where_asked_for_and_nowhere_else():
+    shared, distinct = noise_seeds(True, 0), noise_seeds(False, 0)
+    assert all(len(set(group)) == 1 for group in shared)
+    assert len({group[0] for group in shared}) == 4
+    assert len(set(itertools.chain.from_iterable(distinct))) == 4 * K
+    assert set(itertools.chain.from_iterable(distinct)).isdisjoint(itertools.chain.from_iterable(noise_seeds(False, 1)))
+    assert runner(seed=6, shared_noise=True).noise_seed(0, 0, 0) != shared[0][0]
+
+
+def test_with_shared_noise_equal_tables_make_equal_images():
+    one = cold_start_table().expand(4 * K)
+    shared = runner(shared_noise=True).roll_out(one, batch(), 0).pixels.view(4, K, -1)
+    assert torch.equal(shared[:, 0], shared[:, 1])
+    assert not torch.equal(shared[0, 0], shared[1, 0])
+    distinct = runner(shared_noise=False).roll_out(one, batch(), 0).pixels.view(4, K, -1)
+    assert not torch.equal(distinct[:, 0], distinct[:, 1])
+
+
+def test_scores_are_those_of_the_reward_in_order():
+    source = runner()
+    images = source.roll_out(tables(), batch(), 0)
+    scores = source.score(images)
+    expected = Brightness().score(images.pixels, images.prompts)
+    assert torch.equal(scores.rewards, expected.double())
+    assert torch.equal(scores.parts["brightness"], expected)
+
+
+class Explosive(GaussianDenoiser):
+    """Decodes the latents of the prompt `blue` to NaN."""
+
+    def denoise(self, x, sigma, conditioning):
+        blue = self.encode(["blue"]).embeddings[0]
+        lost = (conditioning.rows(len(x)) == blue).all((1, 2))
+        return torch.where(lost[:, None, None, None], torch.inf, super().denoise(x, sigma, conditioning))
+
+
+class Strict(Brightness):
+    """A reward that must never be shown what is not an image."""
+
+    def score(self, images, prompts):
+        assert images.isfinite().all()
+        return super().score(images, prompts)
+
+
+def test_images_that_are_not_finite_get_no_score():
+    source = runner(Explosive(), WeightedMix({"strict": (Strict(), 1.0)}))
+    images = source.roll_out(tables(), batch(), 0)
+    assert images.finite.view(4, K).tolist() == [[True] * K, [True] * K, [False] * K, [True] * K]
+    scores = source.score(images)
+    assert scores.rewards.isnan().view(4, K).tolist() == (~images.finite).view(4, K).tolist()
+    assert source.state_dict()["reward"]["strict"]["count"] == 3 * K
+    only = PromptBatch(("blue", "blue"), (2, 2))
+    assert source.score(source.roll_out(tables(2 * K), only, 0)).rewards.isnan().all()
+
+
+def test_processes_share_the_work_and_agree():
+    """Two threads stand for two processes; the exchange between them is real."""
+    whole = runner(shared_noise=False)
+    expected = whole.score(whole.roll_out(tables(), batch(), 2)).rewards
+    barrier, exchanged, results = threading.Barrier(2), [None, None], [None, None]
+
+    def process(rank):
+        def gather(local):
+            exchanged[rank] = local
+            barrier.wait(timeout=60)
+            together = torch.cat(exchanged)
+            barrier.wait(timeout=60)
+            return together
+
+        source = runner(shared_noise=False, shard=Shard(rank, 2, gather))
+        images = source.roll_out(tables(), batch(), 2)
+        results[rank] = (len(images.pixels), source.score(images).rewards)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for images, rewards in results:
+        assert images == 2 * K
+        torch.testing.assert_close(rewards, expected, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="3 prompts cannot be split evenly among 2"):
+        runner(shard=Shard(0, 2)).roll_out(tables(3 * K), batch(3), 0)
+
+
+def test_every_phase_is_timed():
+    source = runner()
+    source.score(source.roll_out(tables(), batch(), 0))
+    seconds = source.take_seconds()
+    assert seconds.keys() == {"text", "network", "solver", "decode", "reward"}
+    assert all(spent > 0 for spent in seconds.values())
+    assert source.take_seconds() == {}
+
+
+def test_a_phase_inside_another_counts_once():
+    clock = PhaseClock(torch.device("cpu"))
+    with clock.measure("outer"):
+        time.sleep(0.01)
+        with clock.measure("inner"):
+            time.sleep(0.05)
+    seconds = clock.take()
+    assert seconds["inner"] >= 0.05
+    assert 0.01 <= seconds["outer"] < 0.05
+
+
+def test_prompts_in_order_wrap_around():
+    stream = PromptStream(PROMPTS, shuffle=False, seed=0)
+    assert stream.take(4).indices == (0, 1, 2, 3)
+    assert stream.take(4) == PromptBatch((PROMPTS[4], PROMPTS[5], PROMPTS[0], PROMPTS[1]), (4, 5, 0, 1))
+
+
+def test_shuffled_prompts_come_once_an_epoch_in_a_new_order():
+    stream = PromptStream(PROMPTS, shuffle=True, seed=3)
+    taken = [index for _ in range(9) for index in stream.take(4).indices]  # 36 prompts, 6 epochs
+    epochs = [tuple(taken[start : start + 6]) for start in range(0, 36, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len(set(epochs)) > 3
+    again = PromptStream(PROMPTS, shuffle=True, seed=3)
+    assert list(again.take(36).indices) == taken  # the batch size does not matter
+    assert list(PromptStream(PROMPTS, shuffle=True, seed=4).take(36).indices) != taken
+
+
+def test_a_prompt_stream_goes_on_where_it_was():
+    stream = PromptStream(PROMPTS, shuffle=True, seed=3)
+    stream.take(8)
+    resumed = PromptStream(PROMPTS, shuffle=True, seed=3)
+    resumed.load_state_dict(stream.state_dict())
+    assert resumed.take(10) == stream.take(10)
+
+
+def test_a_prompt_stream_refuses_another_streams_place():
+    state = PromptStream(PROMPTS, shuffle=True, seed=3).state_dict()
+    with pytest.raises(InputError, match=r"other prompts and run\.seed:"):
+        PromptStream(PROMPTS[:3], shuffle=True, seed=4).load_state_dict(state)
+    with pytest.raises(InputError, match=r"other data\.shuffle:"):
+        PromptStream(PROMPTS, shuffle=False, seed=3).load_state_dict(state)
+    with pytest.raises(InputError, match="no prompts"):
+        PromptStream([], shuffle=False, seed=0)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q"]))
