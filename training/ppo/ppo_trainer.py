@@ -1,0 +1,270 @@
+"""The PPO loop: it knows a policy over tables, a source that tries them, and prompts; no model, no image, no reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Generic
+
+import torch
+from torch import Tensor
+
+from training.ppo import algorithm
+from training.ppo.config import PPOConfig
+from training.ppo.policy import EPDParamPolicy, TableDistribution, TableSample
+from training.ppo.rollout import DivergenceError, Outcome, PromptStream, RolloutSource, Scores, derived_seed
+
+METRICS: Mapping[str, str] = {
+    "step": "number of this step, from 1",
+    "images": "images rolled out since the start of the run",
+    "learning_rate": "Adam's step size in this step",
+    "reward_mean": "mean reward of the step's finite samples",
+    "reward_min": "least reward of the step's finite samples",
+    "reward_max": "largest reward of the step's finite samples",
+    "reward_within_variance": "mean over prompts of the reward's variance inside a group: the signal, and its noise",
+    "reward_between_variance": "variance of the prompts' mean rewards: what the prompt baseline removes",
+    "saturated_share": "share of rewards in groups whose rewards are all equal: they teach nothing",
+    "dropped_groups": "groups left out of the update for rewards that were NaN or infinite",
+    "policy_loss": "clipped surrogate, mean over the step's minibatches",
+    "kl": "KL(policy || cold start) in nats, summed over the table's intervals, mean over the minibatches",
+    "entropy": "entropy of the policy in nats, summed over the table's intervals, mean over the minibatches",
+    "gradient_norm": "Euclidean norm of the gradient before clipping, mean over the minibatches",
+    "first_pass_ratio_error": "largest |ratio - 1| before the step's first update: 0, or sampling and scoring disagree",
+    "approximate_kl": "KL(before || after the step) in nats, estimated on the step's tables",
+    "clip_fraction": "share of the step's tables whose ratio left the clip range by the end of the step",
+    "effective_sample_share": "effective sample size of the ratios at the end of the step, over their number",
+    "parameters_at_bounds": "policy parameters held at a bound, where they get no gradient",
+}
+"""Every metric of a step with its meaning; beside these `reward/<name>`, the mean raw score of each reward, and
+`seconds/<phase>`, where a step's time went, with `seconds/update` and the whole `seconds/step`."""
+
+
+@dataclass(frozen=True)
+class Trial(Generic[Outcome]):
+    """Tables as drawn, their log-probability [N] then, and what the source made of them."""
+
+    sample: TableSample
+    log_prob: Tensor
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The n <= N samples that an update uses: all groups whose rewards were finite, prompt-major.
+
+    Attributes:
+        sample: the tables.
+        log_prob: [n], of the policy that drew them.
+        rewards: [n].
+        dropped_groups: how many groups were left out.
+        parts: mean raw score of each reward, over the finite ones.
+    """
+
+    sample: TableSample
+    log_prob: Tensor
+    rewards: Tensor
+    dropped_groups: int
+    parts: Mapping[str, float]
+
+
+class PPOTrainer(Generic[Outcome]):
+    """PPO (arXiv 1707.06347) of a policy over tables, with leave-one-out baselines (arXiv 2402.14740).
+
+    In a run of several processes each holds a trainer with the same seed; they differ only in what their source rolls
+    out, and since every source gathers the scores of all, every trainer makes the same update.
+    """
+
+    def __init__(
+        self,
+        policy: EPDParamPolicy,
+        source: RolloutSource[Outcome],
+        prompts: PromptStream,
+        settings: PPOConfig,
+        *,
+        seed: int,
+    ) -> None:
+        """Train `policy` on what `source` makes of its tables.
+
+        Args:
+            policy: changed in place.
+            source: tries and rewards `settings.rloo_k` tables per prompt.
+            prompts: where each step's prompts come from.
+            settings: section `ppo` of the configuration.
+            seed: of the tables drawn and of the order of the minibatches.
+        """
+        self.policy = policy
+        self.source = source
+        self.prompts = prompts
+        self.settings = settings
+        self.generator = torch.Generator().manual_seed(derived_seed("tables and minibatches", seed))
+        self.optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
+        self.completed_steps = 0
+
+    def step(self) -> dict[str, float]:
+        """One rollout and its updates; returns the metrics named in `METRICS`.
+
+        Raises:
+            DivergenceError: too many rewards, or a gradient, were not finite.
+        """
+        start = perf_counter()
+        trial = self._roll_out()
+        batch = self._score(trial)
+        advantages = self._advantages(batch.rewards)
+        update = self._update(batch, advantages)
+        return self._log(batch, update, perf_counter() - start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact resume needs, as tensors and plain values; to be taken between steps."""
+        return {
+            "completed_steps": self.completed_steps,
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "prompts": self.prompts.state_dict(),
+            "source": self.source.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Raises:
+            InputError: the state belongs to other prompts or other rewards.
+        """
+        self.prompts.load_state_dict(state["prompts"])
+        self.source.load_state_dict(state["source"])
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.completed_steps = state["completed_steps"]
+
+    @torch.no_grad()
+    def _roll_out(self) -> Trial[Outcome]:
+        self.source.take_seconds()  # what others did with the source since the last step is not this step's
+        prompts = self.prompts.take(self.settings.rollout_batch_size // self.settings.rloo_k)
+        distribution = self.policy()
+        sample = distribution.sample(self.settings.rollout_batch_size, self.generator)
+        outcome = self.source.roll_out(sample.table(), prompts, self.completed_steps)
+        return Trial(sample, distribution.log_prob(sample), outcome)
+
+    def _score(self, trial: Trial[Outcome]) -> Batch:
+        scores = self.source.score(trial.outcome)
+        groups = scores.rewards.view(-1, self.settings.rloo_k).isfinite().all(1)  # [B]
+        self._require_enough(groups)
+        kept = groups.repeat_interleave(self.settings.rloo_k)  # [N]
+        return Batch(
+            trial.sample.select(kept),
+            trial.log_prob[kept],
+            scores.rewards[kept].to(trial.log_prob),
+            dropped_groups=int((~groups).sum()),
+            parts=_finite_means(scores),
+        )
+
+    def _require_enough(self, finite_groups: Tensor) -> None:
+        dropped = 1.0 - finite_groups.double().mean().item()
+        if dropped > self.settings.max_nonfinite_share or not finite_groups.any():
+            raise DivergenceError(
+                f"step {self.completed_steps + 1}: {dropped:.0%} of the groups have rewards that are NaN or infinite, "
+                f"and ppo.max_nonfinite_share={self.settings.max_nonfinite_share:g}: the tables leave the range in "
+                f"which the solver is stable, or the reward is broken; lower ppo.learning_rate, raise "
+                f"ppo.dirichlet_concentration, or use model.dtype=float32, and resume from the last checkpoint"
+            )
+
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        return algorithm.normalize(
+            algorithm.leave_one_out_advantages(rewards, self.settings.rloo_k, baseline=self.settings.baseline)
+        )
+
+    def _update(self, batch: Batch, advantages: Tensor) -> dict[str, float]:
+        """All passes over the batch; returns the metrics of the update."""
+        start = perf_counter()
+        rate = self._set_learning_rate()
+        ratio_error = (self._log_prob(batch) - batch.log_prob).expm1().abs().max().item()
+        passes: list[dict[str, float]] = []
+        for _ in range(self.settings.ppo_epochs):
+            order = torch.randperm(len(advantages), generator=self.generator)
+            for rows in order.split(self.settings.minibatch_size):
+                passes.append(self._update_minibatch(batch.sample.select(rows), batch.log_prob[rows], advantages[rows]))
+        log_prob = self._log_prob(batch)
+        moved = algorithm.approximate_kl(log_prob, batch.log_prob)
+        self._require_finite(moved, "the KL divergence between the policies before and after the update")
+        return {
+            "learning_rate": rate,
+            **{name: sum(metrics[name] for metrics in passes) / len(passes) for name in passes[0]},
+            "first_pass_ratio_error": ratio_error,
+            "approximate_kl": moved,
+            "clip_fraction": algorithm.clip_fraction(log_prob, batch.log_prob, self.settings.clip_range),
+            "effective_sample_share": algorithm.effective_sample_share(log_prob, batch.log_prob),
+            "seconds/update": perf_counter() - start,
+        }
+
+    def _update_minibatch(self, sample: TableSample, old_log_prob: Tensor, advantages: Tensor) -> dict[str, float]:
+        """One step of the optimiser."""
+        settings, distribution = self.settings, self.policy()
+        policy_loss = algorithm.clipped_surrogate(
+            distribution.log_prob(sample), old_log_prob, advantages, settings.clip_range
+        )
+        kl, entropy = distribution.kl(self.policy.cold_start()), distribution.entropy()
+        loss = algorithm.total_loss(
+            policy_loss, kl, entropy, kl_coef=settings.kl_coef, entropy_coef=settings.entropy_coef
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), settings.max_grad_norm)
+        self._require_finite(norm.item(), "the norm of the gradient")
+        self.optimizer.step()
+        return {
+            "policy_loss": policy_loss.item(),
+            "kl": kl.item(),
+            "entropy": entropy.item(),
+            "gradient_norm": norm.item(),
+        }
+
+    def _require_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise DivergenceError(
+                f"step {self.completed_steps + 1}: {what} is {value}: the update went too far; lower ppo.learning_rate "
+                f"or ppo.ppo_epochs, and resume from the last checkpoint"
+            )
+
+    @torch.no_grad()
+    def _log_prob(self, batch: Batch) -> Tensor:
+        return self.policy().log_prob(batch.sample)
+
+    def _set_learning_rate(self) -> float:
+        settings = self.settings
+        rate = algorithm.learning_rate(
+            self.completed_steps, settings.steps, settings.learning_rate, settings.learning_rate_schedule
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    @torch.no_grad()
+    def _log(self, batch: Batch, update: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """Count the step as done, and gather its metrics."""
+        self.completed_steps += 1
+        distribution: TableDistribution = self.policy()
+        within, between = algorithm.reward_variances(batch.rewards, self.settings.rloo_k)
+        return {
+            "step": self.completed_steps,
+            "images": self.completed_steps * self.settings.rollout_batch_size,
+            "reward_mean": batch.rewards.mean().item(),
+            "reward_min": batch.rewards.min().item(),
+            "reward_max": batch.rewards.max().item(),
+            **{f"reward/{name}": mean for name, mean in batch.parts.items()},
+            "reward_within_variance": within,
+            "reward_between_variance": between,
+            "saturated_share": algorithm.saturated_share(batch.rewards, self.settings.rloo_k),
+            "dropped_groups": batch.dropped_groups,
+            **update,
+            "parameters_at_bounds": distribution.at_bounds,
+            **{f"seconds/{phase}": spent for phase, spent in self.source.take_seconds().items()},
+            "seconds/step": seconds,
+        }
+
+
+def _finite_means(scores: Scores) -> dict[str, float]:
+    """Mean raw score of each reward, over the finite ones."""
+    return {name: values[values.isfinite()].double().mean().item() for name, values in scores.parts.items()}
