@@ -99,7 +99,8 @@ def load_denoiser(spec: str | Path, *, device: torch.device | str, dtype: torch.
         components = _load_path(_first_present(model.weights))
         return LatentDiffusion(str(spec), components, device=device, dtype=dtype, unknown_words=model.unknown_words)
     path = Path(spec)
-    return LatentDiffusion(path.resolve().stem, _load_path(path), device=device, dtype=dtype)
+    name = path.stem if path.is_file() else path.resolve().name
+    return LatentDiffusion(name, _load_path(path), device=device, dtype=dtype)
 
 
 def check_assets(spec: str) -> None:

@@ -101,8 +101,12 @@ def test_denoise_agrees_with_the_modules_fed_by_hand(folder, exact):
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_whole_sampling_agrees_with_the_diffusers_pipeline(folder, denoiser):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_whole_sampling_agrees_with_the_diffusers_pipeline(tmp_path, prediction_type):
     """Euler's method in sigma is DDIM: four steps of the pipeline, text and guidance and decoding included."""
+    folder = save_tiny_pipeline(tmp_path / "v1.5", prediction_type=prediction_type)
+    denoiser = load_denoiser(folder, device="cpu", dtype=torch.float32)
+    assert denoiser.name == "v1.5"
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     steps = torch.tensor([999, 749, 499, 249, 0], dtype=torch.float64)
