@@ -328,13 +328,16 @@ def dpmpp_sampler(
     """DPM-Solver++ multistep, one evaluation (Lu et al., arXiv 2211.01095, Algorithm 2 is 2M in data prediction).
 
     In λ = -log σ the linear part of the ODE is solved exactly and the rest is extrapolated from past estimates m0 (the
-    newest), m1, m2. With h = λ_{i+1} - λ_i, and D1, D2 for h dm/dλ and h² d²m/dλ² by differences (`_dpmpp_weights`):
+    newest), m1, m2. With h = λ_{i+1} - λ_i, and D1, D2 for h dm/dλ and h²/2 d²m/dλ² by differences (`_dpmpp_weights`):
 
         predict_x0, m = D(x, σ):   x <- (b/a) x - φ1 m0 + φ2 D1 - φ3 D2,   φ1 = e^-h - 1, φ2 = φ1/h + 1, φ3 = φ2/h - 1/2
         otherwise,  m = d(x, σ):   x <- x - b (φ1 m0 + φ2 D1 + φ3 D2),     φ1 = e^h - 1,  φ2 = φ1/h - 1, φ3 = φ2/h - 1/2
 
     The first intervals run at the order that their history allows. With `lower_order_final` the order, once it has
     reached max_order, comes down to 1 at the end, which steadies runs of few steps. max_order in 1..3; 1 is DDIM.
+
+    3M is the rule of the authors' code and of its ports. Exact for m linear in λ, it would be so for quadratic m with
+    2 φ3 in place of φ3; as published it converges with order 2.
     """
     if max_order not in (1, 2, 3):
         raise ValueError(f"dpmpp needs max_order in [1, 2, 3]; got {max_order}")

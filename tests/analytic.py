@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from solvers import Denoise
+
+
+class Level(NamedTuple):
+    """How much of data and noise is in x = signal · x0 + sigma · noise; flow matching has signal = 1 - sigma."""
+
+    sigma: float
+    signal: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,11 @@ def gaussian_solution(mean: Tensor, std: float, x: Tensor, start: float, end: fl
     return mean + (x - mean) * math.sqrt((std**2 + end**2) / (std**2 + start**2))
 
 
-def mixture_solution_1d(mixture: GaussianMixture, x: Tensor, start: float, end: float) -> Tensor:
+def mixture_solution_1d(mixture: GaussianMixture, x: Tensor, start: Level, end: Level) -> Tensor:
     """The same for a mixture in one dimension (latents [1, 1, 1]): x [N, 1, 1, 1] -> [N, 1, 1, 1].
 
     In one dimension the flow keeps the order of points and so their quantile: F_end(x_end) = F_start(x_start), with F
-    the distribution function of x0 + sigma · noise. Solved for x_end by bisection to the last bit.
+    the distribution function of signal · x0 + sigma · noise. Solved for x_end by bisection to the last bit.
     """
     quantile = _distribution_function(mixture, x, start)
     low, high = torch.full_like(x, -1e3), torch.full_like(x, 1e3)
@@ -70,9 +78,9 @@ def mixture_solution_1d(mixture: GaussianMixture, x: Tensor, start: float, end: 
     return (low + high) / 2
 
 
-def _distribution_function(mixture: GaussianMixture, x: Tensor, sigma: float) -> Tensor:
-    means = mixture.means.flatten()
-    standardized = (x[..., None] - means) / (mixture.stds**2 + sigma**2).sqrt()
+def _distribution_function(mixture: GaussianMixture, x: Tensor, level: Level) -> Tensor:
+    means = level.signal * mixture.means.flatten()
+    standardized = (x[..., None] - means) / (level.signal**2 * mixture.stds**2 + level.sigma**2).sqrt()
     return (mixture.weights * torch.special.ndtr(standardized)).sum(-1)
 
 
