@@ -83,8 +83,8 @@ def _time_uniform(u: Tensor, sigma_min: float, sigma_max: float, rho: float) -> 
 
 
 def _power_interpolation(u: Tensor, start: float, end: float, rho: float) -> Tensor:
-    """From start (u = 0) to end (u = 1), uniform in the rho-th root."""
-    return (start ** (1 / rho) + u * (end ** (1 / rho) - start ** (1 / rho))) ** rho
+    """From start (u = 0) to end (u = 1), uniform in the rho-th root; no rounding of start reaches end."""
+    return ((1 - u) * start ** (1 / rho) + u * end ** (1 / rho)) ** rho
 
 
 def _model_grid(

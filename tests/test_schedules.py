@@ -1,0 +1,182 @@
+"""The grids against reference numbers, their end points, and the models whose time they follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from schedules import SCHEDULES, get_schedule
+from tests import golden
+
+
+class DiscreteModel:
+    """Stable Diffusion's time: log α is piecewise linear through 1000 training steps, step i at t = (i + 1)/1000."""
+
+    time_min = 0.001
+
+    def __init__(self) -> None:
+        betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2
+        self.log_alpha = np.log(np.cumprod(1 - betas)) / 2
+
+    def sigma_of_time(self, time: Tensor) -> Tensor:
+        log_alpha = np.interp(time.numpy(), np.arange(1, 1001) / 1000, self.log_alpha)
+        return torch.from_numpy(np.sqrt(np.expm1(-2 * log_alpha)))
+
+
+@dataclass(frozen=True)
+class FlowModel:
+    """Flow matching with a shifted time: σ = shift · t / (1 + (shift - 1) t)."""
+
+    shift: float
+    time_min: float
+
+    def sigma_of_time(self, time: Tensor) -> Tensor:
+        return self.shift * time / (1 + (self.shift - 1) * time)
+
+
+DISCRETE_RANGE = (0.029167158151720367, 14.614641229333643)
+FLOW_MODELS = {
+    "sd3_512": FlowModel(3.0, 0.003 / 1.002),
+    "sd3_1024": FlowModel(3.0, 0.003 / 1.002),
+    "flux_1024": FlowModel(math.exp(1.15), 0.001),
+    "flux_1024_mu1p15": FlowModel(math.exp(1.15), 0.001),
+}
+
+
+def schedule_of(schedule_type: str, num_steps: int, **options: Any) -> Tensor:
+    """Any schedule, over a range that suits it."""
+    if schedule_type == "discrete":
+        return get_schedule(schedule_type, num_steps, *DISCRETE_RANGE, denoiser=DiscreteModel(), **options)
+    if schedule_type == "flowmatch":
+        model = FLOW_MODELS["sd3_512"]
+        low = model.sigma_of_time(torch.tensor(model.time_min)).item()
+        return get_schedule(schedule_type, num_steps, low, 1.0, denoiser=model, **options)
+    return get_schedule(schedule_type, num_steps, 0.002, 80.0, **options)
+
+
+# --- Reference numbers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [4, 6, 10, 11])
+def test_golden_formula_schedules(num_steps: int) -> None:
+    for rho in (1, 3, 7):
+        # The peer reaches sigma_min through sigma_max + (sigma_min - sigma_max), which leaves it 11 digits.
+        expected = golden.tensor("schedules", f"f64__polynomial_rho{rho}_n{num_steps}")
+        torch.testing.assert_close(schedule_of("polynomial", num_steps, rho=rho), expected, rtol=1e-11, atol=0)
+    expected = golden.tensor("schedules", f"f64__logsnr_n{num_steps}")
+    torch.testing.assert_close(schedule_of("logsnr", num_steps), expected, rtol=1e-12, atol=0)
+    for rho in (1, 2, 7):
+        # The peer takes exp(z) - 1 at z = 4e-6, which leaves it 10 digits.
+        expected = golden.tensor("schedules", f"f64__time_uniform_rho{rho}_n{num_steps}")
+        torch.testing.assert_close(schedule_of("time_uniform", num_steps, rho=rho), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("num_steps", [4, 6, 10, 11, 21])
+def test_golden_discrete_schedule(num_steps: int) -> None:
+    expected = golden.tensor("schedules", f"f64__sd15_discrete_rho1_n{num_steps}")
+    torch.testing.assert_close(schedule_of("discrete", num_steps, rho=1), expected, rtol=1e-12, atol=0)
+
+
+def test_golden_bent_discrete_schedule() -> None:
+    """The peer forgets the root of the largest time, which is 1 here."""
+    expected = golden.tensor("schedules", "f64__sd15_discrete_rho2_n6_PEERQUIRK")
+    torch.testing.assert_close(schedule_of("discrete", 6, rho=2), expected, rtol=1e-12, atol=0)
+
+
+def test_golden_grid_of_a_published_run() -> None:
+    expected = golden.tensor("schedules", "stored_rlepd00036_t_steps_n10").double()
+    low, high = (golden.tensor("schedules", f"stored_rlepd00036_sigma_{end}").item() for end in ("min", "max"))
+    sigmas = get_schedule("discrete", 10, low, high, rho=1, denoiser=DiscreteModel())
+    torch.testing.assert_close(sigmas, expected, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", FLOW_MODELS)
+def test_golden_flow_matching_schedules(name: str) -> None:
+    prefix = f"f32__flowmatch_{name}_n"
+    grids = [key for key in golden.arrays("schedules") if key.startswith(prefix)]
+    assert grids
+    model = FLOW_MODELS[name]
+    low = model.sigma_of_time(torch.tensor(model.time_min, dtype=torch.float64)).item()
+    for key in grids:
+        sigmas = get_schedule("flowmatch", int(key.removeprefix(prefix)), low, 1.0, denoiser=model)
+        torch.testing.assert_close(sigmas, golden.tensor("schedules", key).double(), rtol=2e-6, atol=0)
+
+
+# --- What must hold for every grid -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    schedule_type=st.sampled_from(SCHEDULES),
+    num_steps=st.integers(2, 60),
+    rho=st.floats(0.5, 12, allow_subnormal=False),
+)
+def test_grids_descend_in_float64_from_end_to_end(schedule_type: str, num_steps: int, rho: float) -> None:
+    sigmas = schedule_of(schedule_type, num_steps, rho=rho)
+    low, high = {"discrete": DISCRETE_RANGE, "flowmatch": (0.00892857142857, 1.0)}.get(schedule_type, (0.002, 80.0))
+    assert (sigmas.dtype, sigmas.shape) == (torch.float64, (num_steps,))
+    assert (sigmas.diff() < 0).all()
+    assert sigmas[0].item() == pytest.approx(high, rel=1e-10)
+    assert sigmas[-1].item() == pytest.approx(low, rel=1e-9)
+
+
+def test_grids_by_hand() -> None:
+    """Three points: the middle one by each formula, for a range of 1 to 16."""
+    assert get_schedule("polynomial", 3, 1.0, 16.0, rho=1)[1].item() == pytest.approx(8.5)
+    assert get_schedule("polynomial", 3, 1.0, 16.0, rho=2)[1].item() == pytest.approx(2.5**2)
+    assert get_schedule("logsnr", 3, 1.0, 16.0)[1].item() == pytest.approx(4.0)
+    discrete = schedule_of("discrete", 1000, rho=1)  # every training step once
+    torch.testing.assert_close(discrete.flip(0), DiscreteModel().sigma_of_time(torch.arange(1, 1001).double() / 1000))
+
+
+def test_time_uniform_is_a_variance_preserving_process() -> None:
+    """log(σ² + 1) is a quadratic in t without constant term, for which three points on it decide the fourth."""
+    sigmas = get_schedule("time_uniform", 5, 0.01, 50.0, rho=1)
+    time = torch.linspace(1, 1e-3, 5, dtype=torch.float64)
+    quotient = torch.log1p(sigmas**2) / time  # linear in t
+    torch.testing.assert_close(quotient.diff(), quotient.diff()[0].expand(4), rtol=1e-9, atol=0)
+
+
+def test_rho_bends_discrete_time_towards_its_small_end() -> None:
+    even, bent = schedule_of("discrete", 6, rho=1), schedule_of("discrete", 6, rho=3)
+    assert (bent[1:-1] < even[1:-1]).all()
+    torch.testing.assert_close(bent[[0, -1]], even[[0, -1]])
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: get_schedule("karras", 5, 0.1, 1.0), r"unknown schedule_type 'karras'; known: polynomial, logsnr"),
+        (lambda: get_schedule("logsnr", 1, 0.1, 1.0), r"num_steps counts grid points, at least 2; got 1"),
+        (lambda: get_schedule("logsnr", 5, 1.0, 0.1), r"0 < sigma_min < sigma_max; got 1.0 and 0.1"),
+        (lambda: get_schedule("logsnr", 5, 0.0, 1.0), r"0 < sigma_min < sigma_max; got 0.0 and 1.0"),
+        (lambda: get_schedule("logsnr", 5, 0.1, math.nan), r"0 < sigma_min < sigma_max; got 0.1 and nan"),
+        (lambda: get_schedule("logsnr", 5, 0.1, math.inf), r"0 < sigma_min < sigma_max; got 0.1 and inf"),
+        (lambda: get_schedule("polynomial", 5, 0.1, 1.0, rho=0.0), r"rho must be positive; got 0.0"),
+        (lambda: get_schedule("discrete", 5, *DISCRETE_RANGE), r"the discrete schedule .* needs a denoiser"),
+        (lambda: get_schedule("flowmatch", 5, 0.1, 1.0), r"the flowmatch schedule .* needs a denoiser"),
+        (
+            lambda: get_schedule("discrete", 5, 0.002, 80.0, denoiser=DiscreteModel()),
+            r"discrete schedule has the model's own sigma_max = 14.6146; got 80",
+        ),
+        (
+            lambda: get_schedule("discrete", 5, 0.002, DISCRETE_RANGE[1], denoiser=DiscreteModel()),
+            r"discrete schedule has the model's own sigma_min = 0.0291672; got 0.002",
+        ),
+    ],
+)
+def test_refuses(call: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
