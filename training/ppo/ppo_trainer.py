@@ -116,7 +116,10 @@ class PPOTrainer(Generic[Outcome]):
         return self._log(batch, update, perf_counter() - start)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact resume needs, as tensors and plain values; to be taken between steps."""
+        """Everything that a bit-exact resume needs, as tensors and plain values; to be taken between steps.
+
+        The tensors are the live ones: write them down, or copy them, before the next step.
+        """
         return {
             "completed_steps": self.completed_steps,
             "policy": self.policy.state_dict(),

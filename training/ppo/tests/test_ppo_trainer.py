@@ -87,6 +87,31 @@ def test_the_gradient_is_the_score_function_gradient_by_hand():
     torch.testing.assert_close(subject.policy.output.bias.grad, torch.cat(columns).detach(), rtol=0, atol=1e-10)
 
 
+def test_the_mixed_baseline_reaches_the_update():
+    """The gradient is that of the chosen advantages, and the two choices differ."""
+    gradients = []
+    for baseline in ("prompt", "mixed"):
+        subject = trainer(settings(baseline=baseline, max_grad_norm=1e9))
+        subject.step()
+        sample = trainer().policy().sample(16, trainer().generator)
+        stream = trainer().prompts
+        rewards = subject.source.score(subject.source.roll_out(sample.table(), stream.take(4), 0)).rewards
+        advantages = algorithm.normalize(algorithm.leave_one_out_advantages(rewards, 4, baseline=baseline))
+        twin = trainer()
+        (-(advantages * twin.policy().log_prob(sample)).mean()).backward()
+        torch.testing.assert_close(subject.policy.output.bias.grad, twin.policy.output.bias.grad, rtol=0, atol=1e-10)
+        gradients.append(subject.policy.output.bias.grad)
+    assert not torch.allclose(gradients[0], gradients[1], atol=1e-2)
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    subject = trainer(settings(max_grad_norm=0.01))
+    record = subject.step()
+    norm = torch.stack([parameter.grad.norm() for parameter in subject.policy.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-4)
+    assert record["gradient_norm"] > 0.1  # logged before it is clipped
+
+
 @pytest.mark.parametrize("baseline", ["prompt", "mixed"])
 def test_the_estimator_is_unbiased(baseline):
     """E[-(w - t)^2] under a Dirichlet is known; its gradient is the mean of (leave-one-out advantage) * (score)."""
