@@ -1,0 +1,221 @@
+"""The best schedule of each solver, paired differences, what is kept on disk, and the written tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from errors import InputError
+from solvers import NetworkEvaluations
+from training.comparison import Baseline, Comparison, Entry, parse_baseline
+from training.evaluation import METRICS, Measured, Store, key_of
+from training.evaluation_report import Report
+from training.sampling import Grid, Plan
+from training.statistics import bootstrap_indices, frechet_distance, mean_interval, paired_difference_interval
+
+ROWS = 24
+
+
+def draw(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+TARGET = draw(0, ROWS, 3)
+SHARED = draw(1, ROWS)  # how hard each prompt is, for every solver
+
+
+def entry(label, solver, schedule, nfe, *, reward, distance, exploded=0):
+    seed = sum(map(ord, label + schedule)) + nfe
+    values = {
+        "reward": reward + SHARED + 0.01 * draw(seed, ROWS),
+        "latent_rms": distance + 0.01 * draw(seed + 1, ROWS).abs(),
+        "pixel_rms": distance / 10 + 0.001 * draw(seed + 2, ROWS).abs(),
+    }
+    measured = Measured(
+        values=values,
+        features=TARGET + distance * (1 + draw(seed + 3, ROWS, 3)),
+        exploded=torch.arange(ROWS) < exploded,
+        previews=torch.full((2, 16, 16, 3), seed % 256, dtype=torch.uint8),
+        key=f"{label}-{schedule}-{nfe}",
+    )
+    total = nfe * 3 // 2 if solver == "epd" else nfe
+    sigmas = torch.linspace(10, 1, nfe + 1, dtype=torch.float64)
+    plan = Plan(label, solver, Grid(schedule, 1.0), sigmas, NetworkEvaluations(nfe, total), {}, lambda denoise, x, s: x)
+    return Entry(plan, measured)
+
+
+@pytest.fixture
+def entries():
+    return [
+        entry("epd-00003", "epd", "discrete", 4, reward=2.0, distance=0.1),
+        entry("ddim", "ddim", "discrete", 4, reward=1.0, distance=0.9, exploded=3),
+        entry("ddim", "ddim", "logsnr", 4, reward=0.5, distance=0.5),
+        entry("heun", "heun", "discrete", 4, reward=1.5, distance=0.7),
+        entry("ddim", "ddim", "discrete", 8, reward=2.5, distance=0.05),
+    ]
+
+
+@pytest.fixture
+def comparison(entries, tmp_path):
+    return Comparison(entries, TARGET, Store(tmp_path / "kept", pytest.fail), seed=5)
+
+
+def cell(comparison, label, nfe, metric):
+    return next(row for row in comparison.rows if (row.label, row.parallel) == (label, nfe)).cells[metric]
+
+
+def test_each_metric_stands_at_its_own_best_schedule(comparison, entries):
+    assert [(row.label, row.parallel) for row in comparison.rows] == [
+        ("epd-00003", 4),
+        ("ddim", 4),
+        ("heun", 4),
+        ("ddim", 8),
+    ]
+    assert cell(comparison, "ddim", 4, "reward").entry is entries[1]
+    assert cell(comparison, "ddim", 4, "latent_rms").entry is entries[2]
+    assert cell(comparison, "ddim", 4, "frechet").entry is entries[2]
+    assert comparison.metrics == ["reward", "frechet", "latent_rms", "pixel_rms"]
+
+
+def test_intervals_are_those_of_the_statistics(comparison, entries):
+    indices = bootstrap_indices(ROWS, torch.Generator().manual_seed(5))
+    values = entries[1].measured.values["reward"]
+    assert cell(comparison, "ddim", 4, "reward").interval == mean_interval(values, indices)
+    frechet = cell(comparison, "epd-00003", 4, "frechet").interval
+    assert frechet.estimate == frechet_distance(entries[0].measured.features, TARGET)
+    assert frechet.low <= frechet.estimate <= frechet.high
+
+
+def found(differences, label, metric):
+    (match,) = [item for item in differences if (item.row.label, item.row.parallel, item.metric) == (*label, metric)]
+    return match
+
+
+def test_differences_are_paired_and_taken_between_best_schedules(comparison, entries):
+    differences = comparison.differences([Baseline("classical", None)])
+    reward = found(differences, ("epd-00003", 4), "reward")
+    assert reward.baseline_entry is entries[3]  # heun has the best reward of the classical ones at 4
+    indices = bootstrap_indices(ROWS, torch.Generator().manual_seed(5))
+    ours, theirs = (item.measured.values["reward"] for item in (entries[0], entries[3]))
+    assert reward.interval == paired_difference_interval(ours, theirs, indices)
+    assert reward.interval.high - reward.interval.low < 0.05  # the prompts' own spread, some 1, is gone
+    assert reward.verdict == "better"
+    distance = found(differences, ("epd-00003", 4), "latent_rms")
+    assert distance.baseline_entry is entries[2]
+    assert distance.interval.estimate < 0
+    assert distance.verdict == "better"
+    assert found(differences, ("ddim", 4), "reward").verdict == "worse"
+    assert found(differences, ("epd-00003", 4), "frechet").verdict == "better"
+
+
+def test_no_solver_is_held_against_itself(comparison):
+    differences = comparison.differences([Baseline("classical", None)])
+    assert not [item for item in differences if item.row.cells[item.metric].entry is item.baseline_entry]
+    assert not [
+        item for item in differences if (item.row.label, item.row.parallel, item.metric) == ("heun", 4, "reward")
+    ]
+
+
+def test_a_baseline_may_have_another_number_of_evaluations(comparison, entries):
+    differences = comparison.differences([Baseline("ddim", 8)])
+    assert {item.row.parallel for item in differences} == {4}
+    assert all(item.baseline_entry is entries[4] for item in differences)
+    assert found(differences, ("epd-00003", 4), "reward").verdict == "worse"
+    assert comparison.differences([Baseline("heun", 8)]) == []
+
+
+def test_baselines_are_read_and_refused():
+    labels = ["ddim", "epd-00003"]
+    assert parse_baseline("classical", labels) == Baseline("classical", None)
+    assert parse_baseline("epd-00003@4", labels) == Baseline("epd-00003", 4)
+    assert str(parse_baseline("ddim@8", labels)) == "ddim@8"
+    with pytest.raises(InputError, match="'heun' is not compared here; there are classical, ddim, epd-00003"):
+        parse_baseline("heun", labels)
+    with pytest.raises(InputError, match="a number of evaluations after @"):
+        parse_baseline("ddim@", labels)
+
+
+def test_the_store_computes_once_and_again_where_a_file_is_broken(tmp_path):
+    told, computed = [], []
+
+    def compute():
+        computed.append(1)
+        return {"x": torch.arange(3)}
+
+    store = Store(tmp_path, told.append)
+    for _ in range(2):
+        assert store.fetch({"a": 1, "b": [0.1]}, compute)["x"].tolist() == [0, 1, 2]
+    assert len(computed) == 1
+    store.fetch({"a": 2, "b": [0.1]}, compute)
+    assert len(computed) == 2
+    file = tmp_path / f"{key_of({'b': [0.1], 'a': 1})}.pt"
+    for content in (file.read_bytes()[:50], b""):
+        file.write_bytes(content)
+        assert store.fetch({"a": 1, "b": [0.1]}, compute)["x"].tolist() == [0, 1, 2]
+    assert len(computed) == 4
+    assert [str(file) in line for line in told] == [True, True]
+
+
+@pytest.fixture
+def report(comparison, entries):
+    return Report(
+        comparison=comparison,
+        differences=comparison.differences([Baseline("classical", None)]),
+        reference=entries[4].measured,
+        real=np.zeros((2, 16, 16, 3), dtype=np.uint8),
+        prompts=[f"prompt {index}" for index in range(ROWS)],
+        settings={"model": "none", "guidance": 7.5},
+    )
+
+
+def test_the_csv_holds_every_schedule_and_marks_the_best(report, comparison):
+    lines = list(csv.DictReader(io.StringIO(report.csv())))
+    assert len(lines) == 5 * 4
+    for line in lines:
+        cell_here = cell(comparison, line["label"], int(line["parallel_evaluations"]), line["metric"])
+        best = str(cell_here.entry.plan.grid) == line["schedule"]
+        assert line["best_schedule"] == str(best)
+        if best:
+            assert float(line["estimate"]) == pytest.approx(cell_here.interval.estimate)
+        if best or line["metric"] != "frechet":
+            assert float(line["low"]) <= float(line["estimate"]) <= float(line["high"])
+        else:
+            assert line["low"] == line["high"] == ""
+    assert {line["total_evaluations"] for line in lines if line["label"] == "epd-00003"} == {"6"}
+
+
+def test_the_json_holds_the_same_and_the_differences(report):
+    content = json.loads(report.json())
+    assert content["settings"] == {"model": "none", "guidance": 7.5}
+    assert len(content["results"]) == 20
+    assert len(content["differences"]) == len(report.differences)
+    first = content["differences"][0]
+    assert first["low"] <= first["estimate"] <= first["high"]
+    assert content["reference"].keys() == {"reward", "frechet", "latent_rms", "pixel_rms"}
+
+
+def test_the_table_names_schedules_and_counts_explosions(report):
+    lines = [line.split("|") for line in report.table().splitlines()]
+    assert len({len(line) for line in lines}) == 1
+    ddim = next(line for line in lines if line[1].strip() == "ddim" and line[2].strip() == "4")
+    assert ddim[4].strip().endswith("discrete")
+    assert ddim[6].strip().endswith("logsnr")
+    assert ddim[-2].strip() == f"0 to 3/{ROWS}"
+    assert all(METRICS[name].meaning in report.markdown() for name in report.comparison.metrics)
+
+
+def test_everything_is_written(report, tmp_path):
+    files = report.write(tmp_path / "out")
+    assert sorted(file.name for file in files) == [
+        *("grid-nfe04.png", "grid-nfe08.png", "metrics.png", "report.md", "results.csv", "results.json")
+    ]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(file.name for file in files)
+    narrow, wide = (Image.open(tmp_path / "out" / f"grid-nfe{nfe}.png").size for nfe in ("08", "04"))
+    assert wide[0] - narrow[0] == 2 * (128 + 8)  # three solvers at 4 evaluations, one at 8
+    assert Image.open(tmp_path / "out" / "metrics.png").size[0] > 1000

@@ -1,0 +1,317 @@
+"""evaluate.py on a tiny pipeline with a tiny reward: the numbers, what is kept, explosions, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import evaluate
+from models import clip, load_denoiser
+from models.generate import generate
+from models.latent_diffusion import LatentDiffusion
+from models.shapes.scenes import captions
+from schedules import get_schedule
+from solvers import SAMPLERS, EPDTable
+from tests.plain_clip import write_letter_tokenizer
+from tests.tiny_pipeline import save_tiny_pipeline
+from training.evaluation import LATENT_LIMIT
+from training.ppo.rewards.reward_hps import RewardHPS
+from training.snapshot import save_snapshot
+
+PROMPTS = ["a dog", "a cat", "a red cow", "two owls", "one bee", "my ant"]
+CLIP = {
+    "embed_dim": 6,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+    "text_cfg": {"context_length": 24, "vocab_size": 55, "width": 16, "heads": 2, "layers": 1},
+}
+TABLE = EPDTable(
+    torch.tensor([[0.3, 0.7], [0.4, 0.8]], dtype=torch.float64),
+    torch.tensor([[0.6, 0.4], [0.5, 0.5]], dtype=torch.float64),
+)
+METADATA = {
+    "dataset_name": "elsewhere",
+    "guidance_type": "cfg",
+    "guidance_rate": 3.0,
+    "schedule_type": "discrete",
+    "schedule_rho": 1.0,
+}
+
+
+STEPS = 40  # of the reference: the true 200 take too long for a test
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_reference():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.evaluation.REFERENCE_STEPS", STEPS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Pipeline, reward, prompts, predictor: everything that the command reads."""
+    root = tmp_path_factory.mktemp("world")
+    save_tiny_pipeline(root / "pipeline")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        clip.save_open_clip_checkpoint(clip.new_clip(CLIP), root / "reward.pt")
+    write_letter_tokenizer(root / "tokenizer")
+    (root / "reward.json").write_text(json.dumps({"model_cfg": CLIP, "tokenizer": "tokenizer"}))
+    (root / "prompts.csv").write_text("id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(PROMPTS)))
+    save_snapshot(root / "exps" / "00002-tiny" / "network-snapshot-000001", TABLE, METADATA)
+    return root
+
+
+def run(world, outdir, *arguments, cache=None, base=("--solvers", "ddim,heun,dpmpp:2", "--nfe", "2,4")):
+    return CliRunner().invoke(
+        evaluate.main,
+        [
+            str(argument)
+            for argument in (
+                *("--model", world / "pipeline", "--reward", world / "reward.pt", "--exps", world / "exps"),
+                *("--prompt-file", world / "prompts.csv", "--number", 6, "--seed", 3, "--batch", 4, "--guidance", 3),
+                *("--schedules", "discrete,logsnr", "--outdir", outdir, "--cache", cache or outdir / "cache"),
+                *(*base, *arguments),
+            )
+        ],
+    )
+
+
+WITH_EPD = ("--solvers", "epd,ddim,heun,dpmpp:2", "--nfe", "2,4", "--predictor_path", "2", "--baseline", "ddim@4")
+
+
+@pytest.fixture(scope="module")
+def evaluated(world):
+    """The folder and the printed lines of one whole evaluation."""
+    result = run(world, world / "out", base=WITH_EPD)
+    assert result.exit_code == 0, result.output
+    return world / "out", result.output
+
+
+def results(folder):
+    return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+
+
+def test_the_numbers_are_those_of_the_definitions(world, evaluated):
+    folder, _ = evaluated
+    denoiser = load_denoiser(world / "pipeline", device="cpu", dtype=torch.float32)
+
+    def latents(solver, steps, schedule, **options):
+        low, high = denoiser.sigma_min, denoiser.sigma_max
+        sigmas = get_schedule(schedule, steps + 1, low, high, rho=1.0, denoiser=denoiser)
+
+        def solve(denoise, x, levels):
+            return SAMPLERS[solver](denoise, x, levels, **options)
+
+        return generate(denoiser, PROMPTS, range(3, 9), solve, sigmas, guidance_scale=3.0, progress=False)
+
+    reference, fast = latents("dpmpp", STEPS, "discrete", max_order=2), latents("heun", 2, "logsnr")
+    with torch.no_grad():
+        images, true = denoiser.decode(fast), denoiser.decode(reference)
+    expected = {
+        "latent_rms": (fast - reference).square().mean(dim=(1, 2, 3)).sqrt().mean(),
+        "pixel_rms": ((images * 255).round() - (true * 255).round()).square().mean(dim=(1, 2, 3)).sqrt().mean() / 255,
+        "reward": RewardHPS(world / "reward.pt").score(images, PROMPTS).mean(),
+    }
+    for metric, value in expected.items():
+        (line,) = [
+            line
+            for line in results(folder)
+            if (line["label"], line["schedule"], line["num_steps"], line["metric"]) == ("heun", "logsnr", "3", metric)
+        ]
+        assert float(line["estimate"]) == pytest.approx(float(value), rel=1e-4)
+        assert line["parallel_evaluations"] == line["total_evaluations"] == "4"
+
+
+def test_every_solver_is_there_with_its_counts(evaluated):
+    folder, output = evaluated
+    counted = {
+        (line["label"], line["parallel_evaluations"], line["total_evaluations"], line["num_steps"])
+        for line in results(folder)
+    }
+    assert counted == {
+        ("epd-00002", "4", "6", "3"),
+        *(("ddim", n, n, str(int(n) + 1)) for n in "24"),
+        *(("heun", n, n, str(int(n) // 2 + 1)) for n in "24"),
+        *(("dpmpp:2", n, n, str(int(n) + 1)) for n in "24"),
+    }
+    assert {line["metric"] for line in results(folder)} == {"reward", "frechet", "latent_rms", "pixel_rms"}
+    assert "| epd-00002 | 4 | 6 |" in output
+    assert "epd-00002 at 4 against ddim: preference reward" in output
+    content = json.loads((folder / "results.json").read_text())
+    assert content["settings"]["guidance"] == 3.0
+    assert content["reference"]["latent_rms"]["estimate"] == 0
+    assert {path.name for path in folder.glob("*.png")} == {"metrics.png", "grid-nfe02.png", "grid-nfe04.png"}
+    assert np.array(Image.open(folder / "grid-nfe04.png")).std() > 1
+
+
+def test_a_second_call_asks_the_model_nothing_and_finds_the_same(world, evaluated, monkeypatch):
+    folder, _ = evaluated
+    before = (folder / "results.csv").read_text()
+    monkeypatch.setattr(LatentDiffusion, "denoise", None)
+    monkeypatch.setattr(LatentDiffusion, "decode", None)
+    result = run(world, world / "again", base=WITH_EPD, cache=folder / "cache")
+    assert result.exit_code == 0, result.output
+    assert (world / "again" / "results.csv").read_text() == before
+
+
+def test_only_what_is_new_is_computed(world, evaluated, monkeypatch):
+    folder, _ = evaluated
+    calls = []
+    denoise = LatentDiffusion.denoise
+    monkeypatch.setattr(LatentDiffusion, "denoise", lambda *a, **k: (calls.append(1), denoise(*a, **k))[1])
+    result = run(world, world / "more", "--nfe", "2,3", cache=folder / "cache")
+    assert result.exit_code == 0, result.output
+    # ddim and dpmpp:2 in 3 evaluations, at 2 schedules, in 2 batches; heun cannot, the reference is there.
+    assert len(calls) == 2 * 2 * 2 * 3
+    assert "left out: heun cannot spend exactly 3 evaluations" in result.output
+
+
+def test_the_batch_changes_nothing(world, evaluated):
+    result = run(world, world / "batch", "--batch", "6", "--solvers", "ddim", "--nfe", "2", cache=world / "fresh")
+    assert result.exit_code == 0, result.output
+    key = ("label", "num_steps", "schedule", "metric")
+    before = {tuple(line[part] for part in key): float(line["estimate"]) for line in results(evaluated[0])}
+    lines = results(world / "batch")
+    assert len(lines) == 2 * 4
+    for line in lines:
+        same = before[tuple(line[part] for part in key)]
+        assert float(line["estimate"]) == pytest.approx(
+            same, rel=1e-3 if line["metric"] == "frechet" else 1e-4, abs=1e-6
+        )
+
+
+def test_other_weights_are_another_model(world, evaluated, tmp_path, monkeypatch):
+    other = tmp_path / "world"
+    other.mkdir()
+    save_tiny_pipeline(other / "pipeline", seed=7)
+    for name in ("reward.pt", "reward.json", "prompts.csv", "tokenizer", "exps"):
+        (other / name).symlink_to(world / name)
+    calls = []
+    denoise = LatentDiffusion.denoise
+    monkeypatch.setattr(LatentDiffusion, "denoise", lambda *a, **k: (calls.append(1), denoise(*a, **k))[1])
+    result = run(other, tmp_path / "out", "--solvers", "ddim", "--nfe", "2", cache=evaluated[0] / "cache")
+    assert result.exit_code == 0, result.output
+    assert len(calls) == 2 * STEPS + 2 * 2 * 2
+
+
+def test_explosions_are_counted_and_scored(world, tmp_path, monkeypatch):
+    def exploding(denoise, x, sigmas, **_):
+        rows = torch.arange(len(x))[:, None, None, None]
+        wild = torch.where(rows == 0, torch.nan, torch.where(rows == 1, torch.inf, 10 * LATENT_LIMIT))
+        return torch.where(rows < 3, wild, denoise(x, sigmas[0]))
+
+    monkeypatch.setitem(SAMPLERS, "ddim", exploding)
+    result = run(world, tmp_path, "--solvers", "ddim", "--nfe", "2", "--batch", "6")
+    assert result.exit_code == 0, result.output
+    lines = results(tmp_path)
+    assert {line["exploded"] for line in lines} == {"3"}
+    assert all(np.isfinite(float(line["estimate"])) for line in lines)
+    assert max(float(line["estimate"]) for line in lines if line["metric"] == "latent_rms") > LATENT_LIMIT / 4
+    assert "| 3/6 |" in result.output
+
+
+def test_predictors_are_found_by_their_model(world, tmp_path):
+    exps = tmp_path / "exps"
+    here = {**METADATA, "dataset_name": str(world / "pipeline")}
+    save_snapshot(exps / "00000-ours" / "network-snapshot-1", TABLE, here)
+    save_snapshot(exps / "00001-other" / "network-snapshot-1", TABLE, METADATA)
+    save_snapshot(exps / "00002-guided" / "network-snapshot-1", TABLE, {**here, "guidance_rate": 5.0})
+    save_snapshot(exps / "00003-afs" / "network-snapshot-1", TABLE, {**here, "afs": True})
+    (exps / "00004-broken").mkdir()
+    (exps / "00004-broken" / "network-snapshot-1.pkl").write_bytes(b"\x80\x04")
+    result = run(world, tmp_path / "out", "--exps", exps, "--solvers", "epd,ddim", "--nfe", "4")
+    assert result.exit_code == 0, result.output
+    assert {line["label"] for line in results(tmp_path / "out")} == {"epd-00000", "ddim"}
+    for reason in ("was made for guidance 5, compared is guidance 3", "takes 3 parallel", "00004-broken"):
+        assert reason in result.output
+
+
+def refused(result):
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--solvers", "ddim,euler"), "unknown solver 'euler'; known are epd, ddim"),
+        (("--solvers", "ddim,"), "--solvers 'ddim,': an entry is empty"),
+        (("--solvers", "heun:2"), "heun has no order"),
+        (("--nfe", "4,x"), "--nfe '4,x': write numbers"),
+        (("--nfe", "0"), "--nfe '0': write numbers"),
+        (("--solvers", "heun", "--nfe", "3"), "nothing to compare"),
+        (("--schedules", "cosine"), "unknown schedule 'cosine'"),
+        (("--schedules", "polynomial:0"), "must be positive"),
+        (("--baseline", "ipndm"), "baseline 'ipndm'"),
+        (("--number", "7"), "has 6 different prompts, --number 7 asks for more"),
+        (("--number", "1"), "--number"),
+        (("--guidance", "nan"), "guidance"),
+        (("--model", "shaps"), "Did you mean shapes?"),
+        (("--reward", "none.pt"), "none.pt"),
+        (("--prompt-file", "none.csv"), "none.csv: there is no such prompt file"),
+        (("--predictor_path", "2"), "--solvers has no epd"),
+        (("--solvers", "epd", "--predictor_path", "9"), "experiment 9: no folder"),
+        (("--solvers", "epd", "--predictor_path", "2", "--nfe", "6"), "add 4 to --nfe"),
+        (("--solvers", "epd", "--predictor_path", "2", "--guidance", "5"), "set --guidance 3"),
+        (
+            ("--solvers", "epd", "--predictor_path", "2", "--predictor_path", "2"),
+            "several predictors are called epd-00002",
+        ),
+    ],
+)
+def test_bad_input_gets_one_clear_message(world, tmp_path, arguments, message):
+    assert message in refused(run(world, tmp_path / "out", *arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_the_model_cannot_take_are_refused(world, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[:5], "x" * 60]))
+    assert "tokens long" in refused(run(world, tmp_path / "out", "--prompt-file", tmp_path / "prompts.txt"))
+
+
+def test_true_images_of_shapes_pass_the_verifier_and_depend_on_their_own_seed_only():
+    prompts = list(captions("heldout", 3, 0))
+    images = evaluate._true_images(prompts, 11)
+    assert images.shape == (3, 3, 64, 64)
+    for image, prompt in zip(images, prompts, strict=True):
+        assert evaluate._verified(image, prompt) == {"verifier": 1.0, "verified": 1.0}
+    assert torch.equal(evaluate._true_images(prompts[:2], 11), images[:2])
+    wrong = evaluate._verified(torch.zeros(3, 64, 64), prompts[0])
+    assert wrong["verified"] == 0
+    assert wrong["verifier"] < 0.5
+
+
+def test_the_examples_of_the_help_are_understood():
+    help_text = CliRunner().invoke(evaluate.main, ["--help"]).output
+    examples = [line.strip() for line in help_text.splitlines() if line.strip().startswith("python evaluate.py")]
+    assert len(examples) == 2
+    for example in examples:
+        evaluate.main.make_context("evaluate.py", shlex.split(example)[2:])
+
+
+@pytest.mark.skipif(
+    not (Path("src/shapes/unet").exists() and evaluate.SHAPES_REWARD.exists()),
+    reason="the shapes weights are not there",
+)
+def test_the_world_of_shapes_is_evaluated_with_its_verifier(tmp_path):
+    result = CliRunner().invoke(
+        evaluate.main,
+        [
+            *("--solvers", "dpmpp:2", "--nfe", "8", "--schedules", "discrete", "--number", "4"),
+            *("--outdir", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    values = {line["metric"]: float(line["estimate"]) for line in results(tmp_path / "out")}
+    assert values.keys() == {"reward", "verifier", "verified", "frechet", "latent_rms", "pixel_rms"}
+    assert values["verifier"] > 0.5

@@ -1,0 +1,296 @@
+"""Samplers side by side: what each does to the same prompts and the same noise, measured once and kept on disk.
+
+A measurement is kept under the hash of everything that it depends on, down to the weights and the code that made it. A
+second run with the same settings reads it back, and one that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from errors import InputError
+from models.denoiser import Denoiser
+from models.fingerprints import fingerprint
+from models.generate import generate
+from models.pictures import to_pixels
+from training.networks import Plain
+from training.sampling import Grid, Plan, classical_plan
+from training.snapshot import write_atomically
+
+# A solver of order 2 at 200 evaluations in steps that are uniform in the model's own time: what is left of its error is
+# far below that of 20 evaluations; and it has no coefficients that grow where guidance bends the path, as order 3 has.
+REFERENCE_SOLVER = "dpmpp:2"
+REFERENCE_STEPS = 200
+REFERENCE_GRID = Grid("discrete", 1.0)
+REFERENCE_LABEL = f"reference ({REFERENCE_SOLVER}, {REFERENCE_STEPS} steps)"
+
+# Latents of images lie within some tens. What leaves this range has exploded, finite or not.
+LATENT_LIMIT = 1e4
+
+# Files whose change may change a measurement.
+ROOT = Path(__file__).resolve().parent.parent
+CODE = [ROOT / "solvers.py", ROOT / "training" / "evaluation.py"]
+CODE += [
+    ROOT / "models" / f"{name}.py"
+    for name in ("denoiser", "generate", "latent_diffusion", "loading", "noise_levels", "pictures")
+]
+
+
+class Metric(NamedTuple):
+    """A column of the table: its heading, which way is better, and what it is."""
+
+    heading: str
+    higher_is_better: bool
+    meaning: str
+
+
+METRICS: Mapping[str, Metric] = {
+    "reward": Metric("preference reward", True, "mean score of the preference model, raw"),
+    "verifier": Metric(
+        "verifier score", True, "mean share of a caption's parts that the exact verifier confirms, in [0, 1]"
+    ),
+    "verified": Metric("whole caption", True, "share of images of which the verifier confirms the whole caption"),
+    "frechet": Metric(
+        "Fréchet distance",
+        False,
+        "between Gaussians fitted to unit-length image features of the preference model, squared feature units; the "
+        "interval is that of its expectation at this number of images",
+    ),
+    "latent_rms": Metric(
+        "latent RMS", False, "root mean square difference of the final latents from the reference of the same noise"
+    ),
+    "pixel_rms": Metric("pixel RMS", False, "the same of the 8-bit images, in units of the range [0, 1]"),
+}
+"""Every metric that an evaluation may have; `frechet` belongs to the set of images, each other one to an image."""
+
+
+class ImageReward(Protocol):
+    """A preference model with image features; `training.ppo.rewards.reward_hps.RewardHPS` is one."""
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [N] of images [N, 3, H, W] in [0, 1]."""
+        ...
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Features [N, D]."""
+        ...
+
+
+Check = Callable[[Tensor, str], Mapping[str, float]]
+"""An image [3, H, W] and its prompt to values by metric name: `verifier` and `verified`."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What judges the images. `check` is None where the model's world has no verifier. fingerprint: of all of it."""
+
+    reward: ImageReward
+    check: Check | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all samplers share.
+
+    seeds: one for each prompt. model_fingerprint: of the model's files. dtype: of the latents. previews: how many of
+    the first images are kept for looking at.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    guidance_scale: float
+    model_fingerprint: str
+    batch_size: int
+    dtype: torch.dtype
+    previews: int
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one sampler did on the N prompts.
+
+    values: [N] float64 by metric name. features: [N, D] of unit length. exploded: bool [N], latents not finite or
+    beyond `LATENT_LIMIT` (they are clamped into it before anything else is done with them). previews: uint8
+    [P, H, W, 3]. key: the name under which it is kept.
+    """
+
+    values: Mapping[str, Tensor]
+    features: Tensor
+    exploded: Tensor
+    previews: Tensor
+    key: str
+
+
+class Store:
+    """Tensors on disk, each set under the hash of a description of all that it depends on."""
+
+    def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
+        """`note` is told of files that cannot be read; what they held is computed again."""
+        self.folder = folder
+        self._note = note
+
+    def fetch(self, description: Mapping[str, Plain], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What is kept under the description, or what `compute` gives, which is then kept."""
+        file = self.folder / f"{key_of(description)}.pt"
+        if file.is_file():
+            try:
+                return torch.load(file, weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                self._note(f"{file}: cannot be read ({type(error).__name__}); it is computed again")
+        computed = compute()
+        buffer = io.BytesIO()
+        torch.save(computed, buffer)
+        write_atomically(file, buffer.getvalue())
+        return computed
+
+
+def key_of(description: Mapping[str, Plain]) -> str:
+    """The name of what a description describes: equal for equal descriptions, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Evaluation:
+    """Measures samplers of one model on one set of prompts and noises, against one reference."""
+
+    def __init__(self, denoiser: Denoiser, panel: Panel, setting: Setting, store: Store) -> None:
+        """Nothing is computed yet."""
+        self.denoiser, self.panel, self.setting, self.store = denoiser, panel, setting, store
+        self.reference_plan = classical_plan(REFERENCE_SOLVER, REFERENCE_STEPS + 1, REFERENCE_GRID, denoiser)
+        self._code = fingerprint(CODE)
+
+    def measure(self, plan: Plan) -> Measured:
+        """Everything about a sampler; from the store where it is there."""
+        return self._measured(plan, lambda: self._generated(plan))
+
+    def reference(self) -> Measured:
+        """The reference measured as if it were a sampler; its distances to itself are 0."""
+        return self._measured(self.reference_plan, lambda: self._reference_latents)
+
+    def features(self, images: Tensor, described: Mapping[str, Plain]) -> Tensor:
+        """Unit-length features [N, D] of other images [N, 3, H, W], kept under their description."""
+        description = {
+            "kind": "features",
+            "panel": self.panel.fingerprint,
+            "images": dict(described),
+            "code": self._code,
+        }
+        return self.store.fetch(description, lambda: {"features": self._unit_features(images)})["features"]
+
+    def _measured(self, plan: Plan, latents: Callable[[], Tensor]) -> Measured:
+        description = {
+            **self._described("measured", plan),
+            "reference": self._described("latents", self.reference_plan),
+            "panel": self.panel.fingerprint,
+            "previews": self.setting.previews,
+        }
+        kept = self.store.fetch(description, lambda: self._judged(latents()))
+        values = {name: kept[name] for name in METRICS if name in kept}
+        return Measured(values, kept["features"], kept["exploded"], kept["previews"], key_of(description))
+
+    def _described(self, kind: str, plan: Plan) -> dict[str, Plain]:
+        setting = self.setting
+        return {
+            "kind": kind,
+            "model": setting.model_fingerprint,
+            "code": self._code,
+            "device": self.denoiser.device.type,
+            "dtype": str(setting.dtype),
+            "prompts": list(setting.prompts),
+            "seeds": list(setting.seeds),
+            "guidance": setting.guidance_scale,
+            "solver": plan.solver,
+            "sigmas": plan.sigmas.tolist(),
+            "settings": dict(plan.settings),
+        }
+
+    @cached_property
+    def _reference_latents(self) -> Tensor:
+        plan = self.reference_plan
+        kept = self.store.fetch(self._described("latents", plan), lambda: {"latents": self._generated(plan).cpu()})
+        return kept["latents"].to(self.denoiser.device)
+
+    @cached_property
+    def _reference_pixels(self) -> Tensor:
+        """uint8 [N, H, W, 3]"""
+        latents, _ = _bounded(self._reference_latents)
+        return torch.cat([self._decoded(chunk)[1] for chunk in latents.split(self.setting.batch_size)])
+
+    def _generated(self, plan: Plan) -> Tensor:
+        setting = self.setting
+        return generate(
+            self.denoiser,
+            setting.prompts,
+            setting.seeds,
+            plan.solve,
+            plan.sigmas,
+            guidance_scale=setting.guidance_scale,
+            batch_size=setting.batch_size,
+            progress=False,
+            dtype=setting.dtype,
+        )
+
+    def _judged(self, latents: Tensor) -> dict[str, Tensor]:
+        """Values [N] by metric, features, exploded and previews of latents [N, C, H, W]."""
+        bounded, exploded = _bounded(latents)
+        reference, _ = _bounded(self._reference_latents)
+        size = self.setting.batch_size
+        parts = [self._judged_batch(bounded[start : start + size], start) for start in range(0, len(bounded), size)]
+        judged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        pixels = judged.pop("pixels")
+        return {
+            **judged,
+            "latent_rms": _rms(bounded - reference),
+            "pixel_rms": _rms((pixels.float() - self._reference_pixels.float()) / 255),
+            "exploded": exploded.cpu(),
+            "previews": pixels[: self.setting.previews].clone(),
+        }
+
+    def _judged_batch(self, latents: Tensor, start: int) -> dict[str, Tensor]:
+        images, pixels = self._decoded(latents)
+        prompts = self.setting.prompts[start : start + len(images)]
+        scores = self.panel.reward.score(images, prompts).double().cpu()
+        if not scores.isfinite().all():
+            raise InputError("the reward gives scores that are not finite for finite images: its weights are broken")
+        judged = {
+            "pixels": pixels,
+            "reward": scores,
+            "features": self._unit_features(images),
+        }
+        if self.panel.check is not None:
+            checks = [self.panel.check(image, prompt) for image, prompt in zip(images.cpu(), prompts, strict=True)]
+            judged |= {name: torch.tensor([float(check[name]) for check in checks]).double() for name in checks[0]}
+        return judged
+
+    @torch.no_grad()
+    def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [n, 3, H, W] in [0, 1], black where the decoder's answer is not finite, and the same as uint8."""
+        images = self.denoiser.decode(latents).nan_to_num(0.0)
+        return images, torch.from_numpy(to_pixels(images))
+
+    def _unit_features(self, images: Tensor) -> Tensor:
+        return functional.normalize(self.panel.reward.image_features(images).double(), dim=1).cpu()
+
+
+def _bounded(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents clamped into the limit (NaN to 0), and which of them [N] had to be."""
+    inside = latents.abs() <= LATENT_LIMIT  # False for NaN
+    bounded = latents.nan_to_num(0.0, LATENT_LIMIT, -LATENT_LIMIT).clamp(-LATENT_LIMIT, LATENT_LIMIT)
+    return bounded, ~inside.flatten(1).all(dim=1)
+
+
+def _rms(difference: Tensor) -> Tensor:
+    """Root mean square over all but the first dimension: float64 [N]."""
+    return difference.flatten(1).double().square().mean(dim=1).sqrt().cpu()
