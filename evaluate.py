@@ -22,7 +22,7 @@ from models.prompts import read_prompts
 from models.shapes import scenes, verify
 from solvers import num_steps_for
 from training.comparison import CLASSICAL_BASELINE, Comparison, Entry, parse_baseline
-from training.evaluation import METRICS, REFERENCE_LABEL, Evaluation, Panel, Setting, Store
+from training.evaluation import REFERENCE_GRID, REFERENCE_SOLVER, REFERENCE_STEPS, Evaluation, Panel, Setting, Store
 from training.evaluation_report import Report
 from training.ppo.rewards import reward_hps
 from training.ppo.rewards.reward_hps import RewardHPS, find_reward_files
@@ -198,7 +198,7 @@ def main(
             "model": f"{model} (sha256 {setting.model_fingerprint[:16]})",
             "prompts": f"the first {number} of {prompt_file}, seeds {seed} to {seed + number - 1}",
             "guidance": scale,
-            "reference": f"{REFERENCE_LABEL}, schedule {evaluation.reference_plan.grid}, from the same noise",
+            "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, schedule {REFERENCE_GRID}, from the same noise",
             "preference model": str(weights),
             "Fréchet distance to": "true images of the same captions" if real is not None else "the reference's images",
             "schedules tried": ", ".join(map(str, grids)),
@@ -208,13 +208,7 @@ def main(
         },
     )
     files = report.write(outdir)
-    click.echo(f"\n{report.table()}\n")
-    for difference in report.differences:
-        click.echo(
-            f"{difference.row.label} at {difference.row.parallel} against {difference.baseline_entry.plan.label}: "
-            f"{METRICS[difference.metric].heading} {difference.interval.estimate:+.4g} "
-            f"[{difference.interval.low:+.4g}, {difference.interval.high:+.4g}] {difference.verdict}"
-        )
+    click.echo("\n\n".join(["", report.table(), *report.difference_tables(), ""]))
     click.echo("wrote " + ", ".join(map(str, files)))
 
 

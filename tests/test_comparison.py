@@ -210,6 +210,15 @@ def test_the_table_names_schedules_and_counts_explosions(report):
     assert all(METRICS[name].meaning in report.markdown() for name in report.comparison.metrics)
 
 
+def test_the_difference_table_says_what_was_compared_with_what(report):
+    (table,) = report.difference_tables()
+    lines = {tuple(part.strip() for part in line.split("|")[1:3]): line.split("|") for line in table.splitlines()[2:]}
+    assert lines["epd-00003", "4"][3].strip().endswith("better (heun, discrete)")
+    assert lines["epd-00003", "4"][5].strip().endswith("better (ddim, logsnr)")
+    assert lines["heun", "4"][3].strip() == "itself"
+    assert ("ddim", "8") not in lines  # the only classical solver at 8
+
+
 def test_everything_is_written(report, tmp_path):
     files = report.write(tmp_path / "out")
     assert sorted(file.name for file in files) == [

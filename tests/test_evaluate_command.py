@@ -145,7 +145,7 @@ def test_every_solver_is_there_with_its_counts(evaluated):
     }
     assert {line["metric"] for line in results(folder)} == {"reward", "frechet", "latent_rms", "pixel_rms"}
     assert "| epd-00002 | 4 | 6 |" in output
-    assert "epd-00002 at 4 against ddim: preference reward" in output
+    assert "## Paired differences to ddim@4" in output
     content = json.loads((folder / "results.json").read_text())
     assert content["settings"]["guidance"] == 3.0
     assert content["reference"]["latent_rms"]["estimate"] == 0

@@ -163,6 +163,13 @@ def test_the_frechet_interval_covers_the_expected_distance_at_its_number_of_rows
     assert all(0 <= interval.low <= interval.estimate <= interval.high for interval in intervals)
 
 
+def test_the_frechet_interval_of_a_set_to_itself_is_nothing():
+    features = normal(34, 20, 3)
+    interval = frechet_interval(frechet_resamples(features, features, bootstrap_indices(20, seeded(35))))
+    assert interval.low == 0
+    assert interval.low <= interval.estimate <= interval.high < 1e-6
+
+
 def test_the_difference_of_frechet_distances_is_paired():
     reference, good = normal(31, 60, 4), normal(32, 60, 4)
     bad = good + 0.5

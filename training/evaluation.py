@@ -34,7 +34,7 @@ from training.snapshot import write_atomically
 REFERENCE_SOLVER = "dpmpp:2"
 REFERENCE_STEPS = 200
 REFERENCE_GRID = Grid("discrete", 1.0)
-REFERENCE_LABEL = f"reference ({REFERENCE_SOLVER}, {REFERENCE_STEPS} steps)"
+REFERENCE_LABEL = f"reference ({REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REFERENCE_GRID})"
 
 # Latents of images lie within some tens. What leaves this range has exploded, finite or not.
 LATENT_LIMIT = 1e4

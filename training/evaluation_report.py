@@ -65,9 +65,10 @@ class Report:
             "In brackets: 95% bootstrap intervals over the prompts. Each metric of a classical solver stands at the "
             "schedule (named) that is best for it on these very prompts, which favours the classical solvers. "
             "Parallel NFE counts evaluations one after another, total NFE all of them; both before guidance, "
-            "which doubles them.",
+            "which doubles them. Differences are taken between best schedules, prompt by prompt: better and worse where "
+            "the interval excludes 0, otherwise open.",
             "\n".join(meanings),
-            *self._difference_tables(),
+            *self.difference_tables(),
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -85,18 +86,21 @@ class Report:
     def _reference_cell(self, metric: str) -> str:
         return _number(self.comparison.interval(self.reference, metric))
 
-    def _difference_tables(self) -> list[str]:
+    def difference_tables(self) -> list[str]:
+        """One table for each baseline: solvers against metrics, with the verdict and what was the baseline there."""
         tables = []
         for baseline in dict.fromkeys(difference.baseline for difference in self.differences):
-            mine = [difference for difference in self.differences if difference.baseline == baseline]
+            found = {(id(item.row), item.metric): item for item in self.differences if item.baseline == baseline}
+            rows = [row for row in self.comparison.rows if any((id(row), name) in found for name in METRICS)]
             lines = [
                 [
-                    *(item.row.label, str(item.row.parallel), _name(item.baseline_entry)),
-                    *(METRICS[item.metric].heading, _number(item.interval), item.verdict),
+                    row.label,
+                    str(row.parallel),
+                    *(_verdict(found.get((id(row), name))) for name in self.comparison.metrics),
                 ]
-                for item in mine
+                for row in rows
             ]
-            headings = ["solver", "parallel NFE", "baseline", "metric", "difference", "verdict"]
+            headings = ["solver", "parallel NFE", *(METRICS[name].heading for name in self.comparison.metrics)]
             tables.append(f"## Paired differences to {baseline}\n\n{_markdown_table(headings, lines)}")
         return tables
 
@@ -176,7 +180,7 @@ class Report:
             cells = [row.cells[metric].interval for row in rows]
             whiskers = np.array([[cell.estimate - cell.low, cell.high - cell.estimate] for cell in cells]).T  # [2, n]
             panel.errorbar(
-                [row.total if attribute == "total" else row.parallel for row in rows],
+                [getattr(row, attribute) for row in rows],
                 [cell.estimate for cell in cells],
                 yerr=whiskers.clip(min=0),
                 marker=MARKERS[number % len(MARKERS)],
@@ -190,6 +194,7 @@ class Report:
             panel.axhline(reference, color="black", linestyle=":", label=REFERENCE_LABEL)
         if not METRICS[metric].higher_is_better:
             panel.set_yscale("log")
+        panel.set_xticks(sorted({getattr(row, attribute) for row in self.comparison.rows}))
         panel.grid(alpha=0.3)
 
     def write_sheets(self, folder: Path) -> list[Path]:
@@ -235,6 +240,14 @@ def _with_schedule(row: Row, metric: str) -> str:
 
 def _number(interval: Interval) -> str:
     return f"{interval.estimate:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def _verdict(difference: Difference | None) -> str:
+    if difference is None:
+        return "itself"
+    interval = difference.interval
+    numbers = f"{interval.estimate:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}]"
+    return f"{numbers} {difference.verdict} ({_name(difference.baseline_entry)})"
 
 
 def _share(measured: Measured) -> str:

@@ -111,7 +111,7 @@ def frechet_interval(resamples: FrechetResamples, confidence: float = 0.95) -> I
     >= 0. The small-sample bias is common to all sets of this size and is not part of the interval.
     """
     interval = _centred(resamples.estimate, resamples.replicates, confidence)
-    return interval._replace(low=max(interval.low, 0.0))
+    return interval._replace(low=max(interval.low, 0.0), high=max(interval.high, interval.estimate))
 
 
 def frechet_difference_interval(
