@@ -1,1 +1,1 @@
-"""The embedded world: scenes as data, their captions and renderer, an exact verifier, and the training of its models."""
+"""The embedded world: scenes as data, captions, a renderer, an exact verifier, and the training of its models."""

@@ -1,0 +1,174 @@
+"""What the preference reward learns from: captions that are nearly right, and images that are nearly good.
+
+Wrong captions change one attribute of a scene, exchange attributes between its objects, or turn its relation round.
+Worse images show what few-step samplers do: wobbly outlines, blur, two scenes at once, lost and surplus parts, noise,
+colours overshot by guidance. Each comes in two severities, so that the reward learns an order and not only a verdict.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from models.shapes.scenes import ARRANGEMENTS, BACKGROUNDS, COLOURS, FILLS, RELATIONS, SHAPES, SIZES, Scene, SceneObject
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "size": tuple(SIZES),
+    "fill": FILLS,
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+}
+
+
+def _other(names: tuple[str, ...], name: str, random: np.random.Generator) -> str:
+    return str(random.choice([other for other in names if other != name]))
+
+
+def _with_object(scene: Scene, index: int, item: SceneObject) -> Scene:
+    return replace(scene, objects=(*scene.objects[:index], item, *scene.objects[index + 1 :]))
+
+
+def change_attribute(scene: Scene, random: np.random.Generator) -> Scene:
+    """Another value for one attribute of one object."""
+    index = int(random.integers(len(scene.objects)))
+    attribute = str(random.choice(list(ATTRIBUTES)))
+    value = _other(ATTRIBUTES[attribute], getattr(scene.objects[index], attribute), random)
+    return _with_object(scene, index, replace(scene.objects[index], **{attribute: value}))
+
+
+def change_background(scene: Scene, random: np.random.Generator) -> Scene:
+    """Another background."""
+    return replace(scene, background=_other(tuple(BACKGROUNDS), scene.background, random))
+
+
+def exchange_attribute(scene: Scene, random: np.random.Generator) -> Scene:
+    """Two objects exchange one attribute; for some scenes this changes nothing."""
+    if len(scene.objects) == 1:
+        return scene
+    first, second = (int(index) for index in random.choice(len(scene.objects), 2, replace=False))
+    attribute = str(random.choice(list(ATTRIBUTES)))
+    one, other = scene.objects[first], scene.objects[second]
+    changed = _with_object(scene, first, replace(one, **{attribute: getattr(other, attribute)}))
+    return _with_object(changed, second, replace(other, **{attribute: getattr(one, attribute)}))
+
+
+def change_relation(scene: Scene, random: np.random.Generator) -> Scene:
+    """Another relation or arrangement; a single object has none and stays."""
+    if scene.relation is None:
+        return scene
+    names = tuple(RELATIONS) if len(scene.objects) == 2 else tuple(ARRANGEMENTS)
+    return replace(scene, relation=_other(names, scene.relation, random))
+
+
+CHANGES = (change_attribute, change_attribute, exchange_attribute, change_relation, change_background)
+
+
+def wrong_scene(scene: Scene, random: np.random.Generator) -> Scene:
+    """A scene that differs from the given one in one respect."""
+    while True:
+        changed = CHANGES[random.integers(len(CHANGES))](scene, random)
+        if changed != scene:
+            return changed
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Worse images. Each takes images [N, 3, H, W] in [0, 1], severity [N, 1, 1, 1] in [0, 1], other images to borrow
+# from, and noise sources.
+
+
+def _wobble(images: Tensor, severity: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Outlines displaced by a smooth random field of up to about 5 pixels."""
+    number, _, height, width = images.shape
+    coarse = torch.randn(number, 2, 8, 8, generator=generator)
+    field = functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
+    shift = field * (0.8 + 3.2 * severity) * 2 / width  # [N, 2, H, W] in units of half the image
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    grid = torch.stack([columns, rows]) + shift
+    return functional.grid_sample(images, grid.movedim(1, -1), padding_mode="border", align_corners=True)
+
+
+def _blur(images: Tensor, severity: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """A mixture with a strongly blurred copy."""
+    small = functional.interpolate(images, scale_factor=0.2, mode="bilinear", antialias=True)
+    blurred = functional.interpolate(small, size=images.shape[-2:], mode="bilinear", align_corners=False)
+    return torch.lerp(images, blurred, 0.25 + 0.75 * severity)
+
+
+def _ghost(images: Tensor, severity: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """A second scene shines through."""
+    return torch.lerp(images, others, 0.12 + 0.48 * severity)
+
+
+def _windows(images: Tensor, generator: torch.Generator, size: Tensor) -> Tensor:
+    """Random square windows [N, 1, H, W] of a size [N, 1, 1, 1] in pixels, as masks."""
+    number, _, height, width = images.shape
+    centres = 12 + torch.rand(number, 2, 1, 1, generator=generator) * (height - 24)
+    rows, columns = torch.arange(height).view(1, 1, -1, 1), torch.arange(width).view(1, 1, 1, -1)
+    inside = ((rows - centres[:, :1]).abs() < size / 2) & ((columns - centres[:, 1:]).abs() < size / 2)
+    return inside.to(images.dtype)
+
+
+def _lost_part(images: Tensor, severity: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """A window falls back to the background, taken from the top left pixel."""
+    return torch.lerp(images, images[:, :, :1, :1], _windows(images, generator, 10 + 18 * severity))
+
+
+def _surplus_part(images: Tensor, severity: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """A window of another scene."""
+    return torch.lerp(images, others, _windows(images, generator, 10 + 18 * severity))
+
+
+def _noise(images: Tensor, severity: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Coarse coloured noise, as an unfinished latent decodes to."""
+    number, channels, height, width = images.shape
+    coarse = torch.randn(number, channels, height // 4, width // 4, generator=generator)
+    noise = functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+    return images + (0.04 + 0.22 * severity) * noise
+
+
+def _overshoot(images: Tensor, severity: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Contrast and saturation pushed away from the image's mean, as a too strong guidance does, or drained."""
+    gain = torch.where(
+        torch.rand(severity.shape, generator=generator) < 0.7, 1.25 + 1.2 * severity, 0.8 - 0.5 * severity
+    )
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + gain * (images - mean)
+
+
+def _tint(images: Tensor, severity: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """A smooth cast of a random colour."""
+    cast = functional.interpolate(
+        torch.randn(len(images), 3, 3, 3, generator=generator),
+        size=images.shape[-2:],
+        mode="bicubic",
+        align_corners=False,
+    )
+    return images + (0.06 + 0.2 * severity) * cast
+
+
+CORRUPTIONS = (_wobble, _wobble, _blur, _ghost, _lost_part, _surplus_part, _noise, _overshoot, _tint)
+
+
+def worse_images(images: Tensor, severity: Tensor, kind: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Corrupt each image in its own way.
+
+    Args:
+        images: [N, 3, H, W] in [0, 1].
+        severity: [N] in [0, 1]; 0 is visible already.
+        kind: [N], numbers of `CORRUPTIONS`.
+        others: [N, 3, H, W], images of other scenes.
+        generator: the only source of randomness.
+
+    Returns:
+        [N, 3, H, W] in [0, 1].
+    """
+    worse = images.clone()
+    for number, corrupt in enumerate(CORRUPTIONS):
+        rows = (kind == number).nonzero().flatten()
+        if len(rows) > 0:
+            worse[rows] = corrupt(images[rows], severity[rows].view(-1, 1, 1, 1), others[rows], generator)
+    return worse.clamp(0, 1)
