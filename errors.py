@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 
 def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorate the body of a click command: an `InputError` becomes one clear message and exit status 2, no traceback."""
+    """Decorate a click command's body: an `InputError` becomes one clear message and exit status 2, no traceback."""
 
     @wraps(command)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:

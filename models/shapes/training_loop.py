@@ -1,0 +1,120 @@
+"""The loop that the models of the shapes world are trained in: a falling learning rate, weight averaging,
+checkpoints, resuming.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How long and how fast to train.
+
+    steps: optimiser steps. learning_rate: its peak. warmup_steps: linear rise from 0. decay_share: of the steps, at
+    the end. averaging_decay: of the exponential moving average of the weights.
+    checkpoint_interval, log_interval: steps. checkpoint: the file to write and to resume from.
+    """
+
+    steps: int
+    learning_rate: float
+    checkpoint: Path
+    warmup_steps: int = 100
+    decay_share: float = 0.4
+    weight_decay: float = 0.01
+    averaging_decay: float = 0.999
+    max_gradient_norm: float = 1.0
+    checkpoint_interval: int = 250
+    log_interval: int = 50
+
+
+def learning_rate_factor(step: int, options: TrainingOptions) -> float:
+    """Linear warm-up, a plateau, and over the last `decay_share` of the steps a line down to 0.
+
+    The plateau does not depend on the number of steps, so a run that is going well can be resumed with more of them,
+    or cut short with fewer.
+    """
+    warm = min((step + 1) / options.warmup_steps, 1.0)
+    left = (options.steps - step) / (options.decay_share * options.steps)
+    return min(warm, left, 1.0)
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step: they depend on seed and step alone, so that a resumed run repeats an
+    uninterrupted one.
+    """
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: TrainingOptions) -> nn.Module:
+    """Train `model`; run the same command again to resume from the last checkpoint.
+
+    Args:
+        model: everything that is trained, in one module.
+        loss: step -> named scalars; the entry `loss` is minimised, all are logged beside the checkpoint.
+        options: see there.
+
+    Returns:
+        The module that holds the averaged weights.
+    """
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.averaging_decay), use_buffers=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True
+    )
+    first = _resume(options.checkpoint, model, averaged, optimizer)
+    log = options.checkpoint.with_suffix(".jsonl")
+    start = time.monotonic()
+    for step in tqdm(
+        range(first, options.steps), initial=first, total=options.steps, desc=options.checkpoint.stem, mininterval=10
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * learning_rate_factor(step, options)
+        terms = loss(step)
+        terms["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_gradient_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        # A young average would remember the random start: let its memory grow with the run.
+        averaged.multi_avg_fn = get_ema_multi_avg_fn(min(options.averaging_decay, (1 + step) / (10 + step)))
+        averaged.update_parameters(model)
+        if (step + 1) % options.log_interval == 0:
+            values = {name: float(value.detach()) for name, value in terms.items()}
+            line = {"step": step + 1, **values, "gradient_norm": float(norm), "seconds": time.monotonic() - start}
+            with log.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+        if (step + 1) % options.checkpoint_interval == 0 or step + 1 == options.steps:
+            _save(options.checkpoint, model, averaged, optimizer, step + 1)
+    return averaged.module
+
+
+def _save(file: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".partial")
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "averaged": averaged.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(state, temporary)
+    temporary.replace(file)
+
+
+def _resume(file: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """The step to go on from; 0 where there is no checkpoint."""
+    if not file.exists():
+        return 0
+    state = torch.load(file, weights_only=True)
+    model.load_state_dict(state["model"])
+    averaged.load_state_dict(state["averaged"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
