@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from errors import InputError
+from solvers import EPDTable
 from training.snapshot import write_atomically
 
 FORMAT = 1
@@ -18,7 +21,11 @@ FORMAT = 1
 
 NAME = re.compile(r"policy-step(\d{6,})\.pt")
 BEST_NAME = "policy-best.pt"
-KEYS = frozenset({"format", "step", "trainer", "watch", "table", "snapshot_metadata", "config", "config_hash"})
+KEYS = frozenset({"format", "step", "trainer", "watch", "start", "table", "config", "config_hash"})
+"""Of a checkpoint: the layout's number, completed steps, the states of trainer and held-out watch (None without one),
+what the run started from, the policy's mean table, the configuration and its hash."""
+
+TABLE_FIELDS = ("positions", "weights", "scale_dir", "scale_time")
 UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
 
 
@@ -52,6 +59,23 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     if refused:
         raise ValueError(f"a checkpoint holds tensors and plain values only, not {refused}")
     write_atomically(path, buffer.getvalue())
+
+
+def table_to_plain(table: EPDTable) -> dict[str, Tensor | None]:
+    """A table's tensors by name."""
+    return {name: getattr(table, name) for name in TABLE_FIELDS}
+
+
+def table_from_plain(tensors: Mapping[str, Tensor | None]) -> EPDTable:
+    """The inverse of `table_to_plain`.
+
+    Raises:
+        InputError: the tensors are no table.
+    """
+    try:
+        return EPDTable(*(tensors[name] for name in TABLE_FIELDS))
+    except ValueError as error:
+        raise InputError(f"the checkpoint holds no valid table: {error}") from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

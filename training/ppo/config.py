@@ -22,6 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import InputError
+from schedules import SCHEDULES
+from training.sampling import USUAL_RHO
 
 OVERRIDE = "--override"
 
@@ -105,9 +107,7 @@ class ModelConfig:
     )
     guidance_type: str | None = knob(None, "cfg: classifier-free guidance; uncond: none", choices=("cfg", "uncond"))
     guidance_rate: float | None = knob(None, "classifier-free guidance scale; 1 is no guidance", at_least=0)
-    schedule_type: str | None = knob(
-        None, "kind of the sigma grid", choices=("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
-    )
+    schedule_type: str | None = knob(None, "kind of the sigma grid", choices=tuple(SCHEDULES))
     schedule_rho: float | None = knob(None, "exponent of the sigma grid", above=0)
     num_steps: int | None = knob(None, "grid points of the sampler, one more than its intervals", at_least=2)
     num_points: int | None = knob(None, "parallel network evaluations per interval, K", at_least=1)
@@ -124,7 +124,7 @@ class RewardConfig:
     )
     batch_size: int = knob(16, "images per forward pass of the reward model, per device", at_least=1)
     enable_amp: bool = knob(False, "half precision in the reward model; CUDA only")
-    cache_dir: str | None = knob(None, "folder of the tokenizer of reward.weights_path; null: the one named beside it")
+    cache_dir: str | None = knob(None, "folder of the rewards' tokenizer; null: the one named beside each checkpoint")
 
 
 @dataclass
@@ -139,7 +139,7 @@ class PPOConfig:
         "prompt", "leave-one-out groups: one prompt each, or mixed as in the public code", choices=("prompt", "mixed")
     )
     ppo_epochs: int = knob(1, "passes over each rollout", at_least=1)
-    minibatch_size: int = knob(32, "images per optimizer update over all devices", at_least=1)
+    minibatch_size: int = knob(32, "images per optimizer update, over all devices", at_least=1)
     learning_rate: float = knob(1e-3, "Adam's step size at the start of the schedule", above=0)
     learning_rate_schedule: str = knob(
         "cosine",
@@ -305,6 +305,15 @@ def apply_snapshot(
         InputError: lists every value that the snapshot fixes and the configuration contradicts, and what neither gives.
     """
     fixed = {name: metadata.get(name) for name in SNAPSHOT_KEYS} | {"num_steps": num_steps, "num_points": num_points}
+    ours_schedule = loaded.config.model.schedule_type
+    if ours_schedule not in (None, fixed["schedule_type"]):
+        fixed["schedule_rho"] = None  # the snapshot's exponent belongs to its own schedule
+    if fixed["schedule_rho"] is None:
+        fixed["schedule_rho"] = USUAL_RHO.get(ours_schedule or fixed["schedule_type"], 1.0)
+    if fixed["guidance_type"] is None and fixed["guidance_rate"] is not None:
+        fixed["guidance_type"] = "cfg"
+    if "uncond" in (loaded.config.model.guidance_type, fixed["guidance_type"]):
+        fixed["guidance_rate"] = 1.0
     chosen: dict[str, Any] = {}
     notes: list[str] = []
     faults: list[str] = []
@@ -399,6 +408,12 @@ def _disagreements(config: Config) -> Iterator[tuple[set[str], str]]:
     """Values that are each allowed and cannot go together: their keys, why, and what to set instead."""
     yield from _batch_disagreements(config.ppo, config.run.num_devices * config.run.num_nodes)
     yield from _judge_disagreements(config)
+    names = [Path(path).stem for path in (config.reward.weights_path, *config.reward.mix)]
+    if len(set(names)) < len(names):
+        yield (
+            {"reward.weights_path", "reward.mix"},
+            f"reward.mix: two checkpoints are called {max(names, key=names.count)}",
+        )
     if not config.ppo.decode_rgb:
         yield {"ppo.decode_rgb"}, "ppo.decode_rgb=false: every reward here scores RGB images; set it to true"
     if any(not math.isfinite(weight) or weight == 0 for weight in config.reward.mix.values()):
@@ -430,12 +445,6 @@ def _batch_disagreements(ppo: PPOConfig, devices: int) -> Iterator[tuple[set[str
             f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}: "
             f"updates would weigh images unequally; set ppo.minibatch_size={ppo.rollout_batch_size}",
         )
-    elif ppo.minibatch_size % devices and ppo.rollout_batch_size % devices == 0:
-        yield (
-            update | split,
-            f"ppo.minibatch_size={ppo.minibatch_size} cannot be split evenly among {devices} devices: "
-            f"set ppo.minibatch_size={ppo.rollout_batch_size}",
-        )
 
 
 def _judge_disagreements(config: Config) -> Iterator[tuple[set[str], str]]:
@@ -456,6 +465,12 @@ def _judge_disagreements(config: Config) -> Iterator[tuple[set[str], str]]:
         yield (
             {"logging.panel", "reward.weights_path", "reward.mix"},
             f"logging.panel={logging.panel} is trained on: a panel must be a judge that the reward does not contain",
+        )
+    if logging.preview_prompts > logging.eval_count:
+        yield (
+            {"logging.preview_prompts", "logging.eval_count"},
+            f"logging.preview_prompts={logging.preview_prompts} is more than logging.eval_count={logging.eval_count}: "
+            f"set logging.preview_prompts={logging.eval_count} or less",
         )
     if logging.eval_prompts is not None and logging.eval_prompts == config.data.prompt_csv:
         yield (

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from errors import InputError
+from solvers import EPDTable
 from training.ppo.checkpoint import (
     KEYS,
     best_path,
@@ -17,8 +18,13 @@ from training.ppo.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
     step_path,
+    table_from_plain,
+    table_to_plain,
 )
 from training.ppo.run_folder import MetricsLog, RunFolder, read_metrics
+
+
+TABLE = EPDTable(torch.tensor([[0.3, 0.6]]).double(), torch.tensor([[0.5, 0.5]]).double())
 
 
 def state_at(step: int) -> dict:
@@ -28,8 +34,8 @@ def state_at(step: int) -> dict:
         "step": step,
         "trainer": {"weights": torch.linspace(0, 1, 7, dtype=torch.float64), "random": generator.get_state()},
         "watch": None,
-        "table": {"positions": torch.tensor([[0.3, 0.6]])},
-        "snapshot_metadata": {"dataset_name": "shapes", "M": 3, "afs": False},
+        "start": {"metadata": {"dataset_name": "shapes", "M": 3, "afs": False}},
+        "table": table_to_plain(TABLE),
         "config": {"ppo": {"steps": 3}},
         "config_hash": "ab",
     }
@@ -52,6 +58,8 @@ def test_round_trip_is_exact(tmp_path: Path):
     assert read.keys() == KEYS
     assert torch.equal(read["trainer"]["weights"], written["trainer"]["weights"])
     assert read["trainer"]["weights"].dtype == torch.float64
+    assert torch.equal(table_from_plain(read["table"]).positions, TABLE.positions)
+    assert table_from_plain(read["table"]).scale_dir is None
     resumed, never_stopped = torch.Generator(), torch.Generator()
     resumed.set_state(read["trainer"]["random"])
     never_stopped.set_state(written["trainer"]["random"])

@@ -1,0 +1,341 @@
+"""From a checked configuration to the objects of a run; before that, whether all that they need is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from errors import InputError
+from models.denoiser import Denoiser
+from models.devices import resolve_device, resolve_dtype
+from models.prompts import read_prompts
+from models.registry import check_assets, load_denoiser
+from schedules import get_schedule
+from solvers import EPDTable, NetworkEvaluations, network_evaluations
+from training.ppo.checkpoint import table_from_plain, table_to_plain
+from training.ppo.cold_start import prepare_table
+from training.ppo.config import Config, LoadedConfig, apply_snapshot
+from training.ppo.heldout import HeldoutJudge, HeldoutWatch, VerifierPanel
+from training.ppo.policy import EPDParamPolicy
+from training.ppo.ppo_trainer import PPOTrainer
+from training.ppo.rewards import Reward, RewardHPS, build_reward, find_reward_files
+from training.ppo.rl_runner import RLRunner, Shard
+from training.ppo.rollout import PromptStream
+from training.sampling import MODEL_OF_DATASET, Predictor, load_predictor
+
+COCO_PROMPTS = "MS-COCO_val2014_30k_captions.csv"
+FETCH_COCO = f"Fetch {COCO_PROMPTS} (some 2 MB):  python -m models.assets fetch coco-prompts"
+MAKE_ONE = "Predictors are distilled by train.py; with --init-only it writes an undistilled one to start from."
+VERIFIER = "verifier"
+TRY_NOW = (
+    "To try things now, with what comes in the repository:  "
+    "python -m training.ppo.launch --config training/ppo/cfgs/shapes.yaml"
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: its final configuration, the table, and what the reader should be told about both.
+
+    Attributes:
+        config: nothing that the solver needs is null.
+        predictor: the snapshot.
+        table: the snapshot's, in the order that the policy needs.
+        notes: one line for each thing that was overridden or put in order.
+    """
+
+    config: Config
+    predictor: Predictor
+    table: EPDTable
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The arithmetic of a run.
+
+    Attributes:
+        evaluations: network evaluations of one image, before guidance.
+        halves: rows per evaluation: 2 with classifier-free guidance, else 1.
+        images: images per step.
+        prompts: prompts per step.
+        updates: optimizer updates per step.
+    """
+
+    evaluations: NetworkEvaluations
+    halves: int
+    images: int
+    prompts: int
+    updates: int
+
+    def lines(self, config: Config) -> list[str]:
+        """For people, one fact a line."""
+        model, ppo = config.model, config.ppo
+        rows = self.evaluations.total * self.halves
+        return [
+            f"num_steps {model.num_steps} ({model.num_steps - 1} intervals), num_points {model.num_points}",
+            f"{self.evaluations.parallel} network calls an image one after another, {rows} network rows "
+            f"({self.evaluations.total} evaluations{', twice for guidance' if self.halves == 2 else ''})",
+            f"{self.images} images a step: {self.prompts} prompts x {ppo.rloo_k} tables",
+            f"{self.images * rows} network rows a step",
+            f"{self.updates} updates a step: passes {ppo.ppo_epochs}, minibatches of {ppo.minibatch_size} images",
+            f"{ppo.steps} steps, {ppo.steps * self.images} images in all",
+        ]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects of a run; `judge` and `watch` are None where held-out evaluation is off."""
+
+    denoiser: Denoiser
+    trainer: PPOTrainer
+    judge: HeldoutJudge | None
+    watch: HeldoutWatch | None
+
+
+def prepare(loaded: LoadedConfig) -> Start:
+    """Read the predictor, settle the configuration by it, and look for every file and device that a run needs.
+
+    No model is loaded.
+
+    Raises:
+        InputError: lists all that is missing (with its size and the command that fetches it, where that is known) or
+            contradicts the predictor.
+    """
+    config, faults = loaded.config, []
+    try:
+        start = start_from_snapshot(loaded)
+        config = start.config
+    except InputError as error:
+        faults.append(f"data.predictor_snapshot={config.data.predictor_snapshot}: {error}\n{MAKE_ONE}")
+    refuse([*faults, *path_faults(config)])
+    return start
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raise one `InputError` that lists the faults, if there are any."""
+    if faults:
+        listed = "\n".join("  - " + fault.replace("\n", "\n    ") for fault in faults)
+        raise InputError(f"the run cannot start:\n{listed}\n{TRY_NOW}")
+
+
+def start_from_snapshot(loaded: LoadedConfig) -> Start:
+    """Read the predictor and settle the configuration by it.
+
+    Raises:
+        InputError: there is no such predictor, or it and the configuration contradict each other.
+    """
+    predictor = load_predictor(loaded.config.data.predictor_snapshot)
+    table = predictor.table
+    config, notes = apply_snapshot(loaded, table.num_steps, table.num_points, predictor.metadata, str(predictor.file))
+    cold_start = prepare_table(table)
+    return Start(config, predictor, cold_start.table, (*notes, *cold_start.repairs))
+
+
+def to_plain(start: Start) -> dict[str, Any]:
+    """What a checkpoint keeps of it, so that a resumed run needs no snapshot file."""
+    predictor = start.predictor
+    return {
+        "file": str(predictor.file),
+        "sha256": predictor.sha256,
+        "metadata": dict(predictor.metadata),
+        "snapshot_table": table_to_plain(predictor.table),
+        "table": table_to_plain(start.table),
+        "notes": list(start.notes),
+    }
+
+
+def from_plain(state: Mapping[str, Any], config: Config) -> Start:
+    """The inverse of `to_plain`, under a configuration that is settled already."""
+    predictor = Predictor(
+        Path(state["file"]), state["sha256"], table_from_plain(state["snapshot_table"]), state["metadata"]
+    )
+    return Start(config, predictor, table_from_plain(state["table"]), tuple(state["notes"]))
+
+
+def model_spec(config: Config) -> str | None:
+    """What `load_denoiser` is asked for; None while only the predictor would say."""
+    name = config.model.dataset_name
+    return config.model.model_path or MODEL_OF_DATASET.get(name, name)
+
+
+def guidance_scale(config: Config) -> float | None:
+    """The scale of classifier-free guidance, 1 for none."""
+    return 1.0 if config.model.guidance_type == "uncond" else config.model.guidance_rate
+
+
+def costs(start: Start) -> Costs:
+    """What a step costs."""
+    config, table = start.config, start.table
+    updates_a_pass = -(-config.ppo.rollout_batch_size // config.ppo.minibatch_size)
+    return Costs(
+        evaluations=network_evaluations("epd", table.num_steps, num_points=table.num_points, afs=start.predictor.afs),
+        halves=1 if guidance_scale(config) == 1.0 else 2,
+        images=config.ppo.rollout_batch_size,
+        prompts=config.ppo.rollout_batch_size // config.ppo.rloo_k,
+        updates=config.ppo.ppo_epochs * updates_a_pass,
+    )
+
+
+def path_faults(config: Config) -> Iterator[str]:
+    """What is wrong with the files and devices that a configuration names, one message each; loads no model."""
+    logging = config.logging
+    spec = model_spec(config)
+    checks: list[tuple[str, Callable[[], object]]] = [
+        (f"run.output_root={config.run.output_root}", lambda: _check_writable(Path(config.run.output_root))),
+        (f"run.device={config.run.device}", lambda: resolve_device(config.run.device)),
+        (f"data.prompt_csv={config.data.prompt_csv}", lambda: _read_prompts(config.data.prompt_csv)),
+    ]
+    if spec is not None:
+        checks.append((f"model {spec}", lambda: check_assets(spec)))
+    for path in (config.reward.weights_path, *config.reward.mix):
+        checks.append((f"reward {path}", lambda path=path: find_reward_files(path, config.reward.cache_dir)))
+    if logging.eval_interval and logging.eval_prompts is not None:
+        checks.append((f"logging.eval_prompts={logging.eval_prompts}", lambda: _heldout_prompts(config)))
+        if logging.panel not in (None, VERIFIER):
+            checks.append(
+                (f"logging.panel={logging.panel}", lambda: find_reward_files(logging.panel, config.reward.cache_dir))
+            )
+    for name, check in checks:
+        try:
+            check()
+        except InputError as error:
+            yield f"{name}: {error}"
+
+
+def build(start: Start, fabric: Fabric) -> Parts:
+    """Load the models and put a run together.
+
+    Args:
+        start: what `prepare` or a checkpoint gave.
+        fabric: launched.
+
+    Raises:
+        InputError: an asset cannot be used, or a prompt not be encoded.
+    """
+    config = start.config
+    denoiser = load_denoiser(model_spec(config), device=fabric.device, dtype=resolve_dtype(config.model.dtype))
+    prompts = read_prompts(config.data.prompt_csv)
+    denoiser.validate_prompts(prompts)
+    reward = build_reward(
+        {config.reward.weights_path: 1.0, **config.reward.mix},
+        device=fabric.device,
+        batch_size=config.reward.batch_size,
+        amp_dtype=_amp_dtype(config, fabric.device),
+        tokenizer_folder=config.reward.cache_dir,
+    )
+    low, high = start.predictor.sigma_range(denoiser)
+    model, ppo = config.model, config.ppo
+    runner = RLRunner(
+        denoiser,
+        get_schedule(model.schedule_type, model.num_steps, low, high, rho=model.schedule_rho, denoiser=denoiser),
+        reward,
+        group_size=ppo.rloo_k,
+        shared_noise=ppo.shared_noise,
+        seed=config.run.seed,
+        guidance_scale=guidance_scale(config),
+        afs=start.predictor.afs,
+        max_rows=ppo.max_rows,
+        decode_chunk_size=ppo.decode_chunk_size,
+        shard=_shard(fabric),
+    )
+    stream = PromptStream(prompts, shuffle=config.data.shuffle, seed=config.run.seed)
+    trainer = PPOTrainer(make_policy(start), runner, stream, ppo, seed=config.run.seed)
+    if not config.logging.eval_interval:
+        return Parts(denoiser, trainer, None, None)
+    heldout = _heldout_prompts(config)
+    denoiser.validate_prompts(heldout)
+    judge = HeldoutJudge(
+        runner,
+        reward,
+        _panel(config, fabric.device),
+        heldout,
+        first_seed=config.logging.eval_seed,
+        preview_count=config.logging.preview_prompts,
+    )
+    return Parts(denoiser, trainer, judge, HeldoutWatch(reward))
+
+
+def make_policy(start: Start) -> EPDParamPolicy:
+    """The policy before its first update: its mean is the starting table."""
+    ppo = start.config.ppo
+    return EPDParamPolicy(
+        start.table,
+        concentration=ppo.dirichlet_concentration,
+        train_scale_dir=ppo.train_scale_dir,
+        train_scale_time=ppo.train_scale_time,
+        scale_std=ppo.scale_std,
+        seed=start.config.run.seed,
+    )
+
+
+def _panel(config: Config, device: torch.device) -> Reward | None:
+    if config.logging.panel is None:
+        return None
+    if config.logging.panel == VERIFIER:
+        return VerifierPanel()
+    return RewardHPS(
+        config.logging.panel,
+        device=device,
+        batch_size=config.reward.batch_size,
+        amp_dtype=_amp_dtype(config, device),
+        tokenizer_folder=config.reward.cache_dir,
+    )
+
+
+def _amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    return torch.float16 if config.reward.enable_amp and device.type == "cuda" else None
+
+
+def _read_prompts(path: str) -> list[str]:
+    if Path(path).name == COCO_PROMPTS and not Path(path).exists():
+        raise InputError(f"there is no such file. {FETCH_COCO}")
+    return read_prompts(path)
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{existing} is no folder that can be written to")
+
+
+def _heldout_prompts(config: Config) -> list[str]:
+    prompts = read_prompts(config.logging.eval_prompts)
+    if len(prompts) < config.logging.eval_count:
+        raise InputError(
+            f"{config.logging.eval_prompts}: holds {len(prompts)} prompts, and "
+            f"logging.eval_count={config.logging.eval_count}: set it to {len(prompts)}"
+        )
+    shared = set(prompts[: config.logging.eval_count]) & set(read_prompts(config.data.prompt_csv))
+    if shared:
+        raise InputError(
+            f"{config.logging.eval_prompts}: {len(shared)} held-out prompts are also trained on, for example "
+            f"{min(shared)!r}: take them out of one of the files"
+        )
+    return prompts[: config.logging.eval_count]
+
+
+def make_fabric(config: Config) -> Fabric:
+    """Lightning's Fabric for the devices of the configuration; call `launch` on it.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    device = resolve_device(config.run.device)
+    several = config.run.num_devices * config.run.num_nodes > 1
+    one = [device.index] if device.index is not None and not several else config.run.num_devices
+    return Fabric(
+        accelerator=device.type, devices=one, num_nodes=config.run.num_nodes, strategy="ddp" if several else "auto"
+    )
+
+
+def _shard(fabric: Fabric) -> Shard:
+    if fabric.world_size == 1:
+        return Shard()
+    return Shard(fabric.global_rank, fabric.world_size, lambda local: fabric.all_gather(local).flatten(0, 1))

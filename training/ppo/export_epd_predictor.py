@@ -1,0 +1,186 @@
+"""From a run to the table that anyone can load: `python -m training.ppo.export_epd_predictor exps/<run>`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from errors import InputError, shows_input_errors
+from models.devices import resolve_device
+from models.fingerprints import file_sha256
+from solvers import EPDTable
+from training.ppo.assembly import Start, from_plain, guidance_scale, make_policy
+from training.ppo.checkpoint import TABLE_FIELDS, best_path, load_checkpoint, newest_checkpoint, table_from_plain
+from training.ppo.config import SNAPSHOT_KEYS, build_config, to_plain
+from training.ppo.run_folder import RunFolder, read_metrics
+from training.snapshot import load_snapshot, save_snapshot, write_atomically
+
+POLICY_TOLERANCE = 1e-9
+"""How far the policy's mean may be from the table in the checkpoint: both are float64, made on two devices at worst."""
+
+SNAPSHOT_TOLERANCE = 1e-6
+"""How far the numbers read back from a .pkl may be from the exported ones: it holds float32 parameters."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A table on its way out, and what it was made from."""
+
+    table: EPDTable
+    start: Start
+    step: int
+    checkpoint: Path
+    config_hash: str
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="[default: the checkpoint with the largest step]")
+@click.option("--best", is_flag=True, help="The checkpoint with the best held-out reward.")
+@click.option("--device", default="cpu", show_default=True, help="Where the policy's mean is computed: cpu or cuda.")
+@click.option("--no-manifest", is_flag=True, help="Leave out export-manifest-*.json.")
+@shows_input_errors
+def main(run: Path, checkpoint: Path | None, best: bool, device: str, no_manifest: bool) -> None:
+    """Write the mean table of a RUN's policy as a predictor snapshot into RUN/export.
+
+    \b
+    python -m training.ppo.export_epd_predictor exps/<timestamp>-shapes
+    python sample.py --predictor_path exps/<timestamp>-shapes --prompt "a large red circle" --seeds 0-3
+    """
+    folder = RunFolder.open(run)
+    export = read_export(_chosen(folder, checkpoint, best=best), torch.device(resolve_device(device)))
+    for path in write_export(folder, export, manifest=not no_manifest):
+        click.echo(path)
+
+
+def read_export(checkpoint: Path, device: torch.device) -> Export:
+    """The mean table of a checkpoint's policy.
+
+    Raises:
+        InputError: the checkpoint cannot be read, the device has no float64, or the policy's mean is not the table that
+            the checkpoint names.
+    """
+    if device.type == "mps":
+        raise InputError("--device mps: the policy needs float64, which this device lacks; use cpu")
+    state = load_checkpoint(checkpoint)
+    config = build_config(state["config"], str(checkpoint)).config
+    start = from_plain(state["start"], config)
+    policy = make_policy(start)
+    policy.load_state_dict(state["trainer"]["policy"])
+    try:
+        with torch.no_grad():
+            table = policy.to(device)().mean_table().to(device="cpu")
+    except ValueError as error:
+        raise InputError(f"{checkpoint}: the policy's mean is no valid table: {error}") from error
+    _require_equal(table, table_from_plain(state["table"]), POLICY_TOLERANCE, f"{checkpoint}: the policy's mean")
+    return Export(table, start, state["step"], checkpoint, state["config_hash"])
+
+
+def write_export(folder: RunFolder, export: Export, *, manifest: bool) -> list[Path]:
+    """Write the snapshot (.pkl and .json), its training options and its manifest; returns the paths.
+
+    Raises:
+        InputError: the files would not read back to the same table (then none is written), or cannot be written.
+    """
+    name, suffix = f"network-snapshot-export-step{export.step:06d}.pkl", f"step{export.step:06d}.json"
+    with tempfile.TemporaryDirectory() as trial:
+        _, read_back = _written(Path(trial) / name, export)
+    pickled = save_snapshot(folder.export / name, export.table, snapshot_metadata(export))
+    options = folder.export / f"training_options-export-{suffix}"
+    config = to_plain(export.start.config)
+    _write_json(options, {"predictor": load_snapshot(pickled)[1], "config": config})
+    paths = [pickled, pickled.with_suffix(".json"), options]
+    if manifest:
+        described = _manifest(folder, export, paths, _largest_difference(export.table, read_back))
+        paths.append(folder.export / f"export-manifest-{suffix}")
+        _write_json(paths[-1], described)
+    return paths
+
+
+def snapshot_metadata(export: Export) -> dict[str, Any]:
+    """The starting snapshot's metadata with the settings that the table was tuned for."""
+    model = export.start.config.model
+    settled = {name: getattr(model, name) for name in SNAPSHOT_KEYS}
+    return {**export.start.predictor.metadata, **settled, "guidance_rate": guidance_scale(export.start.config)}
+
+
+def _chosen(folder: RunFolder, checkpoint: Path | None, *, best: bool) -> Path:
+    if best and checkpoint is not None:
+        raise InputError("--best and --checkpoint both name a checkpoint: give one of them")
+    if checkpoint is not None:
+        return checkpoint
+    if not best:
+        return newest_checkpoint(folder.checkpoints)
+    if not best_path(folder.checkpoints).exists():
+        raise InputError(
+            f"{folder.path}: no evaluation has beaten the starting table on the held-out prompts (or "
+            f"logging.eval_interval is 0), so there is no best checkpoint: export the newest by leaving --best out"
+        )
+    return best_path(folder.checkpoints)
+
+
+def _written(path: Path, export: Export) -> tuple[Path, EPDTable]:
+    """Write the snapshot, read each of its two files by itself, and hold both against the table."""
+    pickled = save_snapshot(path, export.table, snapshot_metadata(export))
+    exact, _ = load_snapshot(pickled)
+    _require_equal(exact, export.table, 0.0, f"{export.checkpoint}: the exported .json")
+    pickled.with_suffix(".json").unlink()
+    rounded, _ = load_snapshot(pickled)
+    _require_equal(rounded, export.table, SNAPSHOT_TOLERANCE, f"{export.checkpoint}: the exported .pkl")
+    return pickled, rounded
+
+
+def _require_equal(table: EPDTable, expected: EPDTable, tolerance: float, what: str) -> None:
+    difference = _largest_difference(table, expected)
+    if not difference <= tolerance:
+        raise InputError(
+            f"{what} differs from its table by up to {difference:.3g}, and at most {tolerance:g} is allowed: "
+            f"it would not replay what was trained, so nothing is exported"
+        )
+
+
+def _largest_difference(table: EPDTable, other: EPDTable) -> float:
+    """Largest absolute difference of two tables' entries; infinite where only one has a scale, or the shapes differ."""
+    largest = 0.0
+    for name in TABLE_FIELDS:
+        mine, theirs = getattr(table, name), getattr(other, name)
+        if mine is None and theirs is None:
+            continue
+        if mine is None or theirs is None or mine.shape != theirs.shape:
+            return float("inf")
+        largest = max(largest, float((mine - theirs).abs().max()))
+    return largest
+
+
+def _manifest(folder: RunFolder, export: Export, paths: list[Path], difference: float) -> dict[str, Any]:
+    predictor = export.start.predictor
+    evaluations = [
+        row for row in read_metrics(folder.metrics) if row["step"] == export.step and "heldout/reward" in row
+    ]
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run": folder.path.name,
+        "step": export.step,
+        "checkpoint": {"file": export.checkpoint.name, "sha256": file_sha256(export.checkpoint)},
+        "config_sha256": export.config_hash,
+        "start": {"file": str(predictor.file), "sha256": predictor.sha256, "notes": list(export.start.notes)},
+        "files": {path.name: file_sha256(path) for path in paths},
+        "largest_difference_of_pkl": difference,
+        "heldout": {name: value for row in evaluations for name, value in row.items() if name.startswith("heldout/")},
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

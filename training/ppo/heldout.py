@@ -1,0 +1,224 @@
+"""The held-out watch: is the mean table better on prompts that are never trained on, and does a second judge agree?
+
+Every evaluation uses the same prompts and seeds, so that each difference to the starting table is paired. A held-out
+reward that rises while a judge that is not trained on falls is reported as suspected reward hacking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from models.shapes.verify import verify
+from solvers import EPDTable
+from training.ppo.rewards.mix import WeightedMix
+from training.ppo.rewards.protocol import Reward
+from training.ppo.rl_runner import Images, Shard
+from training.ppo.rollout import DivergenceError
+from training.statistics import Interval, bootstrap_indices, paired_difference_interval
+
+HELDOUT_METRICS: Mapping[str, str] = {
+    "heldout/reward": "mean training reward of the mean table on the held-out prompts",
+    "heldout/reward_start": "the same of the starting table",
+    "heldout/reward_difference": "mean paired difference of the two, with a 95% bootstrap interval (_low, _high)",
+    "heldout/panel": "mean score by the judge that is not trained on",
+    "heldout/panel_start": "the same of the starting table",
+    "heldout/panel_difference": "mean paired difference of the two, with a 95% bootstrap interval (_low, _high)",
+    "heldout/dropped": "held-out images left out because a score of theirs, or of the starting table's, is not finite",
+    "heldout/best_step": "step of the highest held-out reward among the tables that the panel does not find worse",
+    "heldout/suspected_reward_hacking": "1 where the reward's interval lies above 0 and the panel's below, else 0",
+}
+"""Every metric of an evaluation with its meaning."""
+
+
+class VerifierPanel:
+    """The exact verifier of the shapes world as a judge: the share of the caption's parts that hold, in [0, 1]."""
+
+    name = "verifier"
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [N] of images [N, 3, 64, 64] in [0, 1]."""
+        return torch.tensor([verify(image.cpu(), prompt).score for image, prompt in zip(images, prompts, strict=True)])
+
+
+@dataclass(frozen=True)
+class HeldoutScores:
+    """What one table got on the N held-out prompts.
+
+    Attributes:
+        parts: raw score [N] float32 of each training reward, by name; NaN where the image is not finite.
+        panel: [N] float32 by the judge that is not trained on; None without one.
+        previews: [P, 3, H, W], the images of the first prompts.
+    """
+
+    parts: Mapping[str, Tensor]
+    panel: Tensor | None
+    previews: Tensor
+
+
+class ImageSource(Protocol):
+    """What makes the images: see `RLRunner.sample_images`."""
+
+    shard: Shard
+
+    def sample_images(self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
+        """One image for each pair of a prompt and a seed."""
+        ...
+
+
+class HeldoutJudge:
+    """Scores tables on fixed held-out prompts and seeds."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        reward: WeightedMix,
+        panel: Reward | None,
+        prompts: Sequence[str],
+        *,
+        first_seed: int,
+        preview_count: int,
+    ) -> None:
+        """Fix everything but the table.
+
+        Args:
+            source: makes the images; in a run of several processes each makes its share.
+            reward: the training reward; its running statistics are left alone.
+            panel: a judge that is not trained on.
+            prompts: one image is made for each.
+            first_seed: seed of the first prompt's noise; the next has the next.
+            preview_count: how many images are handed back.
+        """
+        self.prompts = tuple(prompts)
+        self.seeds = tuple(range(first_seed, first_seed + len(self.prompts)))
+        self._source, self._reward, self._panel = source, reward, panel
+        self._preview_count = preview_count
+
+    @torch.no_grad()
+    def judge(self, table: EPDTable) -> HeldoutScores:
+        """Sample with one table [S, K] and score; all processes get the scores of all."""
+        rows = self._rows_here()
+        images = self._source.sample_images(
+            table, [self.prompts[row] for row in rows], [self.seeds[row] for row in rows]
+        )
+        finite = images.finite.to(images.pixels.device)
+        prompts = [prompt for prompt, keep in zip(images.prompts, finite.tolist(), strict=True) if keep]
+        shown = images.pixels[finite]
+        raw = self._reward.raw_scores(shown, prompts) if prompts else {}
+        parts = {name: self._gathered(raw.get(name), finite) for name in self._reward.state_dict()}
+        panel = None
+        if self._panel is not None:
+            panel = self._gathered(self._panel.score(shown, prompts) if prompts else None, finite)
+        return HeldoutScores(parts, panel, images.pixels[: self._preview_count].cpu())
+
+    def _rows_here(self) -> list[int]:
+        """This process's consecutive share of the prompts; the last share is filled up with the last prompt."""
+        shard, number = self._source.shard, len(self.prompts)
+        share = -(-number // shard.count)
+        return [min(row, number - 1) for row in range(shard.rank * share, (shard.rank + 1) * share)]
+
+    def _gathered(self, scores: Tensor | None, finite: Tensor) -> Tensor:
+        local = torch.full(finite.shape, torch.nan, device=finite.device)
+        if scores is not None:
+            local[finite] = scores.to(local)
+        return self._source.shard.gather(local).cpu()[: len(self.prompts)]
+
+
+class HeldoutWatch:
+    """Compares each table's held-out scores with the starting table's, and keeps the best."""
+
+    def __init__(self, reward: WeightedMix, *, seed: int = 0) -> None:
+        """Start with nothing seen.
+
+        Args:
+            reward: combines raw scores; both tables are combined with the same statistics.
+            seed: of the bootstrap.
+        """
+        self._reward = reward
+        self._seed = seed
+        self._start: HeldoutScores | None = None
+        self._best: HeldoutScores | None = None
+        self.best_step = 0
+
+    def observe(self, step: int, scores: HeldoutScores) -> dict[str, float]:
+        """Take in the scores of the mean table after `step`; the first call gives the starting table's.
+
+        Returns:
+            `HELDOUT_METRICS`; those of the panel only where there is one.
+
+        Raises:
+            DivergenceError: fewer than two held-out images have finite scores.
+        """
+        if self._start is None or self._best is None:
+            self._start = self._best = scores
+        kept = self._finite_rows(step, scores)
+        indices = bootstrap_indices(int(kept.sum()), torch.Generator().manual_seed(self._seed))
+        rewards, start_rewards = self._combined(scores)[kept], self._combined(self._start)[kept]
+        reward = paired_difference_interval(rewards, start_rewards, indices)
+        metrics = _described("reward", rewards, start_rewards, reward)
+        panel = None
+        if scores.panel is not None and self._start.panel is not None:
+            ours, theirs = scores.panel[kept], self._start.panel[kept]
+            panel = paired_difference_interval(ours, theirs, indices)
+            metrics |= _described("panel", ours, theirs, panel)
+        self._keep_best(step, scores, panel)
+        hacking = panel is not None and reward.low > 0 and panel.high < 0
+        return metrics | {
+            "heldout/dropped": int((~kept).sum()),
+            "heldout/best_step": self.best_step,
+            "heldout/suspected_reward_hacking": int(hacking),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as tensors and plain values."""
+        return {"best_step": self.best_step, "start": _packed(self._start), "best": _packed(self._best)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.best_step = state["best_step"]
+        self._start, self._best = _unpacked(state["start"]), _unpacked(state["best"])
+
+    def _combined(self, scores: HeldoutScores) -> Tensor:
+        return self._reward.combine(scores.parts)
+
+    def _finite_rows(self, step: int, scores: HeldoutScores) -> Tensor:
+        """Rows [N] where every score of this table and of the starting one is finite."""
+        sets = [part for seen in (scores, self._start) if seen for part in (*seen.parts.values(), seen.panel)]
+        kept = torch.stack([part.isfinite() for part in sets if part is not None]).all(0)
+        if kept.sum() < 2:
+            raise DivergenceError(
+                f"step {step}: {int((~kept).sum())} of {len(kept)} held-out images have scores that are NaN or "
+                f"infinite: the mean table leaves the range in which the solver is stable, or the reward is broken"
+            )
+        return kept
+
+    def _keep_best(self, step: int, scores: HeldoutScores, panel: Interval | None) -> None:
+        """A table that the panel finds worse than the start is never the best, however high its reward."""
+        if self._best is None or (panel is not None and panel.high < 0):
+            return
+        ours, best = self._combined(scores), self._combined(self._best)
+        both = ours.isfinite() & best.isfinite()
+        if bool(both.any()) and ours[both].mean() > best[both].mean():
+            self._best, self.best_step = scores, step
+
+
+def _described(judge: str, ours: Tensor, theirs: Tensor, difference: Interval) -> dict[str, float]:
+    return {
+        f"heldout/{judge}": ours.double().mean().item(),
+        f"heldout/{judge}_start": theirs.double().mean().item(),
+        f"heldout/{judge}_difference": difference.estimate,
+        f"heldout/{judge}_difference_low": difference.low,
+        f"heldout/{judge}_difference_high": difference.high,
+    }
+
+
+def _packed(scores: HeldoutScores | None) -> dict[str, Any] | None:
+    return None if scores is None else {"parts": dict(scores.parts), "panel": scores.panel}
+
+
+def _unpacked(state: Mapping[str, Any] | None) -> HeldoutScores | None:
+    return None if state is None else HeldoutScores(state["parts"], state["panel"], torch.empty(0))

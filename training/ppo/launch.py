@@ -1,0 +1,196 @@
+"""The command that runs the RL job: `python -m training.ppo.launch --config training/ppo/cfgs/shapes.yaml`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from lightning.fabric import Fabric
+
+from errors import InputError, shows_input_errors
+from training.ppo.assembly import Start, build, costs, from_plain, make_fabric, path_faults, prepare, refuse
+from training.ppo.checkpoint import load_checkpoint, newest_checkpoint
+from training.ppo.config import Config, load_config, to_plain, to_yaml
+from training.ppo.report import write_report
+from training.ppo.run_folder import RunFolder
+from training.ppo.training_run import INTERRUPTED, TrainingRun
+from training.snapshot import write_atomically
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "cfgs" / "sd15_base.yaml"
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train: a new run (`folder` and `state` are None) or one to go on with."""
+
+    start: Start
+    folder: RunFolder | None
+    state: dict[str, Any] | None
+
+
+class SeveralPairs(click.Command):
+    """A command whose option `--override` takes all values up to the next option."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Spell the option out before each of its values."""
+        return super().parse_args(context, spread(args))
+
+
+def spread(args: Sequence[str]) -> list[str]:
+    """Repeat `--override` before every further value that follows it directly."""
+    spelled: list[str] = []
+    inside = False
+    for arg in args:
+        if arg.startswith("-"):
+            inside = arg == "--override" or arg.startswith("--override=")
+        elif inside and spelled[-1] != "--override":
+            spelled.append("--override")
+        spelled.append(arg)
+    return spelled
+
+
+@click.command(cls=SeveralPairs, context_settings={"max_content_width": 110})
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help=f"[default: cfgs/{DEFAULT_CONFIG.name}]")
+@click.option(
+    "--override",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE ...",
+    help="Has the last word over file and snapshot; takes several pairs, may be repeated.",
+)
+@click.option("--run-name", help="Last part of the run folder's name (run.run_name).")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Go on with a run, from its newest checkpoint, or from the checkpoint given.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the merged configuration, check every path, count; train nothing.")
+@click.option("--device", help="auto, cpu, cuda, cuda:N or mps (run.device).")
+@shows_input_errors
+def main(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    resume: Path | None,
+    dry_run: bool,
+    device: str | None,
+) -> None:
+    """Tune a solver table by reinforcement learning.
+
+    \b
+    python -m training.ppo.launch --config training/ppo/cfgs/shapes.yaml --dry-run
+    python -m training.ppo.launch --config training/ppo/cfgs/shapes.yaml --override ppo.steps=20 run.seed=1
+    python -m training.ppo.launch --resume exps/<timestamp>-shapes
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    pairs = [
+        *overrides,
+        *([f"run.run_name={run_name}"] if run_name else []),
+        *([f"run.device={device}"] if device else []),
+    ]
+    if resume is None:
+        job = Job(prepare(load_config(config_path or DEFAULT_CONFIG, pairs)), None, None)
+    elif config_path is not None or run_name is not None:
+        raise InputError("--resume goes on with a run's own configuration and name: change it by --override only")
+    else:
+        job = resumed_job(resume, pairs)
+    if dry_run:
+        click.echo(to_yaml(job.start.config))
+        describe(job)
+        click.echo("dry run: every path is there; nothing was trained")
+        return
+    train(job)
+
+
+def resumed_job(source: Path, overrides: Sequence[str]) -> Job:
+    """A run to go on with: its folder's configuration, the overrides, and a checkpoint.
+
+    Raises:
+        InputError: there is no such run, its checkpoint is corrupt (the one before is offered), it is complete, or a
+            file that it needs is gone.
+    """
+    folder = RunFolder.open(source)
+    state = load_checkpoint(source if source.suffix == ".pt" else newest_checkpoint(folder.checkpoints))
+    config = load_config(folder.config, overrides).config
+    start = from_plain(state["start"], config)
+    shape = (start.table.num_steps, start.table.num_points)
+    if (config.model.num_steps, config.model.num_points) != shape:
+        raise InputError(
+            f"model.num_steps={config.model.num_steps}, model.num_points={config.model.num_points}: "
+            f"the run's table has {shape[0]} and {shape[1]}, which cannot be changed"
+        )
+    if state["step"] >= config.ppo.steps:
+        raise InputError(
+            f"{folder.path}: complete, {state['step']} of {config.ppo.steps} steps; for more of them: "
+            f"--override ppo.steps={2 * config.ppo.steps}"
+        )
+    refuse(list(path_faults(config)))
+    return Job(start, folder, state)
+
+
+def describe(job: Job) -> None:
+    """Print what a run costs, what it starts from, and what was changed on the way to it."""
+    start = job.start
+    for line in costs(start).lines(start.config):
+        click.echo(line)
+    click.echo(f"start: {start.predictor.file}")
+    for line in (*start.notes, *changes(job)):
+        click.echo(f"note: {line}")
+
+
+def changes(job: Job) -> list[str]:
+    """What differs from the configuration that the checkpoint was made with, one line a key."""
+    if job.state is None:
+        return []
+    before, now = job.state["config"], to_plain(job.start.config)
+    lines = [
+        f"{section}.{key}={value!r}; it was {before[section].get(key)!r} up to step {job.state['step']}"
+        for section, keys in now.items()
+        for key, value in keys.items()
+        if before[section].get(key) != value
+    ]
+    return [f"goes on after step {job.state['step']}", *lines]
+
+
+def train(job: Job) -> None:
+    """Run the job; ends the process with 130 where it was interrupted."""
+    config = job.start.config
+    fabric = make_fabric(config)
+    fabric.launch()
+    if fabric.is_global_zero:
+        describe(job)
+    folder = _folder(job, config, fabric)
+    run = TrainingRun(job.start, build(job.start, fabric), folder, fabric)
+    if job.state is not None:
+        run.load(job.state)
+    ending = run.run()
+    if fabric.is_global_zero:
+        write_report(folder)
+        click.echo(f"{ending} after step {run.step} of {config.ppo.steps}: {folder.path}")
+        click.echo(f"report: {folder.report}")
+        if run.step < config.ppo.steps:
+            click.echo(f"go on: python -m training.ppo.launch --resume {folder.path}")
+        click.echo(f"export: python -m training.ppo.export_epd_predictor {folder.path}")
+    if ending == INTERRUPTED:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _folder(job: Job, config: Config, fabric: Fabric) -> RunFolder:
+    """The run's folder, made by the first process, with the configuration in it."""
+    folder = job.folder
+    if fabric.is_global_zero:
+        folder = folder or RunFolder.create(config.run.output_root, config.run.run_name)
+        write_atomically(folder.config, to_yaml(config).encode())
+        click.echo(f"run: {folder.path}")
+    return RunFolder(Path(fabric.broadcast(str(folder.path if folder else ""))))
+
+
+if __name__ == "__main__":
+    main()

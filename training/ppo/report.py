@@ -1,0 +1,335 @@
+"""One self-contained page about a run: `python -m training.ppo.report exps/<run>` writes exps/<run>/report.html."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import matplotlib
+from matplotlib.figure import Figure
+from PIL import Image
+
+from errors import shows_input_errors
+from solvers import EPDTable
+from training.ppo.checkpoint import load_checkpoint, newest_checkpoint, table_from_plain
+from training.ppo.config import build_config, to_yaml
+from training.ppo.figures import Curve, curves_figure, movement_figure, table_figure
+from training.ppo.ppo_trainer import METRICS
+from training.ppo.run_folder import RunFolder, read_metrics
+from training.ppo.training_run import preview_name
+from training.snapshot import write_atomically
+
+Row = Mapping[str, Any]
+
+NORMAL_95 = 1.96
+DIAGNOSTICS = (
+    "kl",
+    "entropy",
+    "approximate_kl",
+    "clip_fraction",
+    "effective_sample_share",
+    "gradient_norm",
+    "first_pass_ratio_error",
+    "saturated_share",
+    "dropped_groups",
+    "learning_rate",
+)
+
+STYLE = """
+:root { color-scheme: light; --ink: #1f2933; --muted: #5f6c7b; --line: #e4e7eb; --accent: #2563a8; --warn: #b42318; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 68rem; color: var(--ink); background: #fff;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.7rem; margin: 0 0 .2rem; }
+h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+p { margin: .3rem 0 .8rem; max-width: 46rem; }
+.muted, figcaption, th { color: var(--muted); }
+.warn { color: var(--warn); font-weight: 600; }
+figure { margin: 0 0 .8rem; }
+figcaption { font-size: .82rem; line-height: 1.4; margin-top: .2rem; }
+img { max-width: 100%; height: auto; display: block; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.5rem; }
+.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(14.5rem, 1fr)); gap: 1.4rem 1.2rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; margin: 1.4rem 0; }
+.tile { border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
+.tile b { display: block; font-size: 1.45rem; font-variant-numeric: tabular-nums; }
+.tile span { font-size: .85rem; color: var(--muted); }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 500; }
+th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; }
+.images td { padding: .5rem .6rem .5rem 0; }
+.images img { width: 9rem; height: 9rem; object-fit: cover; border-radius: 4px; }
+.pixelated img { image-rendering: pixelated; }
+.bar { height: .7rem; background: var(--accent); border-radius: 2px; min-width: 1px; }
+pre { font-size: .82rem; line-height: 1.45; background: #f7f8fa; border-radius: 8px; padding: 1rem; overflow-x: auto; }
+.scroll { overflow-x: auto; }
+"""
+
+
+class Preview(NamedTuple):
+    """An image of a held-out prompt as it lies in the run's folder."""
+
+    path: Path
+    prompt: str
+    seed: str
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@shows_input_errors
+def main(run: Path) -> None:
+    """Write RUN/report.html anew from what lies in the run's folder."""
+    click.echo(write_report(RunFolder.open(run)))
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Build the page from the metrics, the newest checkpoint and the preview images; returns its path.
+
+    Raises:
+        InputError: the run has no checkpoint or no metrics yet, or the page cannot be written.
+    """
+    rows = read_metrics(folder.metrics)
+    state = load_checkpoint(newest_checkpoint(folder.checkpoints))
+    start, table = table_from_plain(state["start"]["table"]), table_from_plain(state["table"])
+    config = build_config(state["config"], str(folder.config)).config
+    steps = [row for row in rows if "reward_mean" in row]
+    evaluations = [row for row in rows if "heldout/reward" in row]
+    sections = [
+        _head(folder, steps, evaluations, state),
+        _rewards(steps, evaluations, config.ppo.rloo_k, config.ppo.rollout_batch_size),
+        _images(folder, evaluations),
+        _table(rows, table, start, state["start"]["notes"]),
+        _diagnostics(steps),
+        _time(steps),
+        f"<h2>Configuration</h2><p class=muted>SHA-256 {state['config_hash']}</p><pre>{escape(to_yaml(config))}</pre>",
+    ]
+    title = escape(folder.path.name)
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f"<body>{''.join(sections)}</body></html>\n"
+    )
+    write_atomically(folder.report, page.encode())
+    return folder.report
+
+
+def _head(folder: RunFolder, steps: Sequence[Row], evaluations: Sequence[Row], state: Mapping[str, Any]) -> str:
+    model = state["config"]["model"]
+    done, planned = state["step"], state["config"]["ppo"]["steps"]
+    images = steps[-1]["images"] if steps else 0
+    lines = [
+        f"<h1>{escape(folder.path.name)}</h1>",
+        f"<p class=muted>{escape(str(model['dataset_name']))}, {model['num_steps'] - 1} intervals x "
+        f"{model['num_points']} points, {escape(str(model['schedule_type']))} schedule, "
+        f"guidance {model['guidance_rate']:g}. {done} of {planned} steps, {images:,} images. "
+        f"Start: {escape(state['start']['file'])}.</p>",
+    ]
+    if evaluations:
+        last = evaluations[-1]
+        lines.append('<div class="tiles">')
+        for judge, name in (("reward", "training reward"), ("panel", "panel (not trained on)")):
+            if f"heldout/{judge}" in last:
+                lines.append(_tile(last, judge, name))
+        best = last["heldout/best_step"]
+        lines.append(f'<div class="tile"><b>step {best}</b><span>best held-out table so far</span></div></div>')
+        hacked = [row["step"] for row in evaluations if row["heldout/suspected_reward_hacking"]]
+        if hacked:
+            listed = ", ".join(map(str, hacked))
+            lines.append(f"<p class=warn>Suspected reward hacking at step {listed}: reward up, panel down.</p>")
+    return "".join(lines)
+
+
+def _tile(row: Row, judge: str, name: str) -> str:
+    difference, low, high = (row[f"heldout/{judge}_difference{end}"] for end in ("", "_low", "_high"))
+    return (
+        f'<div class="tile"><b>{difference:+.4f}</b><span>held-out {name}, against the start: '
+        f"{row[f'heldout/{judge}_start']:.4f} &rarr; {row[f'heldout/{judge}']:.4f}<br>"
+        f"95% interval [{low:+.4f}, {high:+.4f}], step {row['step']}</span></div>"
+    )
+
+
+def _rewards(steps: Sequence[Row], evaluations: Sequence[Row], group_size: int, batch_size: int) -> str:
+    figures = []
+    if steps:
+        figures.append(
+            _figure(
+                curves_figure([_training_curve(steps, group_size, batch_size)], "training reward", size=(4.6, 2.8)),
+                "Mean reward of each step's rollouts; band: 95% interval of the mean over the step's prompts.",
+            )
+        )
+    for judge, name in (("reward", "held-out reward"), ("panel", "panel")):
+        shown = [row for row in evaluations if f"heldout/{judge}_difference" in row]
+        if shown:
+            curve = _difference_curve(shown, judge)
+            figures.append(
+                _figure(
+                    curves_figure([curve], f"{name}, difference", zero_line=True, size=(4.6, 2.8)),
+                    f"{name.capitalize()} of the mean table less that of the starting table: same prompts, same noise; "
+                    f"band: 95% paired bootstrap interval.",
+                )
+            )
+    if not figures:
+        return ""
+    return f'<h2>Rewards</h2><div class="pair">{"".join(figures)}</div>'
+
+
+def _training_curve(steps: Sequence[Row], group_size: int, batch_size: int) -> Curve:
+    means = [row["reward_mean"] for row in steps]
+    errors = [
+        NORMAL_95 * math.sqrt(row["reward_between_variance"] / max(1, batch_size // group_size - row["dropped_groups"]))
+        for row in steps
+    ]
+    band = ([m - e for m, e in zip(means, errors, strict=True)], [m + e for m, e in zip(means, errors, strict=True)])
+    return Curve("training reward", [row["step"] for row in steps], means, band)
+
+
+def _difference_curve(evaluations: Sequence[Row], judge: str) -> Curve:
+    values, low, high = (
+        [row[f"heldout/{judge}_difference{end}"] for row in evaluations] for end in ("", "_low", "_high")
+    )
+    return Curve(judge, [row["step"] for row in evaluations], values, (low, high))
+
+
+def _images(folder: RunFolder, evaluations: Sequence[Row]) -> str:
+    """Held-out prompts with their images by the starting table, the best one where it is another, and the last."""
+    if not evaluations:
+        return ""
+    last, best = evaluations[-1]["step"], evaluations[-1]["heldout/best_step"]
+    names = {0: "start", best: f"best (step {best})", last: f"last (step {last})"}
+    names[0] = "start"
+    columns = sorted(names)
+    rows: list[list[Preview]] = []
+    while all((folder.samples / preview_name(step, len(rows))).is_file() for step in columns):
+        rows.append([_preview(folder.samples / preview_name(step, len(rows))) for step in columns])
+    if not rows:
+        return ""
+    head = "".join(f"<th>{names[step]}</th>" for step in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_picture(preview)}</td>" for preview in row)
+        + f"<td>{escape(row[0].prompt)}<br><span class=muted>seed {row[0].seed}</span></td></tr>"
+        for row in rows
+    )  # fmt: skip
+    return (
+        "<h2>Before and after</h2><p class=muted>The same prompts and the same noise; only the table differs.</p>"
+        f'<div class="scroll"><table class="images pixelated"><tr>{head}<th>prompt</th></tr>{body}</table></div>'
+    )
+
+
+def _preview(path: Path) -> Preview:
+    with Image.open(path) as image:
+        return Preview(path, image.text["prompt"], image.text["seed"])
+
+
+def _picture(preview: Preview) -> str:
+    data = base64.b64encode(preview.path.read_bytes()).decode()
+    return f'<img alt="{escape(preview.prompt)}" src="data:image/png;base64,{data}">'
+
+
+def _table(rows: Sequence[Row], table: EPDTable, start: EPDTable, notes: Sequence[str]) -> str:
+    history = {name: [row["table"][name] for row in rows] for name in _varying(rows)}
+    parts = ["<h2>The table</h2>"]
+    parts += [f"<p class=muted>{escape(note)}</p>" for note in notes]
+    parts.append(
+        _figure(
+            table_figure(table, start),
+            "Where the solver asks the network in each interval (0: its beginning, 1: its end), and with what weight.",
+        )
+    )
+    if len(rows) > 1 and history:
+        caption = "The policy's mean table over the steps."
+        parts.append(_figure(movement_figure([row["step"] for row in rows], history), caption))
+    parts.append(_numbers(table, start))
+    return "".join(parts)
+
+
+def _varying(rows: Iterable[Row]) -> list[str]:
+    first = next(iter(rows), None)
+    return [] if first is None else [name for name, values in first["table"].items() if values is not None]
+
+
+def _numbers(table: EPDTable, start: EPDTable) -> str:
+    columns = {
+        name: (getattr(start, name), getattr(table, name))
+        for name in ("positions", "weights", "scale_dir", "scale_time")
+        if getattr(table, name) is not None
+    }
+    head = "".join(f'<th class="number">{name.replace("_", " ")}</th>' for name in columns)
+    body = []
+    for interval in range(table.num_intervals):
+        for point in range(table.num_points):
+            cells = "".join(
+                f'<td class="number">{1.0 if before is None else before[interval, point].item():.4f} &rarr; '
+                f"{after[interval, point].item():.4f}</td>"
+                for before, after in columns.values()
+            )
+            body.append(f"<tr><td>{interval + 1}</td><td>{point + 1}</td>{cells}</tr>")
+    return f'<div class="scroll"><table><tr><th>interval</th><th>point</th>{head}</tr>{"".join(body)}</table></div>'
+
+
+def _diagnostics(steps: Sequence[Row]) -> str:
+    if not steps:
+        return ""
+    numbers = [row["step"] for row in steps]
+    figures = [
+        _figure(
+            curves_figure(
+                [Curve(name, numbers, [row[name] for row in steps])], name.replace("_", " "), size=(3.0, 2.0)
+            ),
+            METRICS[name],
+        )
+        for name in DIAGNOSTICS
+    ]
+    spread = [
+        Curve(label, numbers, [row[f"reward_{label}_variance"] for row in steps]) for label in ("within", "between")
+    ]
+    figures.append(
+        _figure(
+            curves_figure(spread, "reward variance", size=(3.0, 2.0)),
+            "Variance of the reward inside the groups and between their means.",
+        )
+    )
+    return f'<h2>Diagnostics</h2><div class="small">{"".join(figures)}</div>'
+
+
+def _time(steps: Sequence[Row]) -> str:
+    if not steps:
+        return ""
+    whole = sum(row["seconds/step"] for row in steps)
+    spent: dict[str, float] = {}
+    for row in steps:
+        for name, seconds in row.items():
+            if name.startswith("seconds/") and name != "seconds/step":
+                spent[name.removeprefix("seconds/")] = spent.get(name.removeprefix("seconds/"), 0.0) + seconds
+    spent["other"] = max(0.0, whole - sum(spent.values()))
+    body = "".join(
+        f'<tr><td>{escape(name)}</td><td class="number">{seconds / len(steps):.3f} s</td>'
+        f'<td class="number">{seconds / whole:.1%}</td>'
+        f'<td style="width:24rem"><div class="bar" style="width:{100 * seconds / whole:.1f}%"></div></td></tr>'
+        for name, seconds in sorted(spent.items(), key=lambda item: -item[1])
+    )
+    return (
+        f"<h2>Where a step's time goes</h2><p class=muted>{whole / len(steps):.2f} s a step, evaluations not "
+        f'included.</p><div class="scroll"><table>{body}</table></div>'
+    )
+
+
+def _figure(figure: Figure, caption: str) -> str:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure><img alt="{escape(caption)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Export: table -> policy mean -> export -> snapshot -> table; the files and their manifest; what is refused."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import InputError
+from solvers import EPDTable
+from training.ppo.assembly import Start, make_policy, prepare, to_plain
+from training.ppo.checkpoint import best_path, save_checkpoint, step_path, table_to_plain
+from training.ppo.config import config_hash, load_config
+from training.ppo.config import to_plain as config_to_plain
+from training.ppo.export_epd_predictor import main, read_export, write_export
+from training.ppo.policy import EPDParamPolicy
+from training.ppo.run_folder import MetricsLog, RunFolder
+from training.ppo.tests.tiny_world import METADATA, write_world
+from training.sampling import load_predictor
+from training.snapshot import find_snapshot, load_snapshot, save_snapshot
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def folder(config: Path, tmp_path: Path) -> RunFolder:
+    """A run with checkpoints of the steps 2 and 4, and of step 2 as the best."""
+    start = prepared(config)
+    folder = RunFolder.create(tmp_path, "run")
+    folder.config.write_text("run: {}\n")
+    for step in (2, 4):
+        save_checkpoint(step_path(folder.checkpoints, step), state_of(start, moved(start, seed=step), step))
+        MetricsLog(folder.metrics).append({"step": step, "heldout/reward": step / 10})
+    save_checkpoint(best_path(folder.checkpoints), state_of(start, moved(start, seed=2), 2))
+    return folder
+
+
+def prepared(config: Path, *overrides: str) -> Start:
+    return prepare(load_config(config, overrides))
+
+
+def moved(start: Start, seed: int, size: float = 0.3) -> EPDParamPolicy:
+    """A policy whose mean is another table than the starting one."""
+    policy, generator = make_policy(start), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.output.parameters():
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def state_of(start: Start, policy: EPDParamPolicy, step: int) -> dict:
+    with torch.no_grad():
+        table = policy().mean_table()
+    return {
+        "step": step,
+        "trainer": {"policy": policy.state_dict()},
+        "watch": None,
+        "start": to_plain(start),
+        "table": table_to_plain(table),
+        "config": config_to_plain(start.config),
+        "config_hash": config_hash(start.config),
+    }
+
+
+def export(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def mean(policy: EPDParamPolicy) -> EPDTable:
+    with torch.no_grad():
+        return policy().mean_table()
+
+
+def assert_tables_equal(table: EPDTable, expected: EPDTable, tolerance: float) -> None:
+    for name, tensor in table_to_plain(expected).items():
+        if tensor is None:
+            assert getattr(table, name) is None
+        else:
+            torch.testing.assert_close(getattr(table, name), tensor, rtol=0, atol=tolerance)
+
+
+def test_untrained_policy_exports_its_starting_table(config: Path, tmp_path: Path):
+    start = prepared(config)
+    save_checkpoint(tmp_path / "policy-step000000.pt", state_of(start, make_policy(start), 0))
+    exported = read_export(tmp_path / "policy-step000000.pt", CPU)
+    assert_tables_equal(exported.table, start.predictor.table, 1e-12)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**31), size=st.floats(0.0, 1.5), scales=st.booleans())
+def test_round_trip_from_table_to_table(config: Path, tmp_path_factory, seed: int, size: float, scales: bool):
+    tmp_path = tmp_path_factory.mktemp("round")
+    start = prepared(config, f"ppo.train_scale_dir={scales}", f"ppo.train_scale_time={scales}")
+    policy = moved(start, seed, size / 8)
+    folder = RunFolder(tmp_path)
+    save_checkpoint(tmp_path / "policy-step000007.pt", state_of(start, policy, 7))
+    paths = write_export(folder, read_export(tmp_path / "policy-step000007.pt", CPU), manifest=False)
+    assert_tables_equal(load_snapshot(paths[0])[0], mean(policy), 0.0)
+    paths[1].unlink()  # the .json, whose numbers are exact
+    assert_tables_equal(load_snapshot(paths[0])[0], mean(policy), 1e-6)
+
+
+def test_default_is_the_largest_step(folder: RunFolder):
+    result = export(folder.path)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in folder.export.iterdir()) == [
+        "export-manifest-step000004.json",
+        "network-snapshot-export-step000004.json",
+        "network-snapshot-export-step000004.pkl",
+        "training_options-export-step000004.json",
+    ]
+    assert find_snapshot(folder.path).name == "network-snapshot-export-step000004.pkl"
+
+
+def test_best_and_named_checkpoints(folder: RunFolder):
+    assert export(folder.path, "--best", "--no-manifest").exit_code == 0
+    assert {path.name[:7] for path in folder.export.iterdir()} == {"network", "trainin"}
+    best = load_snapshot(folder.export / "network-snapshot-export-step000002.pkl")[0]
+    assert export(folder.path, "--checkpoint", step_path(folder.checkpoints, 2)).exit_code == 0
+    assert_tables_equal(load_snapshot(folder.export / "network-snapshot-export-step000002.pkl")[0], best, 0.0)
+    both = export(folder.path, "--best", "--checkpoint", step_path(folder.checkpoints, 2))
+    assert both.exit_code == 2
+    assert "give one of them" in both.output
+
+
+def test_manifest_and_options_say_where_it_came_from(folder: RunFolder, config: Path):
+    export(folder.path)
+    manifest = json.loads((folder.export / "export-manifest-step000004.json").read_text())
+    assert manifest["step"] == 4
+    assert manifest["run"] == folder.path.name
+    assert manifest["heldout"] == {"heldout/reward": 0.4}
+    assert manifest["start"]["sha256"] == prepared(config).predictor.sha256
+    assert len(manifest["files"]) == 3
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((folder.export / name).read_bytes()).hexdigest() == digest
+    options = json.loads((folder.export / "training_options-export-step000004.json").read_text())
+    assert options["config"]["ppo"]["rloo_k"] == 4
+    assert options["predictor"].items() >= (METADATA | {"num_steps": 3, "num_points": 2}).items()
+
+
+def test_export_says_the_settings_it_was_tuned_for_not_those_of_the_start(config: Path, tmp_path: Path):
+    start = prepared(config, "model.guidance_rate=4.5", "model.schedule_type=polynomial")
+    save_checkpoint(tmp_path / "policy-step000001.pt", state_of(start, moved(start, 1), 1))
+    paths = write_export(RunFolder(tmp_path), read_export(tmp_path / "policy-step000001.pt", CPU), manifest=False)
+    predictor = load_predictor(paths[0])
+    assert predictor.guidance_scale == 4.5
+    assert predictor.grid == ("polynomial", 7.0)
+
+
+def test_reordered_start_is_told_in_the_manifest(config: Path, tmp_path: Path):
+    unordered = EPDTable(
+        torch.tensor([[0.6, 0.3], [0.4, 0.8]]).double(), torch.tensor([[0.7, 0.3], [0.5, 0.5]]).double()
+    )
+    save_snapshot(tmp_path / "network-snapshot-000001.pkl", unordered, METADATA)
+    start = prepared(config, f"data.predictor_snapshot={tmp_path / 'network-snapshot-000001.pkl'}")
+    folder = RunFolder.create(tmp_path, "run")
+    save_checkpoint(step_path(folder.checkpoints, 0), state_of(start, make_policy(start), 0))
+    MetricsLog(folder.metrics).append({"step": 0})
+    exported = read_export(step_path(folder.checkpoints, 0), CPU)
+    manifest = json.loads(write_export(folder, exported, manifest=True)[-1].read_text())
+    assert manifest["start"]["notes"] == [
+        "table interval 0: positions were not increasing: sorted together with weights and scales"
+    ]
+    torch.testing.assert_close(exported.table.weights[0], torch.tensor([0.3, 0.7]).double())
+
+
+def test_policy_that_is_not_its_checkpoint_s_table_is_refused(folder: RunFolder, config: Path):
+    start = prepared(config)
+    forged = state_of(start, moved(start, 1), 9) | {"table": table_to_plain(start.table)}
+    save_checkpoint(step_path(folder.checkpoints, 9), forged)
+    result = export(folder.path)
+    assert result.exit_code == 2
+    assert "nothing is exported" in result.output
+    assert not folder.export.exists()
+
+
+def test_policy_that_is_no_table_is_refused(folder: RunFolder, config: Path):
+    start = prepared(config)
+    broken = state_of(start, moved(start, 1), 9)
+    broken["trainer"]["policy"]["output.bias"][0] = torch.nan
+    save_checkpoint(step_path(folder.checkpoints, 9), broken)
+    result = export(folder.path)
+    assert result.exit_code == 2
+    assert "no valid table" in result.output
+    assert not folder.export.exists()
+
+
+def test_nothing_to_export(folder: RunFolder, tmp_path: Path):
+    assert "no run of the RL job" in export(tmp_path / "none").output
+    best_path(folder.checkpoints).unlink()
+    assert "no evaluation has beaten the starting table" in export(folder.path, "--best").output
+    step_path(folder.checkpoints, 4).write_bytes(b"cut off")
+    result = export(folder.path)
+    assert "corrupt" in result.output
+    assert "policy-step000002.pt" in result.output
+
+
+def test_unknown_device_is_refused(folder: RunFolder):
+    assert "Unknown device" in export(folder.path, "--device", "gpu").output
+    with pytest.raises(InputError, match="float64"):
+        read_export(step_path(folder.checkpoints, 4), torch.device("mps"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))

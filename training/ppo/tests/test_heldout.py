@@ -1,0 +1,176 @@
+"""The held-out watch: paired differences, the best table, suspected hacking, scores that are not finite, processes."""
+
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import schedules
+from models.shapes.scenes import captions, parse, render
+from solvers import EPDTable
+from training.ppo.heldout import HELDOUT_METRICS, HeldoutJudge, HeldoutScores, HeldoutWatch, VerifierPanel
+from training.ppo.rewards.mix import WeightedMix
+from training.ppo.rl_runner import RLRunner, Shard
+from training.ppo.rollout import DivergenceError
+from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
+
+COUNT = 40
+OTHER = EPDTable(
+    torch.tensor([[0.1, 0.2], [0.1, 0.2]], dtype=torch.float64), torch.tensor([[0.9, 0.1]] * 2, dtype=torch.float64)
+)
+
+
+def scores(reward: Tensor, panel: Tensor | None = None) -> HeldoutScores:
+    return HeldoutScores({"brightness": reward}, panel, torch.empty(0, 3, 2, 2))
+
+
+def noise(seed: int, scale: float = 0.01) -> Tensor:
+    """Spread around a mean of exactly 0."""
+    values = torch.randn(COUNT, generator=torch.Generator().manual_seed(seed))
+    return scale * (values - values.mean())
+
+
+def started(panel: bool = True) -> tuple[HeldoutWatch, Tensor]:
+    watch, base = HeldoutWatch(brightness()), torch.linspace(0, 5, COUNT)  # prompts differ far more than tables do
+    watch.observe(0, scores(base, base if panel else None))
+    return watch, base
+
+
+def source(shard: Shard | None = None) -> RLRunner:
+    sigmas = schedules.get_schedule("logsnr", 3, GaussianDenoiser.sigma_min, GaussianDenoiser.sigma_max)
+    return RLRunner(GaussianDenoiser(), sigmas, brightness(), group_size=2, shared_noise=True, seed=0, shard=shard)
+
+
+def judge(shard: Shard | None = None) -> HeldoutJudge:
+    runner = source(shard)
+    return HeldoutJudge(runner, runner.reward, Brightness(), PROMPTS[:5], first_seed=7, preview_count=2)
+
+
+def test_differences_are_paired():
+    watch, base = started()
+    metrics = watch.observe(5, scores(base + 0.02 + noise(1), base + noise(2)))
+    expected = (0.02 + noise(1)).mean().item()
+    assert metrics["heldout/reward_difference"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["heldout/reward"] - metrics["heldout/reward_start"] == pytest.approx(expected, abs=1e-6)
+    half_width = 1.96 * (0.01 / math.sqrt(COUNT))
+    assert metrics["heldout/reward_difference_high"] == pytest.approx(expected + half_width, abs=0.3 * half_width)
+    assert metrics["heldout/reward_difference_low"] == pytest.approx(expected - half_width, abs=0.3 * half_width)
+
+
+def test_metrics_are_the_documented_ones():
+    watch, base = started()
+    named = {name.removesuffix("_low").removesuffix("_high") for name in watch.observe(1, scores(base, base))}
+    assert named == HELDOUT_METRICS.keys()
+    watch, base = started(panel=False)
+    assert not any("panel" in name for name in watch.observe(1, scores(base)))
+
+
+@pytest.mark.parametrize(
+    ("reward", "panel", "suspected"), [(0.05, -0.05, 1), (0.05, 0.05, 0), (-0.05, -0.05, 0), (0.05, 0.0, 0)]
+)
+def test_hacking_is_a_rising_reward_with_a_falling_panel(reward: float, panel: float, suspected: int):
+    watch, base = started()
+    metrics = watch.observe(3, scores(base + reward + noise(1), base + panel + noise(2)))
+    assert metrics["heldout/suspected_reward_hacking"] == suspected
+
+
+def test_best_is_the_highest_reward_that_the_panel_does_not_find_worse():
+    watch, base = started()
+    for step, reward, panel in ((1, 0.01, 0.0), (2, 0.05, -0.2), (3, 0.03, 0.1), (4, 0.02, 0.1)):
+        metrics = watch.observe(step, scores(base + reward, base + panel + noise(step)))
+    assert (watch.best_step, metrics["heldout/best_step"]) == (3, 3)
+
+
+def test_a_worse_table_is_never_the_best():
+    watch, base = started(panel=False)
+    assert watch.observe(1, scores(base - 0.01))["heldout/best_step"] == 0
+
+
+def test_images_without_finite_scores_are_left_out_and_counted():
+    watch, base = started()
+    broken = base + 0.1
+    broken[3], broken[5] = torch.nan, torch.inf
+    metrics = watch.observe(1, scores(broken, base))
+    assert metrics["heldout/dropped"] == 2
+    assert metrics["heldout/reward_difference"] == pytest.approx(0.1, abs=1e-6)
+    with pytest.raises(DivergenceError, match="step 2: 40 of 40 held-out images"):
+        watch.observe(2, scores(torch.full_like(base, torch.nan), base))
+
+
+def test_resumed_watch_goes_on_as_if_never_stopped():
+    watch, base = started()
+    watch.observe(1, scores(base + 0.2, base))
+    resumed = HeldoutWatch(brightness())
+    resumed.load_state_dict(watch.state_dict())
+    following = scores(base + 0.1 + noise(1), base + noise(2))
+    assert resumed.observe(2, following) == watch.observe(2, following)
+    assert resumed.best_step == 1
+
+
+def test_both_tables_of_a_mix_are_combined_with_the_same_statistics():
+    mix = WeightedMix({"one": (Brightness(), 1.0), "two": (Brightness(), 1.0)})
+    watch, base = HeldoutWatch(mix), torch.linspace(0, 1, COUNT)
+    watch.observe(0, HeldoutScores({"one": base, "two": base}, None, torch.empty(0)))
+    mix.observe({"one": 3 + 2 * base, "two": 10 * base})  # training moves the statistics on
+    metrics = watch.observe(1, HeldoutScores({"one": base + 0.1, "two": base + 0.1}, None, torch.empty(0)))
+    deviation = base.std().item()
+    assert metrics["heldout/reward_difference"] == pytest.approx(
+        0.1 / (2 * deviation) + 0.1 / (10 * deviation), rel=1e-4
+    )
+
+
+def test_judging_is_repeatable_and_leaves_the_reward_alone():
+    first, again = judge().judge(cold_start_table()), judge()
+    again.judge(OTHER)
+    repeated = again.judge(cold_start_table())
+    assert torch.equal(first.parts["brightness"], repeated.parts["brightness"])
+    assert torch.equal(first.panel, first.parts["brightness"])
+    assert first.previews.shape == (2, 3, 2, 2)
+    assert not torch.equal(first.parts["brightness"], again.judge(OTHER).parts["brightness"])
+    runner = source()
+    HeldoutJudge(runner, runner.reward, None, PROMPTS[:4], first_seed=0, preview_count=0).judge(OTHER)
+    assert runner.reward.state_dict() == brightness().state_dict()
+
+
+def test_processes_share_the_work_and_all_see_all_scores():
+    whole = judge().judge(OTHER)
+    results: dict[int, HeldoutScores] = {}
+    barrier, lock, local = threading.Barrier(2), threading.Lock(), {}
+
+    def gather_for(rank: int):
+        def gather(part: Tensor) -> Tensor:
+            with lock:
+                local[rank] = part
+            barrier.wait()
+            gathered = torch.cat([local[0], local[1]])
+            barrier.wait()
+            return gathered
+
+        return gather
+
+    def work(rank: int) -> None:
+        results[rank] = judge(Shard(rank, 2, gather_for(rank))).judge(OTHER)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seen in results.values():  # five prompts over two processes: the last one is filled up
+        torch.testing.assert_close(seen.parts["brightness"], whole.parts["brightness"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(seen.panel, whole.panel, rtol=0, atol=1e-6)
+
+
+def test_verifier_panel_scores_the_share_of_the_caption_that_holds():
+    right, wrong = captions("train", 2, seed=0, numbers_of_objects=[1])
+    image = render(parse(right), np.random.default_rng(0))
+    graded = VerifierPanel().score(torch.stack([image, image]), [right, wrong])
+    assert graded[0] == 1.0
+    assert graded[1] < 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))

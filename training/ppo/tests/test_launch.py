@@ -1,0 +1,336 @@
+"""The command: dry run, a whole run, resume, interrupts, refusals, the shipped configurations."""
+
+import errno
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import training.ppo.training_run as training_run
+from errors import InputError
+from training.ppo.checkpoint import load_checkpoint, step_path
+from training.ppo.config import config_hash, load_config
+from training.ppo.launch import EXIT_INTERRUPTED, main, spread
+from training.ppo.ppo_trainer import METRICS, PPOTrainer
+from training.ppo.run_folder import RunFolder, read_metrics
+from training.ppo.tests.tiny_world import START, write_world
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of four steps, never stopped."""
+    root = tmp_path_factory.mktemp("finished")
+    result = launch("--config", config, "--override", f"run.output_root={root}")
+    assert result.exit_code == 0, result.output
+    return only_run(root)
+
+
+def launch(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def only_run(root: Path) -> RunFolder:
+    (path,) = root.iterdir()
+    return RunFolder.open(path)
+
+
+def assert_same(one: object, other: object, where: str = "") -> None:
+    """Equal to the last bit, tensors included."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{number}]")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, where
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if not name.startswith("seconds/")} for row in rows]
+
+
+def test_override_takes_all_values_up_to_the_next_option():
+    assert spread(["--override", "a=1", "b=2", "--device", "cpu", "--override=c=3", "d=4"]) == [
+        *("--override", "a=1", "--override", "b=2", "--device", "cpu", "--override=c=3", "--override", "d=4")
+    ]
+    assert spread(["--dry-run", "stray"]) == ["--dry-run", "stray"]
+
+
+def test_a_stray_argument_is_refused(config: Path):
+    assert launch("--config", config, "--dry-run", "ppo.steps=3").exit_code == 2
+
+
+def test_dry_run_says_what_a_step_costs_and_trains_nothing(config: Path):
+    result = launch("--config", config, "--dry-run", "--override", "ppo.steps=5", "ppo.ppo_epochs=3", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    printed = result.output.split("\nnum_steps")[0]
+    assert yaml.safe_load(printed)["ppo"]["steps"] == 5
+    for fact in (
+        "num_steps 3 (2 intervals), num_points 2",
+        "4 network calls an image one after another, 12 network rows (6 evaluations, twice for guidance)",
+        "8 images a step: 2 prompts x 4 tables",
+        "96 network rows a step",
+        "6 updates a step",
+        "5 steps, 40 images in all",
+        "nothing was trained",
+    ):
+        assert fact in result.output
+    assert not (config.parent / "exps").exists()
+
+
+def test_dry_run_without_guidance_counts_half(config: Path):
+    result = launch(
+        "--config", config, "--dry-run", "--override", "model.guidance_type=uncond", "model.guidance_rate=1"
+    )
+    assert "6 network rows (6 evaluations)" in result.output
+    assert "note: model.guidance_type=uncond by --override" in result.output
+
+
+def test_a_run_writes_its_folder(finished: RunFolder):
+    rows = read_metrics(finished.metrics)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert all(row.keys() >= METRICS.keys() for row in rows[1:])
+    assert [row["step"] for row in rows if "heldout/reward" in row] == [0, 2, 4]
+    assert {path.name for path in finished.checkpoints.iterdir()} - {"policy-best.pt"} == {
+        "policy-step000002.pt",
+        "policy-step000004.pt",
+    }
+    assert torch.tensor(rows[0]["table"]["positions"]).allclose(START.positions.float(), atol=1e-6)
+    assert rows[0]["heldout/reward_difference"] == 0.0
+    assert max(row["first_pass_ratio_error"] for row in rows[1:]) == 0.0
+    assert finished.report.stat().st_size > 10_000
+
+
+def test_previews_tell_their_prompt_and_seed(finished: RunFolder):
+    assert len(list(finished.samples.iterdir())) == 3 * 2
+    with Image.open(finished.samples / "step000004-prompt01.png") as image:
+        assert image.text == {"prompt": "v", "seed": "1", "step": "4"}
+        assert image.size == (16, 16)
+
+
+def test_tensorboard_has_scalars_table_and_previews(finished: RunFolder):
+    events = EventAccumulator(str(finished.logs)).Reload()
+    assert set(METRICS) - {"step"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("reward_mean")] == [1, 2, 3, 4]
+    assert {"table", "held-out"} <= {name.split("/")[0] for name in events.Tags()["images"]}
+
+
+def test_resolved_configuration_reads_back(finished: RunFolder):
+    loaded = load_config(finished.config).config
+    assert loaded.model.num_steps == 3
+    assert config_hash(loaded) == load_checkpoint(step_path(finished.checkpoints, 4))["config_hash"]
+
+
+def test_resumed_run_is_the_run_that_never_stopped(finished: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    step_path(folder.checkpoints, 4).unlink()
+    result = launch("--resume", folder.path)
+    assert result.exit_code == 0, result.output
+    assert "goes on after step 2" in result.output
+    again = load_checkpoint(step_path(folder.checkpoints, 4))
+    assert_same(again, load_checkpoint(step_path(finished.checkpoints, 4)))
+    assert timeless(read_metrics(folder.metrics)) == timeless(read_metrics(finished.metrics))
+
+
+def test_a_run_longer_than_planned_says_what_changed(finished: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    result = launch("--resume", folder.path, "--override", "ppo.steps=5")
+    assert result.exit_code == 0, result.output
+    assert "ppo.steps=5; it was 4 up to step 4" in result.output
+    assert load_config(folder.config).config.ppo.steps == 5
+    assert [row["step"] for row in read_metrics(folder.metrics)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_resume_refuses(finished: RunFolder, config: Path, tmp_path: Path):
+    assert "complete, 4 of 4 steps" in launch("--resume", finished.path).output
+    assert "by --override only" in launch("--resume", finished.path, "--config", config).output
+    assert "no run of the RL job" in launch("--resume", tmp_path).output
+    reshaped = launch("--resume", finished.path, "--override", "model.num_points=3", "ppo.steps=9")
+    assert "cannot be changed" in reshaped.output
+    assert reshaped.exit_code == 2
+
+
+def test_corrupt_checkpoint_at_resume_names_it_and_the_one_before_works(finished: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    newest = step_path(folder.checkpoints, 4)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    result = launch("--resume", folder.path)
+    assert result.exit_code == 2
+    assert "policy-step000004.pt: the checkpoint is corrupt" in result.output
+    offered = result.output.split("--resume ")[1].split()[0]
+    assert launch("--resume", offered, "--dry-run").exit_code == 0
+
+
+def test_other_prompts_at_resume_are_refused(finished: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    (tmp_path / "other.csv").write_text("text\na\nb\n")
+    result = launch("--resume", folder.path, "--override", f"data.prompt_csv={tmp_path / 'other.csv'}", "ppo.steps=6")
+    assert result.exit_code == 2
+    assert "trained with other prompts" in result.output
+    assert len(read_metrics(folder.metrics)) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_finishes_the_step_and_saves(
+    config: Path, finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    step = PPOTrainer.step
+
+    def interrupted_step(trainer: PPOTrainer) -> dict[str, float]:
+        if trainer.completed_steps == 0:
+            os.kill(os.getpid(), number)
+        return step(trainer)
+
+    monkeypatch.setattr(PPOTrainer, "step", interrupted_step)
+    before = signal.getsignal(number)
+    result = launch("--config", config, "--override", f"run.output_root={tmp_path}")
+    assert result.exit_code == EXIT_INTERRUPTED, result.output
+    assert signal.getsignal(number) == before
+    folder = only_run(tmp_path)
+    assert load_checkpoint(step_path(folder.checkpoints, 1))["step"] == 1
+    monkeypatch.undo()
+    assert launch("--resume", folder.path).exit_code == 0
+    resumed, whole = (load_checkpoint(step_path(run.checkpoints, 4)) for run in (folder, finished))
+    assert_same(resumed["trainer"], whole["trainer"])
+
+
+def test_full_disk_costs_no_training(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save, refusals = training_run.save_checkpoint, []
+
+    def full_for_a_while(path: Path, state: dict) -> None:
+        if len(refusals) < 2:
+            refusals.append(path.name)
+            raise InputError(f"{path}: cannot be written ({os.strerror(errno.ENOSPC)})")
+        save(path, state)
+
+    monkeypatch.setattr(training_run, "save_checkpoint", full_for_a_while)
+    result = launch(
+        "--config", config, "--override", f"run.output_root={tmp_path}", "ppo.steps=3", "logging.save_interval=1",
+        "logging.eval_interval=0",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert refusals == ["policy-step000001.pt", "policy-step000002.pt"]
+    assert load_checkpoint(step_path(only_run(tmp_path).checkpoints, 3))["step"] == 3
+
+
+def test_disk_full_at_the_end_is_an_error(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path, state: dict) -> None:
+        raise InputError(f"{path}: cannot be written ({os.strerror(errno.ENOSPC)})")
+
+    monkeypatch.setattr(training_run, "save_checkpoint", full)
+    overrides = [f"run.output_root={tmp_path}", "ppo.steps=1", "logging.eval_interval=0"]
+    result = launch("--config", config, "--override", *overrides)
+    assert result.exit_code == 2
+    assert "No space left on device" in result.output
+
+
+def test_hacking_stops_the_run_if_so_configured(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from training.ppo.heldout import HeldoutWatch
+
+    observe = HeldoutWatch.observe
+    monkeypatch.setattr(
+        HeldoutWatch,
+        "observe",
+        lambda watch, step, scores: observe(watch, step, scores) | {"heldout/suspected_reward_hacking": int(step == 2)},
+    )
+    overrides = [f"run.output_root={tmp_path}", "logging.stop_on_reward_hacking=true"]
+    result = launch("--config", config, "--override", *overrides)
+    assert result.exit_code == 0, result.output
+    assert "stopped for suspected reward hacking after step 2 of 4" in result.output
+    assert step_path(only_run(tmp_path).checkpoints, 2).exists()
+
+
+def test_everything_missing_is_named_at_once(config: Path, tmp_path: Path):
+    overrides = [
+        f"{key}={tmp_path / name}"
+        for key, name in (
+            ("data.predictor_snapshot", "none.pkl"),
+            ("data.prompt_csv", "none.csv"),
+            ("model.model_path", "none"),
+            ("reward.weights_path", "none.pt"),
+            ("logging.eval_prompts", "others.csv"),
+            ("logging.panel", "panel.pt"),
+        )
+    ]
+    result = launch("--config", config, "--dry-run", "--override", *overrides, "run.device=tpu")
+    assert result.exit_code == 2
+    for name in ("none.pkl", "none.csv", "none.pt", "others.csv", "panel.pt", "tpu"):
+        assert name in result.output
+    assert "cfgs/shapes.yaml" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_held_out_prompts_must_be_held_out(config: Path, tmp_path: Path):
+    (tmp_path / "heldout.csv").write_text("text\nu\na\nv\n")
+    result = launch(
+        "--config", config, "--dry-run", "--override", f"logging.eval_prompts={tmp_path / 'heldout.csv'}",
+        "logging.eval_count=3",
+    )  # fmt: skip
+    assert "1 held-out prompts are also trained on, for example 'a'" in result.output
+    result = launch("--config", config, "--dry-run", "--override", "logging.eval_count=7")
+    assert "set it to 6" in result.output
+
+
+def test_contradicted_snapshot_at_launch(config: Path, tmp_path: Path):
+    changed = yaml.safe_load(config.read_text())
+    changed["model"]["guidance_rate"] = 5.0
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed))
+    result = launch("--config", tmp_path / "config.yaml", "--dry-run")
+    assert result.exit_code == 2
+    assert "was made with 2.0" in result.output
+    overridden = launch("--config", tmp_path / "config.yaml", "--dry-run", "--override", "model.guidance_rate=5.0")
+    assert "note: model.guidance_rate=5.0 by --override" in overridden.output
+
+
+def test_default_configuration_names_what_stable_diffusion_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)  # a folder without any asset
+    monkeypatch.setattr("models.registry.SOURCE", tmp_path)
+    result = launch("--dry-run")
+    assert result.exit_code == 2
+    for part in (
+        "v1-5-pruned-emaonly.safetensors",
+        "4265146304 bytes",
+        "python -m models.assets fetch sd15",
+        "HPS_v2.1_compressed.pt",
+        "MS-COCO_val2014_30k_captions.csv",
+        "python -m models.assets fetch coco-prompts",
+        "--config training/ppo/cfgs/shapes.yaml",
+    ):
+        assert part in result.output
+
+
+@pytest.mark.integration
+def test_shapes_configuration_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asset):
+    asset("src/shapes/model_index.json")
+    monkeypatch.chdir(REPOSITORY)
+    overrides = [f"run.output_root={tmp_path}", "ppo.steps=2", "logging.eval_count=8"]
+    result = launch("--config", "training/ppo/cfgs/shapes.yaml", "--device", "cuda", "--override", *overrides)
+    assert result.exit_code == 0, result.output
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))

@@ -1,0 +1,170 @@
+"""The report: one self-contained page that shows what the run logged."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from errors import InputError
+from models.pictures import png_text
+from training.ppo.assembly import make_policy, prepare
+from training.ppo.checkpoint import save_checkpoint, step_path, table_to_plain
+from training.ppo.config import load_config
+from training.ppo.ppo_trainer import METRICS
+from training.ppo.report import write_report
+from training.ppo.run_folder import MetricsLog, RunFolder
+from training.ppo.tests.test_export_predictor import state_of
+from training.ppo.tests.tiny_world import write_world
+from training.ppo.training_run import preview_name
+
+PROMPT = 'a <b>bold</b> "quote" & more'
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory):
+    return prepare(load_config(write_world(tmp_path_factory.mktemp("world"))))
+
+
+class Page(HTMLParser):
+    """Tags in order, the sources of images, and the text."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+        self.references: list[str] = []
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        if tag == "img":
+            assert values["alt"]
+            self.sources.append(values["src"])
+        self.references += [value for name, value in attributes if name in ("href", "src", "srcset") and value]
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def make_run(tmp_path: Path, start, *, evaluations: bool = True, hacked: bool = False) -> RunFolder:
+    folder = RunFolder.create(tmp_path, "run")
+    folder.config.write_text("run: {}\n")
+    save_checkpoint(step_path(folder.checkpoints, 2), state_of(start, make_policy(start), 2))
+    table = {name: None if part is None else part.tolist() for name, part in table_to_plain(start.table).items()}
+    log = MetricsLog(folder.metrics)
+    for step in range(3):
+        row = {"step": step, "table": table}
+        if step:
+            row |= {name: 0.5 for name in METRICS if name != "step"} | {"images": 8 * step, "dropped_groups": 0}
+            row |= {"seconds/network": 0.9, "seconds/reward": 0.05, "seconds/step": 1.0}
+        if evaluations and step in (0, 2):
+            row |= heldout(step, hacked)
+            for number in range(2):
+                image = Image.new("RGB", (16, 16), (40 * step, 0, 0))
+                story = png_text({"prompt": PROMPT, "seed": str(number), "step": str(step)})
+                image.save(folder.samples / preview_name(step, number), pnginfo=story)
+        log.append(row)
+    return folder
+
+
+def heldout(step: int, hacked: bool) -> dict:
+    values = {"": 0.01 * step, "_low": 0.004 * step, "_high": 0.016 * step}
+    return {
+        "heldout/reward": 0.7 + 0.01 * step,
+        "heldout/reward_start": 0.7,
+        "heldout/panel": 0.6,
+        "heldout/panel_start": 0.6,
+        **{f"heldout/{judge}_difference{end}": value for judge in ("reward", "panel") for end, value in values.items()},
+        "heldout/dropped": 0,
+        "heldout/best_step": step,
+        "heldout/suspected_reward_hacking": int(hacked and step > 0),
+    }
+
+
+def read(folder: RunFolder) -> Page:
+    page = Page(write_report(folder).read_text())
+    assert page.open == []
+    return page
+
+
+def test_page_stands_alone(tmp_path: Path, start):
+    page = read(make_run(tmp_path, start))
+    assert page.references
+    assert all(reference.startswith("data:image/") for reference in page.references)
+    for source in page.sources:
+        kind, data = re.fullmatch(r"data:image/(png|svg\+xml);base64,(.+)", source).groups()
+        content = base64.b64decode(data, validate=True)
+        assert content.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+
+
+def test_headline_is_the_last_paired_difference_with_its_interval(tmp_path: Path, start):
+    text = read(make_run(tmp_path, start)).text
+    assert "+0.0200" in text
+    assert "95% interval [+0.0080, +0.0320], step 2" in text
+    assert "0.7000 → 0.7200" in text
+    assert "Suspected" not in text
+
+
+def test_same_prompts_before_and_after(tmp_path: Path, start):
+    folder = make_run(tmp_path, start)
+    page = read(folder)
+    embedded = [base64.b64decode(source.split(",")[1]) for source in page.sources if "image/png" in source]
+    expected = [(folder.samples / preview_name(step, number)).read_bytes() for number in range(2) for step in (0, 2)]
+    assert embedded == expected
+    assert page.text.count(PROMPT) == 2  # as text: what is in a prompt is no markup
+
+
+def test_time_and_table_in_numbers(tmp_path: Path, start):
+    text = read(make_run(tmp_path, start)).text
+    assert "90.0%" in text
+    assert "1.00 s a step" in text
+    assert "0.3000 → 0.3000" in text
+
+
+def test_suspected_hacking_is_said(tmp_path: Path, start):
+    assert "Suspected reward hacking at step 2" in read(make_run(tmp_path, start, hacked=True)).text
+
+
+def test_run_without_held_out_evaluation(tmp_path: Path, start):
+    page = read(make_run(tmp_path, start, evaluations=False))
+    assert "Before and after" not in page.text
+    assert "Diagnostics" in page.text
+
+
+def test_run_that_was_interrupted_before_its_first_step(tmp_path: Path, start):
+    folder = RunFolder.create(tmp_path, "run")
+    save_checkpoint(step_path(folder.checkpoints, 0), state_of(start, make_policy(start), 0))
+    folder.metrics.touch()
+    assert "0 of 4 steps" in read(folder).text
+
+
+def test_every_plotted_diagnostic_is_a_documented_metric():
+    from training.ppo.report import DIAGNOSTICS
+
+    assert set(DIAGNOSTICS) <= METRICS.keys()
+
+
+def test_run_without_checkpoint(tmp_path: Path):
+    folder = RunFolder.create(tmp_path, "run")
+    folder.metrics.touch()
+    with pytest.raises(InputError, match="before its first checkpoint"):
+        write_report(folder)
+
+
+def test_same_run_same_page(tmp_path: Path, start):
+    folder = make_run(tmp_path, start)
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))

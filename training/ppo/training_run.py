@@ -1,0 +1,295 @@
+"""A run from its first step to its last: steps, evaluations, what is written, interrupts."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from errors import InputError
+from models.pictures import png_text, to_pixels
+from solvers import EPDTable
+from training.ppo.assembly import Parts, Start, to_plain
+from training.ppo.checkpoint import best_path, save_checkpoint, step_path, table_to_plain
+from training.ppo.config import config_hash
+from training.ppo.config import to_plain as config_to_plain
+from training.ppo.figures import table_figure
+from training.ppo.heldout import HeldoutScores
+from training.ppo.run_folder import MetricsLog, RunFolder
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FINISHED, INTERRUPTED, HACKED = "finished", "interrupted", "stopped for suspected reward hacking"
+
+
+class Interrupts:
+    """While active, a first SIGINT or SIGTERM is remembered instead of obeyed; a second one is obeyed."""
+
+    def __init__(self) -> None:
+        """Not active yet, nothing remembered."""
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        """Start to listen."""
+        self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back."""
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+        name = signal.Signals(number).name
+        tqdm.write(f"{name}: the step is finished and a checkpoint saved; once more ends at once, without")
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class RunWriter:
+    """What one process of a run, the first, writes to its folder and to the console."""
+
+    def __init__(self, folder: RunFolder, start: Start, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> None:
+        """`prompts` and `seeds` belong to the held-out images, in their order."""
+        self.folder = folder
+        self._start = start
+        self._prompts, self._seeds = prompts, seeds
+        self._metrics = MetricsLog(folder.metrics)
+        self._events: SummaryWriter | None = None
+
+    def rewind(self, step: int) -> None:
+        """Take back what was written about the steps after `step`; a copy stays."""
+        moved = self._metrics.rewind(step)
+        if moved:
+            log.warning("%d steps after step %d are made again; their log is kept in %s", moved, step, self.folder.logs)
+
+    def row(self, row: Mapping[str, float], table: EPDTable) -> None:
+        """Log a step: its metrics and the mean table after it."""
+        rows = {name: None if part is None else part.tolist() for name, part in table_to_plain(table).items()}
+        self._try("metrics", lambda: self._metrics.append({**row, "table": rows}))
+        step = int(row["step"])
+        self._try("TensorBoard", lambda: self._write_events(row, step))
+
+    def previews(self, step: int, images: Tensor) -> None:
+        """Save images [P, 3, H, W] of the first held-out prompts."""
+        self._try("previews", lambda: self._write_previews(step, images))
+
+    def table_plot(self, step: int, table: EPDTable) -> None:
+        """Plot the mean table beside the starting one."""
+        figure = table_figure(table, self._start.table)
+        self._try("table plot", lambda: self._tensorboard(step).add_figure("table", figure, step))
+
+    def close(self) -> None:
+        """Flush TensorBoard's events."""
+        if self._events is not None:
+            self._try("TensorBoard", self._events.close)
+
+    def _write_events(self, row: Mapping[str, float], step: int) -> None:
+        events = self._tensorboard(step)
+        for name, value in row.items():
+            if name != "step":
+                events.add_scalar(name, value, step)
+
+    def _write_previews(self, step: int, images: Tensor) -> None:
+        for number, pixels in enumerate(to_pixels(images)):
+            story = {"prompt": self._prompts[number], "seed": str(self._seeds[number]), "step": str(step)}
+            path = self.folder.samples / preview_name(step, number)
+            Image.fromarray(pixels).save(path, pnginfo=png_text(story))
+        if len(images):
+            self._tensorboard(step).add_images("held-out", images, step)
+
+    def _tensorboard(self, step: int) -> SummaryWriter:
+        if self._events is None:
+            self._events = SummaryWriter(str(self.folder.logs), purge_step=step)
+        return self._events
+
+    @staticmethod
+    def _try(what: str, write: Callable[[], None]) -> None:
+        """Training outlives a disk that is full for a while: what cannot be written now is said and passed over."""
+        try:
+            write()
+        except (InputError, OSError) as error:
+            log.warning("%s: %s", what, error)
+
+
+def preview_name(step: int, number: int) -> str:
+    """File name of the image of held-out prompt `number` by the table after `step`."""
+    return f"step{step:06d}-prompt{number:02d}.png"
+
+
+class TrainingRun:
+    """Trains to the last step, or until it is interrupted; can be gone on with from every checkpoint."""
+
+    def __init__(self, start: Start, parts: Parts, folder: RunFolder, fabric: Fabric) -> None:
+        """Nothing is written before `run`."""
+        self.start, self.config, self.folder = start, start.config, folder
+        self.trainer, self.judge, self.watch = parts.trainer, parts.judge, parts.watch
+        self._fabric = fabric
+        seeds = () if parts.judge is None else parts.judge.seeds
+        prompts = () if parts.judge is None else parts.judge.prompts
+        self._writer = RunWriter(folder, start, prompts, seeds) if fabric.is_global_zero else None
+        self._saved_step = -1
+
+    @property
+    def step(self) -> int:
+        """Completed steps."""
+        return self.trainer.completed_steps
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it belongs to other prompts or rewards, or was made without held-out evaluation.
+        """
+        self.trainer.load_state_dict(state["trainer"])
+        if self.watch is not None and state["watch"] is None:
+            raise InputError(
+                "the run was made without held-out evaluation, so there are no scores of its starting table to compare "
+                "with: resume with logging.eval_interval=0"
+            )
+        if self.watch is not None:
+            self.watch.load_state_dict(state["watch"])
+        self._saved_step = self.step
+        if self._writer is not None:
+            self._writer.rewind(self.step)
+
+    def run(self) -> str:
+        """Train; returns how it ended: `FINISHED`, `INTERRUPTED` or `HACKED`. A checkpoint of the last step is saved.
+
+        Raises:
+            DivergenceError: the rewards or an update are not finite; checkpoints saved before stay.
+            InputError: the last checkpoint cannot be saved.
+        """
+        with (
+            Interrupts() as interrupts,
+            tqdm(total=self.config.ppo.steps, initial=self.step, unit="step", disable=self._writer is None) as bar,
+        ):
+            ending = None
+            if self.step == 0 and self.watch is not None:
+                self._record({"step": 0, **self._evaluate()})
+            while ending is None and self.step < self.config.ppo.steps:
+                ending = self._one_step(bar)
+                if self._any_process(interrupts.received is not None):
+                    ending = INTERRUPTED
+            self._save(last=True)
+        if self._writer is not None:
+            self._writer.close()
+        return ending or FINISHED
+
+    def _one_step(self, bar: tqdm) -> str | None:
+        """A step with all that is due after it; how the run ends, or None where it goes on."""
+        logging = self.config.logging
+        row = self.trainer.step()
+        last = self.step == self.config.ppo.steps
+        if self.watch is not None and (last or self.step % logging.eval_interval == 0):
+            row |= self._evaluate()
+        self._record(row)
+        bar.update()
+        if self._writer is not None and (last or self.step % logging.log_interval == 0):
+            tqdm.write(console_line(row, self.config.ppo.steps))
+        if self._due(logging.save_interval):
+            self._save(last=False)
+        hacked = bool(row.get("heldout/suspected_reward_hacking"))
+        return HACKED if hacked and logging.stop_on_reward_hacking else None
+
+    def _due(self, interval: int) -> bool:
+        """Whether a multiple of `interval` was passed since the last checkpoint that could be saved."""
+        return self.step // interval > max(self._saved_step, 0) // interval
+
+    def _evaluate(self) -> dict[str, float]:
+        """Score the mean table on the held-out prompts; keeps its checkpoint where it is the best so far."""
+        table = self._mean_table()
+        scores: HeldoutScores = self.judge.judge(table)
+        metrics = self.watch.observe(self.step, scores)
+        if self._writer is not None:
+            self._writer.previews(self.step, scores.previews)
+            self._writer.table_plot(self.step, table)
+            tqdm.write(heldout_line(self.step, metrics))
+            if self.step and self.watch.best_step == self.step:
+                self._try_save(best=True)
+        return metrics
+
+    def _record(self, row: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.row(row, self._mean_table())
+
+    def _save(self, *, last: bool) -> None:
+        """Save a checkpoint of this step, if there is none; only the last one must succeed."""
+        if self._writer is None or self._saved_step == self.step:
+            return
+        if last:
+            save_checkpoint(step_path(self.folder.checkpoints, self.step), self._state())
+            self._saved_step = self.step
+        else:
+            self._try_save(best=False)
+
+    def _try_save(self, *, best: bool) -> None:
+        folder = self.folder.checkpoints
+        try:
+            save_checkpoint(best_path(folder) if best else step_path(folder, self.step), self._state())
+        except InputError as error:
+            log.warning("no checkpoint of step %d, it is tried again later: %s", self.step, error)
+            return
+        if not best:
+            self._saved_step = self.step
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "trainer": self.trainer.state_dict(),
+            "watch": None if self.watch is None else self.watch.state_dict(),
+            "start": to_plain(self.start),
+            "table": table_to_plain(self._mean_table()),
+            "config": config_to_plain(self.config),
+            "config_hash": config_hash(self.config),
+        }
+
+    @torch.no_grad()
+    def _mean_table(self) -> EPDTable:
+        return self.trainer.policy().mean_table()
+
+    def _any_process(self, flag: bool) -> bool:
+        if self._fabric.world_size == 1:
+            return flag
+        return bool(self._fabric.all_gather(torch.tensor(flag, device=self._fabric.device)).any())
+
+
+def console_line(row: Mapping[str, float], steps: int) -> str:
+    """One line about a step."""
+    seconds = row["seconds/step"]
+    network = row.get("seconds/network", 0.0) / seconds if seconds else 0.0
+    dropped = f"  dropped groups {row['dropped_groups']:.0f}" if row["dropped_groups"] else ""
+    return (
+        f"step {row['step']:>{len(str(steps))}.0f}/{steps}  reward {row['reward_mean']:.4f} "
+        f"[{row['reward_min']:.3f}, {row['reward_max']:.3f}]  KL {row['kl']:.3f}  entropy {row['entropy']:.2f}  "
+        f"clipped {row['clip_fraction']:.0%}  effective samples {row['effective_sample_share']:.0%}  "
+        f"{seconds:.1f} s ({network:.0%} network){dropped}"
+    )
+
+
+def heldout_line(step: int, metrics: Mapping[str, float]) -> str:
+    """One line about an evaluation."""
+    parts = [f"step {step} held out"]
+    for judge in ("reward", "panel"):
+        if f"heldout/{judge}" in metrics:
+            difference, low, high = (metrics[f"heldout/{judge}_difference{end}"] for end in ("", "_low", "_high"))
+            parts.append(f"{judge} {metrics[f'heldout/{judge}']:.4f} ({difference:+.4f} [{low:+.4f}, {high:+.4f}])")
+    if metrics["heldout/suspected_reward_hacking"]:
+        parts.append("SUSPECTED REWARD HACKING: the reward rises while the panel falls")
+    return "  ".join(parts)
