@@ -1,0 +1,448 @@
+"""Distillation: its parts against brute force and closed forms, the whole against the classical solvers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import InputError
+from models.generate import initial_noise
+from schedules import get_schedule
+from solvers import SAMPLERS, EPDTable, epd_sampler, num_steps_for
+from tests.guided_mixture import GuidedMixture
+from training.distillation import (
+    SEARCHED_POSITIONS,
+    SEARCHED_RANGE,
+    SMALLEST_WEIGHT,
+    Refinement,
+    Task,
+    Trajectories,
+    best_points,
+    loss_scales,
+    search,
+    simplex_least_squares,
+    teacher_schedule,
+    teacher_trajectories,
+    trajectory_loss,
+)
+from training.distillation_run import Options, distil, is_finished, load_options, new_folder
+from training.networks import EPD_predictor
+from training.snapshot import load_snapshot
+
+OPTIONS = Options(
+    dataset_name="mixture",
+    model_path=None,
+    num_steps=3,
+    num_points=2,
+    sampler_stu="epd",
+    sampler_tea="dpm2",
+    M=9,
+    afs=False,
+    scale_dir=0.0,
+    scale_time=0.0,
+    guidance_rate=7.5,
+    schedule_type="discrete",
+    schedule_rho=1.0,
+    trajectories=64,
+    batch=16,
+    batch_gpu=64,
+    total_kimg=0.48,
+    lr=0.1,
+    coslr=True,
+    target="latent",
+    recompute=False,
+    seed=0,
+    prompt_file=None,
+    init_only=False,
+)
+PROMPTS = ["0", "1", "2"]
+
+
+def _grid(denoiser, num_steps, schedule_type="discrete", rho=1.0):
+    return get_schedule(schedule_type, num_steps, denoiser.sigma_min, denoiser.sigma_max, rho=rho, denoiser=denoiser)
+
+
+def _taught(num_steps=3, count=6, extra=9, **task):
+    denoiser = GuidedMixture()
+    sigmas = teacher_schedule("discrete", num_steps, extra, denoiser.sigma_min, denoiser.sigma_max, 1.0, denoiser)
+    task = Task(denoiser, 7.5, sigmas[:: extra + 1], **task)
+    prompts = [PROMPTS[number % 3] for number in range(count)]
+    return task, teacher_trajectories(task, "dpm2", sigmas, prompts, range(count))
+
+
+# ------------------------------------------------------------------------------------------------------- teacher
+
+
+@pytest.mark.parametrize("schedule_type", ["polynomial", "logsnr", "time_uniform", "discrete", "flowmatch"])
+@pytest.mark.parametrize("extra", [1, 4])
+def test_the_teacher_stops_at_every_point_of_the_student(schedule_type, extra):
+    denoiser = GuidedMixture()
+    span = denoiser.sigma_min, denoiser.sigma_max
+    teacher = teacher_schedule(schedule_type, 4, extra, *span, 2.0, denoiser)
+    student = get_schedule(schedule_type, 4, *span, rho=2.0, denoiser=denoiser)
+    assert len(teacher) == 3 * (extra + 1) + 1
+    torch.testing.assert_close(teacher[:: extra + 1], student, rtol=1e-12, atol=0)
+
+
+def test_trajectories_are_the_teachers_runs_whatever_the_micro_batch():
+    task, trajectories = _taught(micro_batch=4)
+    denoiser, sigmas = task.denoiser, _grid(task.denoiser, 21)
+    noise = initial_noise(range(6), denoiser.latent_shape, device=denoiser.device, dtype=torch.float32)
+    start = noise * sigmas[0].float()
+    torch.testing.assert_close(trajectories.states[0], start, rtol=0, atol=0)
+    end = SAMPLERS["dpm2"](task.bind(trajectories.prompts), start, sigmas)
+    torch.testing.assert_close(trajectories.states[2], end, rtol=1e-5, atol=1e-5)
+    middle = SAMPLERS["dpm2"](task.bind(trajectories.prompts), start, sigmas[:11])
+    torch.testing.assert_close(trajectories.states[1], middle, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- search
+
+
+@given(seed=st.integers(0, 10**6), num_points=st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_weights_on_the_simplex_satisfy_the_conditions_of_optimality(seed, num_points):
+    generator = torch.Generator().manual_seed(seed)
+    moves = torch.randn(5, num_points, 6, generator=generator, dtype=torch.float64)
+    wanted = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    gram, projections = moves @ moves.mT, (moves @ wanted[..., None])[..., 0]
+    weights = simplex_least_squares(gram, projections)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(5, dtype=torch.float64))
+    assert (weights >= SMALLEST_WEIGHT - 1e-12).all() or num_points == 1
+    # Karush-Kuhn-Tucker: the gradient is the same for all free weights, and not smaller for those at their floor
+    gradient = (gram @ weights[..., None])[..., 0] - projections
+    for row, weight in zip(gradient, weights, strict=True):
+        free = weight > SMALLEST_WEIGHT + 1e-9
+        assert (row[free].max() - row[free].min()).abs() < 1e-6
+        assert (row >= row[free].min() - 1e-6).all()
+
+
+@pytest.mark.parametrize("num_points", [1, 2, 3])
+def test_planted_points_are_found_again(num_points):
+    generator = torch.Generator().manual_seed(0)
+    moves = torch.randn(7, 40, generator=generator, dtype=torch.float64)
+    positions = torch.linspace(0.1, 0.7, 7, dtype=torch.float64)
+    planted = torch.tensor([1, 4, 6][:num_points])
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)[:num_points]
+    weights = weights / weights.sum()
+    wanted = weights @ moves[planted]
+    found, found_weights = best_points(moves @ moves.T, moves @ wanted, positions, num_points)
+    assert found.tolist() == positions[planted].tolist()
+    torch.testing.assert_close(found_weights, weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("afs", [False, True])
+def test_no_pair_of_searched_positions_ends_nearer_to_the_teacher(afs):
+    task, trajectories = _taught(num_steps=2, afs=afs)
+    found = search(task, trajectories, 2)
+
+    def squares(positions, weights):
+        table = EPDTable(torch.tensor([positions]).double(), torch.tensor([weights]).double())
+        denoise = task.bind(trajectories.prompts)
+        end = epd_sampler(denoise, trajectories.states[0], task.sigmas, table, afs=afs)
+        return (end - trajectories.states[1]).square().sum().item()
+
+    best = squares(found.positions[0].tolist(), found.weights[0].tolist())
+    positions = torch.linspace(*SEARCHED_RANGE, SEARCHED_POSITIONS, dtype=torch.float64).tolist()
+    for pair in list(combinations(positions, 2))[::3]:
+        for first in (0.02, 0.3, 0.6, 0.75, 0.85, 0.98):
+            assert best <= squares(pair, [first, 1 - first]) * (1 + 1e-5)
+
+
+def test_each_interval_is_searched_from_where_the_student_really_is():
+    task, trajectories = _taught(num_steps=3)
+    found = search(task, trajectories, 2)
+    first = EPDTable(found.positions[:1], found.weights[:1])
+    reached = epd_sampler(task.bind(trajectories.prompts), trajectories.states[0], task.sigmas[:2], first)
+    rest = dataclasses.replace(task, sigmas=task.sigmas[1:])
+    again = search(rest, Trajectories(trajectories.prompts, torch.stack([reached, trajectories.states[2]])), 2)
+    assert again.positions.tolist() == found.positions[1:].tolist()
+    torch.testing.assert_close(again.weights, found.weights[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_the_search_costs_what_was_said():
+    task, trajectories = _taught()
+    task.denoiser.evaluations = 0
+    search(task, trajectories, 2)
+    options = dataclasses.replace(OPTIONS, trajectories=8)  # two of them held out
+    assert task.denoiser.evaluations == options.evaluations()["search"]
+
+
+# -------------------------------------------------------------------------------------------------------- refine
+
+
+def _predictor(num_steps=3, seed=0, **bounds):
+    predictor = EPD_predictor(num_steps, 2, **bounds)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in predictor.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        predictor.r_params.sub_(1.5)
+    return predictor
+
+
+@pytest.mark.parametrize("target", ["latent", "image"])
+def test_the_loss_is_the_distance_that_its_formula_says(target):
+    task, trajectories = _taught(num_steps=4, target=target)
+    scales = loss_scales(task, trajectories)
+    table = _predictor(4).table().detach()
+    states = []
+    denoise = task.bind(trajectories.prompts)
+    epd_sampler(denoise, trajectories.states[0], task.sigmas, table, callback=lambda _, x: states.append(x))
+
+    def distances(found, wanted):
+        return (found - wanted).flatten(1).norm(dim=1)
+
+    teacher = trajectories.states
+    ends = [states[3], teacher[3]] if target == "latent" else [task.denoiser.decode(x) for x in (states[3], teacher[3])]
+    spread = teacher[3] - teacher[2] if target == "latent" else ends[1] - ends[1].mean(0)
+    unit = spread.flatten(1).square().sum(1).mean().sqrt()
+    expected = distances(*ends) / unit
+    for i in (1, 2):
+        moved = (teacher[i] - teacher[i - 1]).flatten(1).square().sum(1).mean().sqrt()
+        expected = expected + 0.05 * distances(states[i], teacher[i]) / moved
+    loss = trajectory_loss(task, table, trajectories, scales)
+    torch.testing.assert_close(loss, expected.double(), rtol=1e-3, atol=3e-3)
+
+
+@pytest.mark.parametrize("target", ["latent", "image"])
+def test_the_gradient_goes_through_the_network_and_is_right(target):
+    task, trajectories = _taught(num_steps=3, target=target)
+    precise = Trajectories(trajectories.prompts, trajectories.states.double())
+    predictor = _predictor(scale_dir=0.2, scale_time=0.2).double()
+    scales = loss_scales(task, precise)
+
+    def loss():
+        return trajectory_loss(task, predictor.table(), precise, scales).mean()
+
+    loss().backward()
+    step = 1e-4 if target == "latent" else 1e-2  # images are float32
+    for parameter in predictor.parameters():
+        for index in ((0, 0), (1, 1)):
+            with torch.no_grad():
+                kept = parameter[index].item()
+                parameter[index] = kept + step
+                above = loss()
+                parameter[index] = kept - step
+                below = loss()
+                parameter[index] = kept
+            numeric = ((above - below) / (2 * step)).item()
+            assert parameter.grad[index].item() == pytest.approx(numeric, rel=2e-3, abs=2e-5)
+
+
+def test_a_student_that_is_the_teacher_has_no_loss_and_a_finite_gradient():
+    denoiser = GuidedMixture()
+    sigmas = _grid(denoiser, 3)
+    task = Task(denoiser, 7.5, sigmas)
+    middle = torch.full((2, 1), 0.5, dtype=torch.float64)
+    noise = initial_noise(range(3), denoiser.latent_shape, device=denoiser.device, dtype=torch.float32)
+    states = []
+    table = EPDTable(middle, torch.ones_like(middle))
+    epd_sampler(task.bind(PROMPTS), noise * sigmas[0].float(), sigmas, table, callback=lambda _, x: states.append(x))
+    trajectories = Trajectories(PROMPTS, torch.stack(states))
+    predictor = EPD_predictor(3, 1)
+    loss = trajectory_loss(task, predictor.table(), trajectories, loss_scales(task, trajectories))
+    assert loss.abs().max() < 1e-6
+    loss.sum().backward()
+    assert predictor.r_params.grad.isfinite().all()
+
+
+def _refinement(task, trajectories, **changes):
+    settings = {"batch": 4, "updates": 6, "learning_rate": 0.1, "cosine": True, "seed": 0, **changes}
+    return Refinement(task, _predictor(), trajectories, trajectories.select([0]), **settings)
+
+
+@pytest.mark.parametrize("change", [{"micro_batch": 1}, {"micro_batch": 3}, {"recompute": True}])
+def test_neither_micro_batches_nor_recomputation_change_an_update(change):
+    task, trajectories = _taught()
+    runs = [_refinement(variant, trajectories) for variant in (task, dataclasses.replace(task, **change))]
+    losses = [[run.step().loss for _ in range(3)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for one, other in zip(*(run.predictor.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_every_trajectory_is_seen_once_in_each_round():
+    task, trajectories = _taught()
+    refinement = _refinement(task, trajectories, batch=4)
+    drawn = []
+    for refinement.done in range(6):
+        drawn += refinement._drawn()
+    rounds = [drawn[start : start + 6] for start in range(0, 24, 6)]
+    assert all(sorted(each) == list(range(6)) for each in rounds)
+    assert len({tuple(each) for each in rounds}) > 1
+
+
+def test_the_step_size_follows_the_cosine():
+    task, trajectories = _taught()
+    refinement = _refinement(task, trajectories, updates=4)
+    rates = [refinement.step().learning_rate for _ in range(4)]
+    assert rates == pytest.approx([0.1, 0.1 * (1 + 0.5**0.5) / 2, 0.05, 0.1 * (1 - 0.5**0.5) / 2])
+    constant = _refinement(task, trajectories, cosine=False)
+    assert [constant.step().learning_rate for _ in range(2)] == [0.1, 0.1]
+
+
+def test_a_restored_refinement_goes_on_bit_for_bit():
+    task, trajectories = _taught()
+    whole = _refinement(task, trajectories)
+    expected = [whole.step() for _ in range(6)]
+    first = _refinement(task, trajectories)
+    for _ in range(3):
+        first.step()
+    second = _refinement(task, trajectories)
+    second.load_state_dict(first.state_dict())
+    assert [second.step() for _ in range(3)] == expected[3:]
+    for one, other in zip(whole.predictor.parameters(), second.predictor.parameters(), strict=True):
+        assert one.equal(other)
+
+
+def test_a_loss_that_is_no_number_is_reported():
+    task, trajectories = _taught()
+    refinement = _refinement(task, trajectories)
+    refinement.trajectories.states[1] = torch.nan
+    with pytest.raises(InputError, match="diverged at update 0"):
+        refinement.step()
+
+
+# ----------------------------------------------------------------------------------------------------- the whole
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Held-out prompts, their noise, and where 100 Heun steps take it."""
+    denoiser = GuidedMixture()
+    prompts = [PROMPTS[number % 3] for number in range(192)]
+    noise = initial_noise(range(1000, 1192), denoiser.latent_shape, device=denoiser.device, dtype=torch.float32)
+    task = Task(denoiser, 7.5, _grid(denoiser, 101))
+    with torch.no_grad():
+        end = SAMPLERS["heun"](task.bind(prompts), noise * task.sigmas[0].float(), task.sigmas)
+    return denoiser, task.bind(prompts), noise, end
+
+
+def _distance(reference, solve, sigmas):
+    """Mean over held-out images of the root mean square distance to the reference."""
+    _, denoise, noise, end = reference
+    with torch.no_grad():
+        found = solve(denoise, noise * sigmas[0].float(), sigmas)
+    return (found - end).square().flatten(1).mean(1).sqrt().mean().item()
+
+
+@pytest.mark.parametrize("num_steps", [3, 4])
+def test_from_nothing_it_beats_every_classical_solver_of_equal_parallel_cost(tmp_path, reference, num_steps):
+    denoiser = reference[0]
+    sigmas = _grid(denoiser, num_steps)
+    options = dataclasses.replace(OPTIONS, num_steps=num_steps)
+    table, metadata = load_snapshot(distil(tmp_path / "run", options, denoiser, PROMPTS))
+    searched, _ = load_snapshot(tmp_path / "run" / "network-snapshot-000000.pkl")
+
+    def epd(table):
+        return _distance(reference, lambda denoise, x, grid: epd_sampler(denoise, x, grid, table), sigmas)
+
+    classical = {}
+    for name in ("ddim", "heun", "dpm2", "dpmpp", "ipndm"):
+        for schedule, rho in (("discrete", 1.0), ("polynomial", 7.0), ("logsnr", 7.0)):
+            grid = _grid(denoiser, num_steps_for(name, options.nfe), schedule, rho)
+            classical[name, schedule] = _distance(reference, SAMPLERS[name], grid)
+    uniform = epd(EPD_predictor(num_steps).table().detach())
+    assert uniform > 5  # the states themselves are of about unit size: it explodes
+    assert epd(searched) < 0.75 * min(classical.values())
+    assert epd(table) < 0.6 * min(classical.values())
+    assert (table.positions.diff(dim=-1) > 0).all()
+    assert metadata["num_steps"] == num_steps
+
+
+def test_what_comes_out_is_the_best_of_the_checks(tmp_path):
+    folder = tmp_path / "run"
+    options = dataclasses.replace(OPTIONS, trajectories=16, total_kimg=0.48, lr=1.0)  # so large a step does harm
+    snapshot = distil(folder, options, GuidedMixture(), PROMPTS)
+    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == list(range(31))
+    checks = [line for line in lines if "held_out" in line]
+    assert [line["update"] for line in checks] == [0, 10, 20, 30]
+    best = min(checks, key=lambda line: line["held_out"])
+    table, _ = load_snapshot(snapshot)
+    torch.testing.assert_close(table.weights.sort().values, torch.tensor(best["w"]).double().sort().values)
+    assert snapshot.name == "network-snapshot-000480.pkl"
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
+        [f"network-snapshot-{seen}.{kind}" for seen in ("000000", "000480") for kind in ("json", "pkl")]
+        + ["stats.jsonl", "training_options.json"]
+    )
+
+
+class Interrupted(Exception):
+    pass
+
+
+class _Stopping(GuidedMixture):
+    """Stops for good after so many calls."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def denoise(self, x, sigma, conditioning):
+        self.calls -= 1
+        if self.calls < 0:
+            raise Interrupted
+        return super().denoise(x, sigma, conditioning)
+
+
+def test_interruptions_anywhere_do_not_change_the_result(tmp_path):
+    options = dataclasses.replace(
+        OPTIONS, trajectories=12, M=2, batch=3, batch_gpu=4, total_kimg=0.036, scale_dir=0.05, afs=True
+    )
+    whole = distil(tmp_path / "whole", options, GuidedMixture(), PROMPTS)
+    interruptions = 0
+    for calls in range(15, 150, 17):
+        folder = tmp_path / f"stopped-{calls % 2}"
+        try:
+            distil(folder, options, _Stopping(calls), PROMPTS)
+        except Interrupted:
+            interruptions += 1
+            assert load_options(folder) == options
+            assert not is_finished(folder, options)
+    assert interruptions == 8
+    for number in {calls % 2 for calls in range(15, 150, 17)}:
+        folder = tmp_path / f"stopped-{number}"
+        if not is_finished(folder, options):
+            distil(folder, options, GuidedMixture(), PROMPTS)
+        for file in (whole.with_suffix(".json"), whole.parent / "stats.jsonl"):
+            assert (folder / file.name).read_bytes() == file.read_bytes()
+        assert is_finished(folder, options)
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    options = dataclasses.replace(OPTIONS, trajectories=8, M=1, total_kimg=0.064)
+    with pytest.raises(Interrupted):
+        distil(tmp_path, options, _Stopping(55), PROMPTS)
+    (tmp_path / "training-state.pt").write_bytes(b"rubbish")
+    with pytest.raises(InputError, match=r"training-state\.pt: is damaged"):
+        distil(tmp_path, options, GuidedMixture(), PROMPTS)
+
+
+def test_a_teacher_that_leaves_the_numbers_is_reported(tmp_path):
+    denoiser = GuidedMixture()
+    denoiser.default_guidance_scale = 1e30
+    options = dataclasses.replace(OPTIONS, guidance_rate=None, trajectories=4)
+    with pytest.raises(InputError, match="teacher dpm2 left the range of numbers"):
+        distil(tmp_path / "run", options, denoiser, PROMPTS)
+
+
+def test_prompts_that_the_model_does_not_know_are_named(tmp_path):
+    with pytest.raises(InputError, match="unknown classes"):
+        distil(tmp_path / "run", OPTIONS, GuidedMixture(), ["a dog"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_are_numbered_and_named_after_the_options(tmp_path):
+    assert new_folder(tmp_path / "none", OPTIONS).name == "00000-mixture-3-4-epd-dpm2-9-discrete"
+    (tmp_path / "00007-other").mkdir()
+    (tmp_path / "20260101-000000-run").mkdir()
+    afs = dataclasses.replace(OPTIONS, afs=True, schedule_type="polynomial", schedule_rho=7.0)
+    assert new_folder(tmp_path, afs).name == "00008-mixture-3-3-epd-dpm2-9-poly7-afs"

@@ -1,0 +1,167 @@
+"""Distil an EPD table from a teacher solver, for a frozen model."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import click
+import torch
+from click.core import ParameterSource
+
+from errors import InputError, shows_input_errors
+from models import load_denoiser
+from models.devices import resolve_device
+from models.prompts import read_prompts
+from schedules import SCHEDULES
+from solvers import SAMPLERS
+from training.distillation import SEARCHED_POSITIONS
+from training.distillation_run import Options, distil, is_finished, load_options, new_folder, write_cold_start
+from training.sampling import MODEL_OF_DATASET, USUAL_RHO
+from training.snapshot import find_run
+
+USUAL_PROMPTS = {
+    "shapes": "src/prompts/shapes_train.csv",
+    "ms_coco": "src/prompts/MS-COCO_val2014_30k_captions.csv",
+}
+EXAMPLES = """
+\b
+Examples:
+  python train.py --dataset_name shapes --num_steps 3 --num_points 2
+  python train.py --dataset_name shapes --num_steps 4 --init-only
+  python train.py --resume 3
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.option("--dataset_name", help="The model's world: shapes, ms_coco (Stable Diffusion 1.5), or a name of yours.")
+@click.option("--model_path", help="Registered name, pipeline folder or file. [what dataset_name stands for]")
+@click.option("--prompt-file", help="A .txt (one a line) or .csv (column `text`). [the world's own training prompts]")
+@click.option("--num_steps", type=click.IntRange(2, 1000), default=4, show_default=True, help="Grid points.")
+@click.option(
+    "--num_points",
+    type=click.IntRange(1, SEARCHED_POSITIONS),
+    default=2,
+    show_default=True,
+    help="Points an interval, K.",
+)
+@click.option("--sampler_stu", type=click.Choice(["epd"]), default="epd", show_default=True, help="The student.")
+@click.option(
+    "--sampler_tea",
+    type=click.Choice([name for name in SAMPLERS if name != "epd"]),
+    default="dpm2",
+    show_default=True,
+    help="The teacher.",
+)
+@click.option(
+    "--M", "M", type=click.IntRange(1, 1000), default=9, show_default=True, help="Its extra steps an interval."
+)
+@click.option("--afs", type=bool, default=False, show_default=True, help="Estimate the student's first evaluation.")
+@click.option(
+    "--scale_dir",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Directions scale by 1 +- this.",
+)
+@click.option(
+    "--scale_time", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True, help="Times likewise."
+)
+@click.option("--guidance_rate", type=click.FloatRange(0), help="Guidance scale; 1 for none. [the model's own]")
+@click.option("--schedule_type", type=click.Choice(list(SCHEDULES)), default="discrete", show_default=True)
+@click.option(
+    "--schedule_rho", type=click.FloatRange(0, min_open=True), help="Exponent of the grid. [7 polynomial, otherwise 1]"
+)
+@click.option(
+    "--trajectories",
+    type=click.IntRange(2),
+    default=128,
+    show_default=True,
+    help="The teacher is followed on so many; a quarter is held out.",
+)
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Trajectories an update.")
+@click.option("--batch-gpu", type=click.IntRange(1), default=16, show_default=True, help="Trajectories at once.")
+@click.option(
+    "--total_kimg", type=click.FloatRange(0), default=1.6, show_default=True, help="Thousands of trajectories in all."
+)
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True, help="Adam's step size.")
+@click.option("--coslr/--no-coslr", default=True, show_default=True, help="Let it decay to 0 along a cosine.")
+@click.option(
+    "--target",
+    type=click.Choice(["latent", "image"]),
+    default="latent",
+    show_default=True,
+    help="What the last states are compared as.",
+)
+@click.option("--recompute", is_flag=True, help="Less memory for a third more time: for large models.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
+@click.option("--init-only", is_flag=True, help="Write the cold start (even positions, equal weights); train nothing.")
+@click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("exps"), show_default=True)
+@click.option("--resume", help="Go on with an interrupted run: its folder or its number in --outdir.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the options and the cost, do nothing.")
+@click.pass_context
+@shows_input_errors
+def main(context: click.Context, outdir: Path, resume: str | None, device: str, dry_run: bool, **told: object) -> None:
+    """Distil an EPD table into a new folder of --outdir: snapshots (.pkl, .json), training_options.json, stats.jsonl.
+
+    Interrupt it at will: --resume goes on and ends in the same table.
+    """
+    if resume is None:
+        options = _options(told)
+        folder = new_folder(outdir, options)
+    else:
+        folder = find_run(resume, outdir)
+        options = load_options(folder)
+        _refuse_contradictions(context, options, told, folder)
+        if is_finished(folder, options):
+            raise InputError(f"{folder}: this run is finished; nothing to resume")
+    click.echo(json.dumps(asdict(options), indent=2))
+    click.echo(f"{folder}: {options.nfe} evaluations in sequence an image, before guidance")
+    if options.init_only:
+        if not dry_run:
+            click.echo(f"wrote {write_cold_start(folder, options)}")
+        return
+    prompts = read_prompts(options.prompt_file)
+    costs = options.evaluations()
+    parts = ", ".join(f"{name} {count:,}" for name, count in costs.items())
+    click.echo(f"network evaluations, before guidance and gradients: {sum(costs.values()):,} ({parts})")
+    if dry_run:
+        return
+    denoiser = load_denoiser(_model(options), device=resolve_device(device), dtype=torch.float32)
+    click.echo(f"wrote {distil(folder, options, denoiser, prompts)}")
+
+
+def _options(told: dict[str, object]) -> Options:
+    """The run's options: `told` names every field of Options, and what was left open follows from the others."""
+    name, rho = told["dataset_name"], told["schedule_rho"]
+    if name is None:
+        raise InputError("--dataset_name is missing: shapes, ms_coco, or a name of yours with --model_path")
+    if not re.fullmatch(r"\w+", name):
+        raise InputError(f"--dataset_name {name!r}: use letters, digits and _ only, it becomes part of a folder's name")
+    prompt_file = told["prompt_file"] or USUAL_PROMPTS.get(name)
+    if prompt_file is None and not told["init_only"]:
+        raise InputError(f"--prompt-file is missing: {name} has no prompts of its own")
+    rho = USUAL_RHO.get(told["schedule_type"], 1.0) if rho is None else rho
+    return Options(**{**told, "schedule_rho": rho, "prompt_file": prompt_file})
+
+
+def _model(options: Options) -> str:
+    return options.model_path or MODEL_OF_DATASET.get(options.dataset_name, options.dataset_name)
+
+
+def _refuse_contradictions(context: click.Context, options: Options, told: dict[str, object], folder: Path) -> None:
+    """A resumed run keeps its options; what is given beside --resume must be the same."""
+    for field in fields(Options):
+        given = context.get_parameter_source(field.name) is ParameterSource.COMMANDLINE
+        if given and told[field.name] != getattr(options, field.name):
+            raise InputError(
+                f"{field.name}={told[field.name]!r} contradicts {folder}, which was started with "
+                f"{getattr(options, field.name)!r}: leave it out, or start another run"
+            )
+
+
+if __name__ == "__main__":
+    main()

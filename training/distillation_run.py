@@ -1,0 +1,322 @@
+"""A distillation as a run: what it was told, its folder, its progress, and how it goes on after an interruption.
+
+A run's folder `<number>-<dataset>-<num_steps>-<nfe>-<student>-<teacher>-<M>-<schedule>` holds
+
+    training_options.json              everything it was told
+    network-snapshot-000000.{pkl,json} the table that the search found, or with --init-only the cold start
+    network-snapshot-<n>.{pkl,json}    the table at the end, n the number of trajectories that updates have seen
+    stats.jsonl                        a JSON object for the search, one for each update, one for each held-out check
+
+and, until it is finished, teacher.pt (the teacher's states) and training-state.pt, from which `resume` goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import InputError
+from models.denoiser import Denoiser
+from solvers import EPDTable, network_evaluations
+from training.distillation import (
+    HELD_OUT_SHARE,
+    SEARCHED_POSITIONS,
+    SEARCHED_TRAJECTORIES,
+    Refinement,
+    Target,
+    Task,
+    Trajectories,
+    search,
+    teacher_schedule,
+    teacher_trajectories,
+)
+from training.networks import EPD_predictor, Plain
+from training.snapshot import load_snapshot, save_snapshot, write_atomically
+
+OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teacher.pt", "training-state.pt"
+
+# Between two looks at the held-out trajectories.
+UPDATES_PER_CHECK = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a distillation is told, by the public EPD code base's names where it has them.
+
+    dataset_name: the model's world. model_path: folder, file or registered name, None for what dataset_name stands for.
+    num_steps: grid points. num_points: K. sampler_tea, M: the teacher, and its extra steps in each interval. afs,
+    scale_dir, scale_time: the student's. guidance_rate: None for the model's own. schedule_type, schedule_rho: of the
+    grid. trajectories: how many the teacher is followed on; a quarter of them is held out. batch: trajectories an
+    update. batch_gpu: trajectories at once on the device. total_kimg: thousands of trajectories that all updates
+    together see. lr, coslr: Adam's step size, and whether it decays. target: what the last states are compared as.
+    prompt_file: None with init_only. init_only: write the cold start, train nothing.
+    """
+
+    dataset_name: str
+    model_path: str | None
+    num_steps: int
+    num_points: int
+    sampler_stu: Literal["epd"]
+    sampler_tea: str
+    M: int
+    afs: bool
+    scale_dir: float
+    scale_time: float
+    guidance_rate: float | None
+    schedule_type: str
+    schedule_rho: float
+    trajectories: int
+    batch: int
+    batch_gpu: int
+    total_kimg: float
+    lr: float
+    coslr: bool
+    target: Target
+    recompute: bool
+    seed: int
+    prompt_file: str | None
+    init_only: bool
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations in sequence, before guidance."""
+        return network_evaluations("epd", self.num_steps, num_points=self.num_points, afs=self.afs).parallel
+
+    @property
+    def description(self) -> str:
+        """The run folder's name without its number."""
+        schedule = {"polynomial": f"poly{self.schedule_rho:g}", "time_uniform": f"uni{self.schedule_rho:g}"}
+        parts = (self.dataset_name, self.num_steps, self.nfe, self.sampler_stu, self.sampler_tea, self.M)
+        named = "-".join(map(str, (*parts, schedule.get(self.schedule_type, self.schedule_type))))
+        return named + ("-afs" if self.afs else "")
+
+    @property
+    def updates(self) -> int:
+        """How many updates the refinement makes."""
+        return round(1000 * self.total_kimg / self.batch)
+
+    @property
+    def held_out(self) -> int:
+        """How many trajectories no update sees."""
+        return max(1, round(HELD_OUT_SHARE * self.trajectories))
+
+    def metadata(self, denoiser: Denoiser | None) -> dict[str, Plain]:
+        """What the snapshots say about their table; of a model that was not loaded, what only it knows is None."""
+        known = (
+            {"guidance_rate": self.guidance_rate, "sigma_min": None, "sigma_max": None, "img_resolution": None}
+            if denoiser is None
+            else {
+                "guidance_rate": denoiser.default_guidance_scale if self.guidance_rate is None else self.guidance_rate,
+                "sigma_min": denoiser.sigma_min,
+                "sigma_max": denoiser.sigma_max,
+                "img_resolution": denoiser.image_size[0],
+            }
+        )
+        keys = ("dataset_name", "sampler_stu", "sampler_tea", "M", "schedule_type", "schedule_rho", "afs")
+        return {
+            **{key: getattr(self, key) for key in (*keys, "scale_dir", "scale_time")},
+            "guidance_type": "uncond" if known["guidance_rate"] == 1 else "cfg",
+            **known,
+        }
+
+    def evaluations(self) -> dict[str, int]:
+        """Network evaluations of one latent, by phase, without the doubling by guidance and by a gradient."""
+        teacher = network_evaluations(self.sampler_tea, (self.num_steps - 1) * (self.M + 1) + 1).total
+        student = network_evaluations("epd", self.num_steps, num_points=self.num_points, afs=self.afs).total
+        searched = min(SEARCHED_TRAJECTORIES, self.trajectories - self.held_out)
+        checks = 1 + -(-self.updates // UPDATES_PER_CHECK)
+        return {
+            "teacher": self.trajectories * teacher,
+            "search": searched * ((self.num_steps - 1) * (1 + SEARCHED_POSITIONS) + student),
+            "refinement": self.updates * self.batch * student,
+            "held-out checks": checks * self.held_out * student,
+        }
+
+
+def new_folder(root: Path, options: Options) -> Path:
+    """The next numbered folder, not yet made."""
+    taken = [re.match(r"\d{5}(?=-)", path.name) for path in root.iterdir()] if root.is_dir() else []
+    number = max((int(match[0]) for match in taken if match), default=-1) + 1
+    return root / f"{number:05d}-{options.description}"
+
+
+def load_options(folder: Path) -> Options:
+    """What the run in `folder` was told. Raises InputError where there is no distillation."""
+    try:
+        return Options(**json.loads((folder / OPTIONS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder / OPTIONS}: no readable options of a distillation ({error})") from error
+
+
+def write_cold_start(folder: Path, options: Options) -> Path:
+    """A run without training: evenly spaced positions, equal weights, scales 1. Returns the snapshot."""
+    predictor = EPD_predictor(options.num_steps, options.num_points, options.scale_dir, options.scale_time)
+    _write_options(folder, options)
+    return save_snapshot(folder / "network-snapshot-000000.pkl", predictor.table(), options.metadata(None))
+
+
+def distil(folder: Path, options: Options, denoiser: Denoiser, prompts: list[str]) -> Path:
+    """Carry out a run from its start, or from where it was interrupted; returns the last snapshot.
+
+    prompts: what the trajectories' are drawn from. Interruptions do not change the result.
+
+    Raises:
+        InputError: prompts that the model cannot take, a schedule or an AFS that does not suit it, a teacher or a
+            training that diverges, files that cannot be written or read.
+    """
+    teacher_sigmas = _teacher_sigmas(options, denoiser)
+    drawn, seeds = _drawn(options, prompts)
+    denoiser.validate_prompts(drawn)
+    _write_options(folder, options)
+    with tqdm(total=sum(options.evaluations().values()), unit="evaluation", smoothing=0.05) as bar:
+        task = Task(
+            denoiser=denoiser,
+            guidance_scale=options.guidance_rate,
+            sigmas=teacher_sigmas[:: options.M + 1],
+            afs=options.afs,
+            target=options.target,
+            micro_batch=options.batch_gpu,
+            recompute=options.recompute,
+            progress=bar.update,
+        )
+        bar.set_description("teacher")
+        trajectories = _taught(folder / TEACHER, task, options.sampler_tea, teacher_sigmas, drawn, seeds)
+        training = trajectories.select(range(len(trajectories) - options.held_out))
+        held_out = trajectories.select(range(len(training), len(trajectories)))
+        bar.set_description("search")
+        refinement = Refinement(
+            task,
+            _searched(folder, options, task, training),
+            training,
+            held_out,
+            batch=options.batch,
+            updates=options.updates,
+            learning_rate=options.lr,
+            cosine=options.coslr,
+            seed=options.seed,
+        )
+        bar.set_description("refinement")
+        _refine(folder, refinement, bar)
+    refinement.predictor.load_state_dict(_load(folder / STATE)["best"])
+    table, _ = refinement.predictor.table().detach().sorted_by_position()
+    snapshot = save_snapshot(_last_snapshot(folder, options), table, options.metadata(denoiser))
+    (folder / STATE).unlink()
+    (folder / TEACHER).unlink()
+    return snapshot
+
+
+def is_finished(folder: Path, options: Options) -> bool:
+    """Whether there is nothing left to do."""
+    return _last_snapshot(folder, options).exists() and not (folder / STATE).exists()
+
+
+def _last_snapshot(folder: Path, options: Options) -> Path:
+    return folder / f"network-snapshot-{options.updates * options.batch:06d}.pkl"
+
+
+def _write_options(folder: Path, options: Options) -> None:
+    write_atomically(folder / OPTIONS, (json.dumps(asdict(options), indent=2) + "\n").encode())
+
+
+def _teacher_sigmas(options: Options, denoiser: Denoiser) -> Tensor:
+    """The teacher's grid; every (M + 1)-th point is the student's."""
+    try:
+        return teacher_schedule(
+            options.schedule_type,
+            options.num_steps,
+            options.M,
+            denoiser.sigma_min,
+            denoiser.sigma_max,
+            options.schedule_rho,
+            denoiser,
+        )
+    except ValueError as error:
+        raise InputError(f"schedule_type {options.schedule_type}: {error}") from error
+
+
+def _drawn(options: Options, prompts: list[str]) -> tuple[list[str], list[int]]:
+    """A prompt and a noise seed for each trajectory; every prompt is drawn before one is drawn again."""
+    generator = torch.Generator().manual_seed(options.seed)
+    rounds = -(-options.trajectories // len(prompts))
+    order = [index for _ in range(rounds) for index in torch.randperm(len(prompts), generator=generator).tolist()]
+    seeds = torch.randint(2**62, (options.trajectories,), generator=generator).tolist()
+    return [prompts[index] for index in order[: options.trajectories]], seeds
+
+
+def _taught(
+    file: Path, task: Task, sampler: str, teacher_sigmas: Tensor, prompts: list[str], seeds: list[int]
+) -> Trajectories:
+    """The teacher's trajectories, from the file if they are there."""
+    if file.exists():
+        return Trajectories(prompts, _load(file)["states"].to(task.denoiser.device))
+    trajectories = teacher_trajectories(task, sampler, teacher_sigmas, prompts, seeds)
+    _save(file, {"states": trajectories.states.cpu()})
+    return trajectories
+
+
+def _searched(folder: Path, options: Options, task: Task, training: Trajectories) -> EPD_predictor:
+    """The predictor to refine: with the table that the search finds, or has found."""
+    file = folder / "network-snapshot-000000.pkl"
+    metadata = options.metadata(task.denoiser)
+    if not file.exists():
+        found = search(task, training.select(range(min(SEARCHED_TRAJECTORIES, len(training)))), options.num_points)
+        ones = torch.ones_like(found.weights)
+        scales = {key: ones if getattr(options, key) else None for key in ("scale_dir", "scale_time")}
+        save_snapshot(file, EPDTable(found.positions, found.weights, **scales), metadata)
+    return EPD_predictor.from_table(load_snapshot(file)[0], metadata)
+
+
+def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
+    """All updates that are left; the state is on disk after each, the best parameters with it."""
+    if (folder / STATE).exists():
+        state = _load(folder / STATE)
+        refinement.load_state_dict(state["refinement"])
+        best_loss, best = state["best_loss"], state["best"]
+    else:
+        best_loss, best = math.inf, {}
+    _drop_lines_after(folder / STATS, refinement.done if best else -1)
+    while not best or refinement.done < refinement.updates:
+        line: dict[str, Plain] = {}
+        if best:
+            update = refinement.step()
+            line = {"loss": update.loss, "lr": update.learning_rate}
+        if refinement.done % UPDATES_PER_CHECK == 0 or refinement.done == refinement.updates:
+            table, loss = refinement.predictor.table(), refinement.held_out_loss()
+            line |= {"held_out": loss, "r": table.positions.tolist(), "w": table.weights.tolist()}
+            if loss < best_loss:
+                best_loss, best = loss, refinement.state_dict()["parameters"]
+            bar.set_postfix(held_out=f"{loss:.4f}", best=f"{best_loss:.4f}")
+        line = {"update": refinement.done, "trajectories": refinement.done * refinement.batch, **line}
+        with (folder / STATS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        _save(folder / STATE, {"refinement": refinement.state_dict(), "best_loss": best_loss, "best": best})
+
+
+def _drop_lines_after(file: Path, update: int) -> None:
+    """Forget what an interrupted run wrote after the state that it goes on from."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    write_atomically(file, "".join(lines[: update + 1]).encode())
+
+
+def _save(file: Path, state: dict[str, Any]) -> None:
+    """Tensors and plain values, whole or not at all."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomically(file, content.getvalue())
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged archives raise many kinds
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{file}: is damaged ({reason}); remove it, and the run starts this part again") from error
