@@ -524,7 +524,7 @@ def test_find_says_what_it_looked_for(tmp_path):
         (7, r"experiment 7: no folder .*00007-\*; there are: 00001-a, 00002-a, 00002-b"),
         (2, r"several folders have that number \(00002-a, 00002-b\)"),
         (1, r"00001-a: holds no network-snapshot-\*\.pkl or \.json, neither itself nor in its folder export/"),
-        (tmp_path / "nowhere", "nowhere: no such snapshot"),
+        (tmp_path / "nowhere", "nowhere: no such snapshot or run"),
     ):
         with pytest.raises(InputError, match=message):
             find_snapshot(source, root=tmp_path)

@@ -127,18 +127,26 @@ def find_snapshot(source: str | Path | int, root: str | Path = "exps") -> Path:
     path = Path(str(source))
     if path.is_file():
         return path
-    if not path.exists() and str(source).isdecimal():
-        path = _numbered_run(int(source), Path(root))
-    if not path.is_dir():
-        raise InputError(f"{path}: no such snapshot; give a .pkl or .json file, a run or export folder, or a number")
-    for folder in (path, path / "export"):
+    run = find_run(source, root)
+    for folder in (run, run / "export"):
         newest = _newest_snapshot(folder)
         if newest is not None:
             return newest
-    raise InputError(f"{path}: holds no network-snapshot-*.pkl or .json, neither itself nor in its folder export/")
+    raise InputError(f"{run}: holds no network-snapshot-*.pkl or .json, neither itself nor in its folder export/")
 
 
-def _numbered_run(number: int, root: Path) -> Path:
+def find_run(source: str | Path | int, root: str | Path = "exps") -> Path:
+    """The folder that a person means by its path or, 3 for `<root>/00003-*`, by its number.
+
+    Raises:
+        InputError: there is none, or several have the number.
+    """
+    path = Path(str(source))
+    if path.is_dir():
+        return path
+    if path.exists() or not str(source).isdecimal():
+        raise InputError(f"{path}: no such snapshot or run; give a file, a folder, or an experiment's number")
+    number, root = int(source), Path(root)
     runs = sorted(run for run in root.glob(f"{number:05d}-*") if run.is_dir())
     if not runs:
         known = sorted(run.name for run in root.glob("[0-9][0-9][0-9][0-9][0-9]-*") if run.is_dir())
