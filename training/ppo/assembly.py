@@ -32,6 +32,7 @@ from training.sampling import MODEL_OF_DATASET, Predictor, load_predictor
 COCO_PROMPTS = "MS-COCO_val2014_30k_captions.csv"
 FETCH_COCO = f"Fetch {COCO_PROMPTS} (some 2 MB):  python -m models.assets fetch coco-prompts"
 MAKE_ONE = "Predictors are distilled by train.py; with --init-only it writes an undistilled one to start from."
+SHAPES = "shapes"
 VERIFIER = "verifier"
 TRY_NOW = (
     "To try things now, with what comes in the repository:  "
@@ -114,15 +115,16 @@ def prepare(loaded: LoadedConfig) -> Start:
         config = start.config
     except InputError as error:
         faults.append(f"data.predictor_snapshot={config.data.predictor_snapshot}: {error}\n{MAKE_ONE}")
-    refuse([*faults, *path_faults(config)])
+    refuse([*faults, *path_faults(config)], config)
     return start
 
 
-def refuse(faults: Sequence[str]) -> None:
-    """Raise one `InputError` that lists the faults, if there are any."""
+def refuse(faults: Sequence[str], config: Config) -> None:
+    """Raise one `InputError` that lists the faults, if there are any, and what can be run without the missing files."""
     if faults:
         listed = "\n".join("  - " + fault.replace("\n", "\n    ") for fault in faults)
-        raise InputError(f"the run cannot start:\n{listed}\n{TRY_NOW}")
+        instead = "" if model_spec(config) == SHAPES else f"\n{TRY_NOW}"
+        raise InputError(f"the run cannot start:\n{listed}{instead}")
 
 
 def start_from_snapshot(loaded: LoadedConfig) -> Start:

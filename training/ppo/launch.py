@@ -17,7 +17,7 @@ from training.ppo.assembly import Start, build, costs, from_plain, make_fabric, 
 from training.ppo.checkpoint import load_checkpoint, newest_checkpoint
 from training.ppo.config import Config, load_config, to_plain, to_yaml
 from training.ppo.report import write_report
-from training.ppo.run_folder import RunFolder
+from training.ppo.run_folder import RunFolder, read_metrics, seconds_by_phase
 from training.ppo.training_run import INTERRUPTED, TrainingRun
 from training.snapshot import write_atomically
 
@@ -131,7 +131,7 @@ def resumed_job(source: Path, overrides: Sequence[str]) -> Job:
             f"{folder.path}: complete, {state['step']} of {config.ppo.steps} steps; for more of them: "
             f"--override ppo.steps={2 * config.ppo.steps}"
         )
-    refuse(list(path_faults(config)))
+    refuse(list(path_faults(config)), config)
     return Job(start, folder, state)
 
 
@@ -174,6 +174,9 @@ def train(job: Job) -> None:
     if fabric.is_global_zero:
         write_report(folder)
         click.echo(f"{ending} after step {run.step} of {config.ppo.steps}: {folder.path}")
+        spent = seconds_by_phase(read_metrics(folder.metrics))
+        whole = sum(spent.values())
+        click.echo("time: " + ", ".join(f"{phase} {seconds / whole:.1%}" for phase, seconds in spent.items()))
         click.echo(f"report: {folder.report}")
         if run.step < config.ppo.steps:
             click.echo(f"go on: python -m training.ppo.launch --resume {folder.path}")

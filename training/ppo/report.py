@@ -21,7 +21,7 @@ from training.ppo.checkpoint import load_checkpoint, newest_checkpoint, table_fr
 from training.ppo.config import build_config, to_yaml
 from training.ppo.figures import Curve, curves_figure, movement_figure, table_figure
 from training.ppo.ppo_trainer import METRICS
-from training.ppo.run_folder import RunFolder, read_metrics
+from training.ppo.run_folder import RunFolder, read_metrics, seconds_by_phase
 from training.ppo.training_run import preview_name
 from training.snapshot import write_atomically
 
@@ -301,22 +301,17 @@ def _diagnostics(steps: Sequence[Row]) -> str:
 def _time(steps: Sequence[Row]) -> str:
     if not steps:
         return ""
-    whole = sum(row["seconds/step"] for row in steps)
-    spent: dict[str, float] = {}
-    for row in steps:
-        for name, seconds in row.items():
-            if name.startswith("seconds/") and name != "seconds/step":
-                spent[name.removeprefix("seconds/")] = spent.get(name.removeprefix("seconds/"), 0.0) + seconds
-    spent["other"] = max(0.0, whole - sum(spent.values()))
+    spent = seconds_by_phase(steps)
+    whole = sum(spent.values())
     body = "".join(
-        f'<tr><td>{escape(name)}</td><td class="number">{seconds / len(steps):.3f} s</td>'
+        f'<tr><td>{escape(name)}</td><td class="number">{seconds:.3f} s</td>'
         f'<td class="number">{seconds / whole:.1%}</td>'
         f'<td style="width:24rem"><div class="bar" style="width:{100 * seconds / whole:.1f}%"></div></td></tr>'
-        for name, seconds in sorted(spent.items(), key=lambda item: -item[1])
+        for name, seconds in spent.items()
     )
     return (
-        f"<h2>Where a step's time goes</h2><p class=muted>{whole / len(steps):.2f} s a step, evaluations not "
-        f'included.</p><div class="scroll"><table>{body}</table></div>'
+        f"<h2>Where a step's time goes</h2><p class=muted>{whole:.2f} s a step, evaluations not included.</p>"
+        f'<div class="scroll"><table>{body}</table></div>'
     )
 
 

@@ -122,6 +122,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def seconds_by_phase(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean seconds a step by phase, the longest first; `other` is what no phase accounts for. Empty without steps.
+
+    Args:
+        rows: of the metrics file; those without a step's time are passed over.
+    """
+    timed = [row for row in rows if "seconds/step" in row]
+    spent: dict[str, float] = {}
+    for row in timed:
+        for name, seconds in row.items():
+            phase = name.removeprefix("seconds/")
+            if phase not in (name, "step"):
+                spent[phase] = spent.get(phase, 0.0) + seconds / len(timed)
+    if timed:
+        whole = sum(row["seconds/step"] for row in timed) / len(timed)
+        spent["other"] = max(0.0, whole - sum(spent.values()))
+    return dict(sorted(spent.items(), key=lambda item: -item[1]))
+
+
 class MetricsLog:
     """Appends rows to a metrics file; what a full disk refuses is kept and written with a later row."""
 

@@ -176,24 +176,31 @@ class TrainingRun:
             DivergenceError: the rewards or an update are not finite; checkpoints saved before stay.
             InputError: the last checkpoint cannot be saved.
         """
-        with (
-            Interrupts() as interrupts,
-            tqdm(total=self.config.ppo.steps, initial=self.step, unit="step", disable=self._writer is None) as bar,
-        ):
-            ending = None
-            if self.step == 0 and self.watch is not None:
-                self._record({"step": 0, **self._evaluate()})
-            while ending is None and self.step < self.config.ppo.steps:
-                ending = self._one_step(bar)
-                if self._any_process(interrupts.received is not None):
-                    ending = INTERRUPTED
-            self._save(last=True)
-        if self._writer is not None:
-            self._writer.close()
-        return ending or FINISHED
+        try:
+            with (
+                Interrupts() as interrupts,
+                tqdm(total=self.config.ppo.steps, initial=self.step, unit="step", disable=self._writer is None) as bar,
+            ):
+                ending = self._to_the_end(interrupts, bar)
+                self._save(last=True)
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+        return ending
 
-    def _one_step(self, bar: tqdm) -> str | None:
-        """A step with all that is due after it; how the run ends, or None where it goes on."""
+    def _to_the_end(self, interrupts: Interrupts, bar: tqdm) -> str:
+        if self.step == 0 and self.watch is not None:
+            self._record({"step": 0, **self._evaluate()})
+        while self.step < self.config.ppo.steps:
+            if self._any_process(interrupts.received is not None):
+                return INTERRUPTED
+            hacked = self._one_step(bar)
+            if hacked and self.config.logging.stop_on_reward_hacking:
+                return HACKED
+        return FINISHED
+
+    def _one_step(self, bar: tqdm) -> bool:
+        """A step with all that is due after it; whether reward hacking is suspected."""
         logging = self.config.logging
         row = self.trainer.step()
         last = self.step == self.config.ppo.steps
@@ -205,8 +212,7 @@ class TrainingRun:
             tqdm.write(console_line(row, self.config.ppo.steps))
         if self._due(logging.save_interval):
             self._save(last=False)
-        hacked = bool(row.get("heldout/suspected_reward_hacking"))
-        return HACKED if hacked and logging.stop_on_reward_hacking else None
+        return bool(row.get("heldout/suspected_reward_hacking"))
 
     def _due(self, interval: int) -> bool:
         """Whether a multiple of `interval` was passed since the last checkpoint that could be saved."""

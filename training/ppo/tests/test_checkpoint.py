@@ -21,8 +21,7 @@ from training.ppo.checkpoint import (
     table_from_plain,
     table_to_plain,
 )
-from training.ppo.run_folder import MetricsLog, RunFolder, read_metrics
-
+from training.ppo.run_folder import MetricsLog, RunFolder, read_metrics, seconds_by_phase
 
 TABLE = EPDTable(torch.tensor([[0.3, 0.6]]).double(), torch.tensor([[0.5, 0.5]]).double())
 
@@ -145,6 +144,16 @@ def test_folder_opens_by_itself_and_by_a_checkpoint(tmp_path: Path):
     assert RunFolder.open(step_path(folder.checkpoints, 3)) == folder
     with pytest.raises(InputError, match="no run of the RL job"):
         RunFolder.open(tmp_path)
+
+
+def test_seconds_by_phase_add_up_to_the_steps():
+    rows = [
+        {"step": 0},
+        {"step": 1, "seconds/step": 2.0, "seconds/network": 1.5, "seconds/text": 0.25},
+        {"step": 2, "seconds/step": 4.0, "seconds/network": 3.5},
+    ]
+    assert list(seconds_by_phase(rows).items()) == [("network", 2.5), ("other", 0.375), ("text", 0.125)]
+    assert seconds_by_phase(rows[:1]) == {}
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])

@@ -159,7 +159,8 @@ def test_all_faults_come_at_once():
         (["ppo.rollout_batch_size=30", "ppo.minibatch_size=30"], "set ppo.rollout_batch_size=32"),
         (["ppo.minibatch_size=24"], "set ppo.minibatch_size=32"),
         (["run.num_devices=3"], "set ppo.rollout_batch_size=36"),
-        (["run.num_devices=8", "ppo.minibatch_size=4"], "cannot be split evenly among 8 devices"),
+        (["logging.preview_prompts=65"], "set logging.preview_prompts=64 or less"),
+        (["reward.mix={other/reward.pt: 1}"], "two checkpoints are called reward"),
         (["ppo.decode_rgb=false"], "every reward here scores RGB images"),
         (["logging.eval_interval=5"], "logging.eval_prompts is null"),
         (["logging.stop_on_reward_hacking=true"], "without a panel no hacking is seen"),
@@ -225,6 +226,22 @@ def test_contradicted_snapshot_is_an_error_unless_overridden():
     assert notes == ["model.guidance_rate=5.0 by --override; a.pkl says 7.5"]
 
 
+def test_another_schedule_comes_with_its_own_exponent():
+    loaded = least("model.schedule_type=polynomial")
+    assert apply_snapshot(loaded, 4, 2, METADATA, "a.pkl")[0].model.schedule_rho == 7.0
+    loaded = least("model.schedule_type=polynomial", "model.schedule_rho=5")
+    assert apply_snapshot(loaded, 4, 2, METADATA, "a.pkl")[0].model.schedule_rho == 5.0
+    without = METADATA | {"schedule_type": "logsnr", "schedule_rho": None}
+    assert apply_snapshot(least(), 4, 2, without, "a.pkl")[0].model.schedule_rho == 1.0
+
+
+def test_public_snapshots_may_leave_the_kind_of_guidance_out():
+    config, _ = apply_snapshot(least(), 4, 2, METADATA | {"guidance_type": None}, "a.pkl")
+    assert (config.model.guidance_type, config.model.guidance_rate) == ("cfg", 7.5)
+    config, _ = apply_snapshot(least("model.guidance_type=uncond"), 4, 2, METADATA, "a.pkl")
+    assert config.model.guidance_rate == 1.0
+
+
 def test_no_override_changes_the_table_s_shape():
     with pytest.raises(InputError, match=r"model.num_steps=6: the table in a.pkl has 4"):
         apply_snapshot(least("model.num_steps=6"), 4, 2, METADATA, "a.pkl")
@@ -232,7 +249,7 @@ def test_no_override_changes_the_table_s_shape():
 
 def test_silent_snapshot_needs_the_configuration_to_speak():
     silent = dict.fromkeys(METADATA)
-    with pytest.raises(InputError, match="5 faults"):
+    with pytest.raises(InputError, match="4 faults"):
         apply_snapshot(least(), 4, 2, silent, "a.pkl")
     assert apply_snapshot(least(model=METADATA), 4, 2, silent, "a.pkl")[0].model.schedule_type == "discrete"
 

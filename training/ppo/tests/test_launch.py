@@ -4,19 +4,24 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from PIL import Image
+from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import sample
 import training.ppo.training_run as training_run
 from errors import InputError
 from training.ppo.checkpoint import load_checkpoint, step_path
 from training.ppo.config import config_hash, load_config
+from training.ppo.export_epd_predictor import main as export_command
+from training.ppo.heldout import HeldoutWatch
 from training.ppo.launch import EXIT_INTERRUPTED, main, spread
 from training.ppo.ppo_trainer import METRICS, PPOTrainer
 from training.ppo.run_folder import RunFolder, read_metrics
@@ -128,6 +133,18 @@ def test_previews_tell_their_prompt_and_seed(finished: RunFolder):
         assert image.size == (16, 16)
 
 
+def test_replay_of_the_export_makes_the_images_of_the_run(finished: RunFolder, config: Path, tmp_path: Path):
+    assert CliRunner().invoke(export_command, [str(finished.path)]).exit_code == 0
+    model = ["--model_path", str(config.parent / "model"), "--device", "cpu"]
+    wanted = ["--predictor_path", str(finished.path), "--prompt", "v", "--seeds", "1", "--outdir", str(tmp_path)]
+    result = CliRunner().invoke(sample.main, [*wanted, *model])
+    assert result.exit_code == 0, result.output
+    (replayed,) = tmp_path.glob("*.png")
+    with Image.open(replayed) as image, Image.open(finished.samples / "step000004-prompt01.png") as preview:
+        difference = ImageChops.difference(image.convert("RGB"), preview.convert("RGB"))
+    assert max(high for _, high in difference.getextrema()) <= 1  # of 255: the batches differ
+
+
 def test_tensorboard_has_scalars_table_and_previews(finished: RunFolder):
     events = EventAccumulator(str(finished.logs)).Reload()
     assert set(METRICS) - {"step"} <= set(events.Tags()["scalars"])
@@ -194,6 +211,20 @@ def test_other_prompts_at_resume_are_refused(finished: RunFolder, tmp_path: Path
     assert len(read_metrics(folder.metrics)) == 5
 
 
+@pytest.mark.slow
+def test_two_processes_make_the_run_that_one_makes(config: Path, finished: RunFolder, tmp_path: Path):
+    overrides = [f"run.output_root={tmp_path}", "run.num_devices=2"]
+    command = [sys.executable, "-m", "training.ppo.launch", "--config", str(config), "--override", *overrides]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=300)
+    shared, alone = (load_checkpoint(step_path(run.checkpoints, 2)) for run in (only_run(tmp_path), finished))
+    for name, tensor in alone["table"].items():  # other batches: the network's sums are rounded in another order
+        torch.testing.assert_close(shared["table"][name], tensor, rtol=0, atol=2e-3)
+    rows = [read_metrics(run.metrics)[1] for run in (only_run(tmp_path), finished)]
+    for name in ("reward_mean", "reward_min", "reward_max"):
+        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-5)
+    assert torch.equal(shared["trainer"]["generator"], alone["trainer"]["generator"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_finishes_the_step_and_saves(
     config: Path, finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -248,9 +279,19 @@ def test_disk_full_at_the_end_is_an_error(config: Path, tmp_path: Path, monkeypa
     assert "No space left on device" in result.output
 
 
-def test_hacking_stops_the_run_if_so_configured(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from training.ppo.heldout import HeldoutWatch
+def test_rewards_that_are_not_finite_stop_the_run_with_one_message(config: Path, tmp_path: Path):
+    weights = torch.load(config.parent / "reward.pt", weights_only=True)
+    weights["state_dict"]["visual.proj"].fill_(torch.inf)
+    torch.save(weights, config.parent / "broken.pt")
+    shutil.copy(config.parent / "reward.json", config.parent / "broken.json")
+    overrides = [f"run.output_root={tmp_path}", f"reward.weights_path={config.parent / 'broken.pt'}"]
+    for extra, message in (("run.seed=1", "6 of 6 held-out images"), ("logging.eval_interval=0", "100% of the groups")):
+        result = launch("--config", config, "--override", *overrides, extra)
+        assert result.exit_code == 2
+        assert message in result.output
 
+
+def test_hacking_stops_the_run_if_so_configured(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     observe = HeldoutWatch.observe
     monkeypatch.setattr(
         HeldoutWatch,

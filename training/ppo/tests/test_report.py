@@ -14,7 +14,7 @@ from training.ppo.assembly import make_policy, prepare
 from training.ppo.checkpoint import save_checkpoint, step_path, table_to_plain
 from training.ppo.config import load_config
 from training.ppo.ppo_trainer import METRICS
-from training.ppo.report import write_report
+from training.ppo.report import DIAGNOSTICS, write_report
 from training.ppo.run_folder import MetricsLog, RunFolder
 from training.ppo.tests.test_export_predictor import state_of
 from training.ppo.tests.tiny_world import write_world
@@ -26,6 +26,13 @@ PROMPT = 'a <b>bold</b> "quote" & more'
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory):
     return prepare(load_config(write_world(tmp_path_factory.mktemp("world"))))
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory, start) -> tuple[RunFolder, "Page"]:
+    """A run of two steps with two evaluations, and its page."""
+    folder = make_run(tmp_path_factory.mktemp("reported"), start)
+    return folder, read(folder)
 
 
 class Page(HTMLParser):
@@ -96,8 +103,8 @@ def read(folder: RunFolder) -> Page:
     return page
 
 
-def test_page_stands_alone(tmp_path: Path, start):
-    page = read(make_run(tmp_path, start))
+def test_page_stands_alone(reported):
+    _, page = reported
     assert page.references
     assert all(reference.startswith("data:image/") for reference in page.references)
     for source in page.sources:
@@ -106,25 +113,24 @@ def test_page_stands_alone(tmp_path: Path, start):
         assert content.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
 
 
-def test_headline_is_the_last_paired_difference_with_its_interval(tmp_path: Path, start):
-    text = read(make_run(tmp_path, start)).text
+def test_headline_is_the_last_paired_difference_with_its_interval(reported):
+    text = reported[1].text
     assert "+0.0200" in text
     assert "95% interval [+0.0080, +0.0320], step 2" in text
     assert "0.7000 → 0.7200" in text
     assert "Suspected" not in text
 
 
-def test_same_prompts_before_and_after(tmp_path: Path, start):
-    folder = make_run(tmp_path, start)
-    page = read(folder)
+def test_same_prompts_before_and_after(reported):
+    folder, page = reported
     embedded = [base64.b64decode(source.split(",")[1]) for source in page.sources if "image/png" in source]
     expected = [(folder.samples / preview_name(step, number)).read_bytes() for number in range(2) for step in (0, 2)]
     assert embedded == expected
     assert page.text.count(PROMPT) == 2  # as text: what is in a prompt is no markup
 
 
-def test_time_and_table_in_numbers(tmp_path: Path, start):
-    text = read(make_run(tmp_path, start)).text
+def test_time_and_table_in_numbers(reported):
+    text = reported[1].text
     assert "90.0%" in text
     assert "1.00 s a step" in text
     assert "0.3000 → 0.3000" in text
@@ -148,8 +154,6 @@ def test_run_that_was_interrupted_before_its_first_step(tmp_path: Path, start):
 
 
 def test_every_plotted_diagnostic_is_a_documented_metric():
-    from training.ppo.report import DIAGNOSTICS
-
     assert set(DIAGNOSTICS) <= METRICS.keys()
 
 
@@ -160,9 +164,9 @@ def test_run_without_checkpoint(tmp_path: Path):
         write_report(folder)
 
 
-def test_same_run_same_page(tmp_path: Path, start):
-    folder = make_run(tmp_path, start)
-    first = write_report(folder).read_bytes()
+def test_same_run_same_page(reported):
+    folder, _ = reported
+    first = folder.report.read_bytes()
     assert write_report(folder).read_bytes() == first
 
 

@@ -61,7 +61,7 @@ def configuration(folder: Path) -> dict[str, dict[str, Any]]:
             "rollout_batch_size": 8,
             "rloo_k": 4,
             "minibatch_size": 4,
-            "learning_rate": 0.05,
+            "learning_rate": 0.005,
         },
         "logging": {
             "save_interval": 2,
