@@ -37,30 +37,30 @@ class _StandIn:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .ckpt or .pt file, by name, on the CPU, mapped from disk where the format allows.
+    """The tensors of a .safetensors, .ckpt, .pt or .pth file, by name, on the CPU, mapped from disk where possible.
 
-    The latter two may nest them under `state_dict`. Raises `InputError`, which says what the file is instead, for
+    All but the first may nest them under `state_dict`. Raises `InputError`, which says what the file is instead, for
     anything that is no such file, is cut off, or names objects that are neither tensors nor the bookkeeping of a
     training run.
     """
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix in (".ckpt", ".pt"):
+    if path.suffix in (".ckpt", ".pt", ".pth"):
         return _read_ckpt(path)
-    raise InputError(f"{path}: a model file must end in .safetensors, .ckpt or .pt.")
+    raise InputError(f"{path}: a model file must end in .safetensors, .ckpt, .pt or .pth.")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise InputError(f"{path} is no readable safetensors file: {_looks_like(path)} ({error}).") from error
+        raise InputError(f"{path} is no readable safetensors file: {looks_like(path)} ({error}).") from error
 
 
 def _read_ckpt(path: Path) -> dict[str, Tensor]:
     # Only the zip format of torch >= 1.6: it can be mapped, and what it names can be listed before anything is built.
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is no readable torch checkpoint: {_looks_like(path)}.")
+        raise InputError(f"{path} is no readable torch checkpoint: {looks_like(path)}.")
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except UNREADABLE as error:
@@ -87,7 +87,7 @@ def _tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _looks_like(path: Path) -> str:
+def looks_like(path: Path) -> str:
     """What a file that cannot be read appears to be, by its first bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from errors import InputError
-from models.registry import REGISTERED, SOURCE
+from models.registry import REGISTERED, SOURCE, locate
 
 BLOCK = 2**20  # bytes read at once
 
@@ -38,7 +38,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
 def model_fingerprint(spec: str | Path) -> str:
     """The fingerprint of the files that `models.load_denoiser(spec)` reads: another weight, another fingerprint."""
     if str(spec) not in REGISTERED:
-        return fingerprint([Path(spec)])
+        return fingerprint([locate(str(spec))])
     model = REGISTERED[str(spec)]
     weights = next(file for asset in model.weights if (file := SOURCE / asset.path).exists())
     return fingerprint([weights, *(SOURCE / asset.path for asset in model.companions)])

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from errors import InputError
+from models import asset_table
+from models.asset_table import AssetFile
 from models.denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -33,10 +37,11 @@ class Asset:
         return f"src/{self.path}" + (f" ({self.size} bytes)" if self.size else "")
 
 
-TOKENIZER = (
-    Asset(f"{COMPVIS_CONFIGS}/tokenizer/vocab.json", 1_059_962),
-    Asset(f"{COMPVIS_CONFIGS}/tokenizer/merges.txt", 524_619),
-)
+def _fetched(file: AssetFile) -> Asset:
+    return Asset(file.path.removeprefix("src/"), file.size)
+
+
+TOKENIZER = tuple(_fetched(file) for file in asset_table.TOKENIZER)
 FETCH_SD15 = (
     "Fetch what is missing:  python -m models.assets fetch sd15\n"
     "To try things now, use the model that comes with the repository:  shapes"
@@ -71,10 +76,7 @@ REGISTERED = {
         unknown_words=_words_unknown_to_shapes,
     ),
     "sd15": RegisteredModel(
-        weights=(
-            Asset("ms_coco/v1-5-pruned-emaonly.safetensors", 4_265_146_304),
-            Asset("ms_coco/v1-5-pruned-emaonly.ckpt", 4_265_380_512),
-        ),
+        weights=(_fetched(asset_table.SD15_SAFETENSORS), _fetched(asset_table.SD15_CKPT)),
         companions=TOKENIZER,
         remedy=FETCH_SD15,
         unknown_words=None,
@@ -85,9 +87,10 @@ REGISTERED = {
 def load_denoiser(spec: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Denoiser:
     """The model called `spec`, ready on `device`, its modules in `dtype`.
 
-    `spec` is a registered name (`shapes`, `sd15`), a diffusers pipeline folder, or a single .safetensors or .ckpt file
-    of Stable Diffusion 1.x. Nothing is downloaded. Raises `InputError` for an unknown name, for files that are missing
-    (each named, with its size and what to do) and for files that are not what they should be.
+    `spec` is a registered name (`shapes`, `sd15`), a diffusers pipeline folder, the name of such a pipeline on a hub,
+    fetched before, or a single .safetensors or .ckpt file of Stable Diffusion 1.x. Nothing is downloaded. Raises
+    `InputError` for an unknown name, for files that are missing (each named, with its size and what to do) and for
+    files that are not what they should be.
     """
     # diffusers and transformers take seconds to import: only where a model is really loaded
     from models.latent_diffusion import LatentDiffusion
@@ -100,7 +103,7 @@ def load_denoiser(spec: str | Path, *, device: torch.device | str, dtype: torch.
         return LatentDiffusion(str(spec), components, device=device, dtype=dtype, unknown_words=model.unknown_words)
     path = Path(spec)
     name = path.stem if path.is_file() else path.resolve().name
-    return LatentDiffusion(name, _load_path(path), device=device, dtype=dtype)
+    return LatentDiffusion(name, _load_path(locate(str(spec))), device=device, dtype=dtype)
 
 
 def check_assets(spec: str) -> None:
@@ -113,8 +116,26 @@ def check_assets(spec: str) -> None:
         found = any((SOURCE / asset.path).exists() for asset in model.weights)
         weights = [] if found else [", or ".join(str(asset) for asset in model.weights)]
         _check_nothing_missing(f"Model {spec}", [*weights, *_missing(model.companions)], model.remedy)
-    elif not Path(spec).exists():
+    else:
+        locate(spec)
+
+
+def locate(spec: str) -> Path:
+    """The file or folder that `spec` names: a path, or a hub's pipeline in its cache on this machine.
+
+    Raises `InputError` where there is none.
+    """
+    if Path(spec).exists():
+        return Path(spec)
+    if not asset_table.HUB_ID.fullmatch(spec):
         raise InputError(_unknown_message(spec))
+    try:
+        return Path(snapshot_download(spec, allow_patterns=asset_table.PIPELINE_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise InputError(
+            f"Model {spec!r} is neither a registered name ({', '.join(REGISTERED)}) nor a file or folder that exists, "
+            f"nor a hub's pipeline that was fetched. To fetch it:  python -m models.assets fetch {spec}"
+        ) from None
 
 
 def _load_path(path: Path) -> Components:
@@ -146,5 +167,5 @@ def _unknown_message(spec: str) -> str:
     hint = f" Did you mean {nearest[0]}?" if nearest else ""
     return (
         f"Model {spec!r} is neither a registered name ({', '.join(REGISTERED)}) nor a file or folder that exists."
-        f"{hint} Models of a hub are not fetched on the way: download them first and give their folder."
+        f"{hint} A pipeline of a hub is named OWNER/NAME and fetched first:  python -m models.assets fetch OWNER/NAME"
     )

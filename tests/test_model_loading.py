@@ -22,6 +22,7 @@ from errors import InputError
 from models import load_denoiser, registry
 from models.checkpoints import read_state_dict
 from models.devices import resolve_device, resolve_dtype
+from models.fingerprints import model_fingerprint
 from models.latent_diffusion import Components, LatentDiffusion
 from models.loading import assemble_compvis, load_folder, load_tokenizer, read_compvis, read_json
 from tests.compvis_layout import compvis_state_dict, unet_names, vae_names
@@ -232,12 +233,23 @@ def test_registered_names_load_from_their_places_and_know_their_words(monkeypatc
 
 @pytest.mark.parametrize(
     ("spec", "says"),
-    [("shape", "Did you mean shapes"), ("sd-15", "Did you mean sd15"), ("someone/model", "not fetched")],
+    [("shape", "Did you mean shapes"), ("sd-15", "Did you mean sd15"), ("someone/model", "assets fetch someone/model")],
 )
 def test_unknown_names_are_answered_with_the_known_ones(spec, says):
     with pytest.raises(InputError, match=says) as error:
         load(spec)
     assert "shapes, sd15" in str(error.value)
+
+
+def test_a_hubs_pipeline_is_found_in_its_cache(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--model"
+    shutil.copytree(tiny, repository / "snapshots" / ("c" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c" * 40)
+    monkeypatch.chdir(tmp_path)
+    assert load_denoiser("someone/model", device="cpu", dtype=torch.float32).name == "model"
+    assert model_fingerprint("someone/model") == model_fingerprint(tiny)
 
 
 # --- what is wrong

@@ -1,0 +1,234 @@
+"""The files that are fetched, never committed: where each lies here, where it comes from, how it is told to be whole.
+
+Sizes and digests are those that public documentation states. Where it states none, the SHA-256 of the first fetch is
+written beside the file and holds from then on (`record_of`); on the way in, a large file is also held against the
+SHA-256 that the hub itself names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from models.checkpoints import looks_like
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository on a Hugging Face hub."""
+
+    repository: str
+    file: str
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.repository}, {self.file}"
+
+
+@dataclass(frozen=True)
+class AssetFile:
+    """One file.
+
+    path: below the repository's root. source: on the hub, or a plain URL. size: in bytes. digest: the algorithm, a
+    colon and the hexadecimal digest. The latter two are None where nothing public states them.
+    """
+
+    path: str
+    source: HubFile | str
+    size: int | None = None
+    digest: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name without folders."""
+        return Path(self.path).name
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one name fetches.
+
+    about: for people. licence: of the files. files: what is fetched. substitute: a file that serves as well as the
+    first, where it is already there.
+    """
+
+    about: str
+    licence: str
+    files: tuple[AssetFile, ...]
+    substitute: AssetFile | None = None
+
+    def needed(self) -> tuple[AssetFile, ...]:
+        """The files that are wanted here: the substitute in the place of the first, if that alone is there."""
+        first, *others = self.files
+        if self.substitute is None or (ROOT / first.path).exists() or not (ROOT / self.substitute.path).exists():
+            return self.files
+        return (self.substitute, *others)
+
+
+_SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+_HPS_REVISION = "697403c78157020a1ae59d23f111aa58ced35b0a"
+_PICKSCORE = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
+_CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+
+SD15_SAFETENSORS = AssetFile(
+    "src/ms_coco/v1-5-pruned-emaonly.safetensors",
+    HubFile(_SD15, "v1-5-pruned-emaonly.safetensors"),
+    4_265_146_304,
+    "sha256:6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
+)
+SD15_CKPT = AssetFile(
+    "src/ms_coco/v1-5-pruned-emaonly.ckpt",
+    HubFile(_SD15, "v1-5-pruned-emaonly.ckpt"),
+    4_265_380_512,
+    "sha256:cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516",
+)
+TOKENIZER = (
+    AssetFile(
+        "src/pipelines/sd15/tokenizer/vocab.json",
+        HubFile(_SD15, "tokenizer/vocab.json"),
+        1_059_962,
+        "sha256:e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349",
+    ),
+    AssetFile(
+        "src/pipelines/sd15/tokenizer/merges.txt",
+        HubFile(_SD15, "tokenizer/merges.txt"),
+        524_619,
+        "sha256:9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
+    ),
+)
+HPS = {
+    "v2.1": AssetFile(
+        "weights/HPS_v2.1_compressed.pt",
+        HubFile("xswu/HPSv2", "HPS_v2.1_compressed.pt", _HPS_REVISION),
+        digest="sha256:c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
+    ),
+    "v2.0": AssetFile(
+        "weights/HPS_v2_compressed.pt",
+        HubFile("xswu/HPSv2", "HPS_v2_compressed.pt", _HPS_REVISION),
+        digest="md5:fd9180de357abf01fdb4eaad64631db4",
+    ),
+}
+COCO_PROMPTS = AssetFile(
+    "src/prompts/MS-COCO_val2014_30k_captions.csv",
+    "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1/MS-COCO_val2014_30k_captions.csv",
+)
+PICKSCORE = tuple(
+    AssetFile(f"weights/pickscore/{name}", HubFile(_PICKSCORE[0], name, _PICKSCORE[1]))
+    for name in ("config.json", "model.safetensors")
+)
+CLIP = (
+    AssetFile(
+        "weights/clip-vit-large-patch14/config.json",
+        HubFile(_CLIP[0], "config.json", _CLIP[1]),
+        4_519,
+        "sha256:8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a",
+    ),
+    AssetFile(
+        "weights/clip-vit-large-patch14/model.safetensors",
+        HubFile(_CLIP[0], "model.safetensors", _CLIP[1]),
+        1_710_540_580,
+        "sha256:a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+    ),
+)
+AESTHETIC = AssetFile(
+    "weights/aesthetic/sac+logos+ava1-l14-linearMSE.pth",
+    HubFile("camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"),
+    3_714_759,
+    "sha256:21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+)
+
+BUNDLES = {
+    "sd15": Bundle(
+        "Stable Diffusion v1.5 in a single file, and its tokenizer",
+        "CreativeML Open RAIL-M; the tokenizer MIT",
+        (SD15_SAFETENSORS, *TOKENIZER),
+        SD15_CKPT,
+    ),
+    "hpsv2": Bundle(
+        "HPS v2.1, the training reward, and CLIP's tokenizer",
+        "Apache 2.0; the tokenizer MIT",
+        (HPS["v2.1"], *TOKENIZER),
+    ),
+    "hpsv2.0": Bundle("HPS v2.0 and CLIP's tokenizer", "Apache 2.0; the tokenizer MIT", (HPS["v2.0"], *TOKENIZER)),
+    "coco-prompts": Bundle("30,000 captions of MS-COCO val2014", "CC BY 4.0 (COCO's annotations)", (COCO_PROMPTS,)),
+    "pickscore": Bundle(
+        "PickScore v1, a preference score, and CLIP's tokenizer",
+        "its model card states none; the tokenizer MIT",
+        (*PICKSCORE, *TOKENIZER),
+    ),
+    "clip": Bundle("CLIP ViT-L/14, for the CLIP score", "MIT", (*CLIP, *TOKENIZER)),
+    "aesthetic": Bundle(
+        "LAION aesthetic predictor v2, and the CLIP ViT-L/14 it stands on",
+        "Apache 2.0; CLIP and tokenizer MIT",
+        (AESTHETIC, *CLIP, *TOKENIZER),
+    ),
+}
+
+# What a diffusers pipeline on a hub is made of; other variants of its weights are left there.
+PIPELINE_FILES = [
+    "model_index.json",
+    *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder")),
+    *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")),
+    "text_encoder/model.safetensors",
+    "scheduler/scheduler_config.json",
+    "tokenizer/*",
+]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def digest_of(path: Path, algorithm: str = "sha256") -> str:
+    """The digest of a file's bytes, in hexadecimal; a file that has not changed since is not read again."""
+    state = path.stat()
+    return _digest(path, algorithm, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, algorithm: str, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def record_of(path: Path) -> Path:
+    """Where the SHA-256 of the first fetch is kept, in the format of sha256sum."""
+    return path.with_name(path.name + ".sha256")
+
+
+def pinned_digest(asset: AssetFile, path: Path) -> str | None:
+    """What the file's digest must be: as published, else as recorded by the first fetch, else None."""
+    if asset.digest is not None:
+        return asset.digest
+    record = record_of(path)
+    return f"sha256:{record.read_text().split()[0]}" if record.is_file() and record.stat().st_size else None
+
+
+def fault_of(asset: AssetFile, path: Path, pinned: str | None) -> str | None:
+    """What is wrong with the file at `path` as this asset, held against the digest `pinned`; None where it is right."""
+    size = path.stat().st_size
+    if asset.size not in (None, size):
+        return f"it has {size} bytes instead of {asset.size}: {looks_like(path)}"
+    if pinned is None:
+        return None
+    algorithm, _, expected = pinned.partition(":")
+    found = digest_of(path, algorithm)
+    if found == expected:
+        return None
+    other = published_name(path)
+    what = f"it is {other}" if other else looks_like(path)
+    return f"its {algorithm.upper()} is {found} instead of {expected}: {what}"
+
+
+def published_name(path: Path) -> str | None:
+    """The name under which exactly this file is published, if it is any of the table's; reads the whole file."""
+    size = path.stat().st_size
+    for bundle in BUNDLES.values():
+        for asset in (*bundle.files, *([bundle.substitute] if bundle.substitute else [])):
+            algorithm, _, expected = (asset.digest or "").partition(":")
+            if expected and asset.size in (None, size) and digest_of(path, algorithm) == expected:
+                return asset.name
+    return None

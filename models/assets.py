@@ -1,0 +1,309 @@
+"""Fetching what the repository does not carry, and checking what is there: `python -m models.assets fetch sd15`.
+
+Downloads go through huggingface_hub, which honours HF_ENDPOINT (another hub or a mirror), HF_TOKEN and HF_HUB_OFFLINE.
+A file is written under a temporary name, verified, flushed to disk and renamed: it is whole or not there. What a broken
+connection leaves is kept, and the same command goes on from it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import huggingface_hub
+import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
+
+from errors import InputError, shows_input_errors
+from models import asset_table
+from models.asset_table import (
+    BUNDLES,
+    HUB_ID,
+    PIPELINE_FILES,
+    AssetFile,
+    digest_of,
+    fault_of,
+    pinned_digest,
+    record_of,
+)
+
+PACKAGES = ("torch", "diffusers", "transformers", "lightning", "omegaconf", "safetensors", "huggingface_hub", "numpy")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+SPARE_SPACE = 2**28  # bytes left free beside a download
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file as its server describes it.
+
+    version: a name for these very bytes. size and sha256 are None where the server does not say. headers: to be sent
+    with the request.
+    """
+
+    url: str
+    version: str
+    size: int | None = None
+    sha256: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def fetch(asset: AssetFile, target: Path, note: Note) -> None:
+    """Bring one file to `target`, or verify the one that lies there; `note` is told what was done.
+
+    Raises:
+        InputError: another file lies there, the server refuses or lacks it, the connection broke (what came is kept),
+            what came is not what was promised (it is deleted), or the disk is too full.
+    """
+    if target.exists():
+        pinned = pinned_digest(asset, target)
+        if fault := fault_of(asset, target, pinned):
+            raise InputError(f"{target} is not {asset.name}: {fault}. Move it away and run the same command again.")
+        note(f"{target}: is there, {_verified_by(asset, pinned)}")
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remote = _locate(asset)
+        part = target.with_name(f"{target.name}.{remote.version}.part")
+        _check_space(remote, part, target)
+        _download(remote, part, target.name)
+    except HTTPError as error:  # a refusal, or a server that cannot be reached
+        raise InputError(f"{asset.name} was not fetched from {asset.source}: {_reason(error)}{_kept(target)}") from None
+    except OSError as error:
+        raise InputError(f"{asset.name} was not fetched from {asset.source}: {_reason(error)}{_kept(target)}") from None
+    digest = _verify(asset, remote, part)
+    if asset.digest is None:
+        record_of(target).write_text(f"{digest}  {target.name}\n")
+    part.replace(target)
+    recorded = f"; no published digest is known, recorded in {record_of(target).name}" if asset.digest is None else ""
+    note(f"{target}: fetched, {target.stat().st_size} bytes, SHA-256 {digest}{recorded}")
+
+
+def fetch_pipeline(hub_id: str, note: Note) -> Path:
+    """Fetch a diffusers pipeline to the hub's cache on this machine; `models.load_denoiser(hub_id)` finds it there.
+
+    Raises:
+        InputError: the server refuses, lacks or does not deliver it.
+    """
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=PIPELINE_FILES))
+    except (HTTPError, OSError) as error:
+        raise InputError(f"{hub_id} was not fetched: {_reason(error)}") from None
+    note(f"{hub_id}: fetched to {folder}")
+    return folder
+
+
+def _locate(asset: AssetFile) -> Remote:
+    if isinstance(asset.source, str):
+        return Remote(asset.source, "download", asset.size)
+    source = asset.source
+    url = hf_hub_url(source.repository, source.file, revision=source.revision)
+    found = get_hf_file_metadata(url)
+    if found.etag is None:
+        raise OSError(f"{constants.ENDPOINT} does not answer like a Hugging Face hub (no ETag); check HF_ENDPOINT")
+    if asset.size is not None and found.size not in (None, asset.size):
+        raise OSError(f"the server offers {found.size} bytes, {asset.size} are published: it is another file")
+    # A token is for the hub alone, never for the storage that it points to.
+    ours = _host(found.location) == _host(url)
+    headers = build_hf_headers() if ours else build_hf_headers(token=False)
+    sha256 = found.etag if SHA256.fullmatch(found.etag) else None
+    return Remote(found.location, re.sub(r"\W", "", found.etag)[:12], found.size, sha256, headers)
+
+
+def _host(url: str) -> str:
+    return url.split("/")[2]
+
+
+def _check_space(remote: Remote, part: Path, target: Path) -> None:
+    if remote.size is None:
+        return
+    needed = remote.size - (part.stat().st_size if part.exists() else 0)
+    free = shutil.disk_usage(target.parent).free
+    if needed + SPARE_SPACE > free:
+        raise OSError(f"{_gigabytes(needed)} are needed in {target.parent}, {_gigabytes(free)} are free there")
+
+
+def _download(remote: Remote, part: Path, name: str) -> None:
+    start = part.stat().st_size if part.exists() else 0
+    if remote.size is not None and start > remote.size:
+        part.unlink()
+        start = 0
+    with part.open("ab") as file:
+        http_get(
+            remote.url,
+            file,
+            resume_size=start,
+            headers=remote.headers,
+            expected_size=remote.size,
+            displayed_filename=name,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _verify(asset: AssetFile, remote: Remote, part: Path) -> str:
+    """The SHA-256 of a complete download; one that is not what was promised is deleted."""
+    digest = digest_of(part)
+    fault = fault_of(asset, part, asset.digest)
+    if fault is None and remote.sha256 not in (None, digest):
+        fault = f"its SHA-256 is {digest}, the server named {remote.sha256}"
+    if fault is not None:
+        part.unlink()
+        raise InputError(
+            f"What came as {asset.name} from {asset.source} is not it: {fault}. Nothing was kept; run the same "
+            "command again, and check HF_ENDPOINT and proxies if it comes to the same."
+        )
+    return digest
+
+
+def _kept(target: Path) -> str:
+    kept = sum(part.stat().st_size for part in target.parent.glob(f"{target.name}.*.part"))
+    return f" {kept} bytes are kept: run the same command again to go on." if kept else ""
+
+
+def _reason(error: HTTPError | OSError) -> str:
+    """What went wrong and what to do about it."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, OfflineModeIsEnabled) or constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set. Unset it, or put the file there by hand."
+    if isinstance(error, GatedRepoError) or status == 403:
+        return "access is granted only to those who accept its terms on its page; then set HF_TOKEN."
+    if status == 401:
+        return "401, access denied: set HF_TOKEN to a valid token; a hub also says so of what it does not have."
+    if status == 404 or (isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)):
+        return "404, it is not there (any more): check HF_ENDPOINT."
+    if status is not None:
+        return f"the server answered {status}; try again later."
+    return f"{(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}."
+
+
+def _verified_by(asset: AssetFile, pinned: str | None) -> str:
+    if pinned is None:
+        return "nothing known to verify it by: neither published nor fetched by this command"
+    origin = "the published one" if asset.digest else "the one of its first fetch"
+    return f"its {pinned.partition(':')[0].upper()} is {origin}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is there
+
+
+def examine(asset: AssetFile, path: Path) -> tuple[str, str]:
+    """The state of a file, `ok`, `missing` or `WRONG`, and what there is to say of it. Reads all of it."""
+    if not path.is_file():
+        return "missing", "" if asset.size is None else f"{asset.size} bytes"
+    pinned = pinned_digest(asset, path)
+    if fault := fault_of(asset, path, pinned):
+        return "WRONG", fault
+    return "ok", f"{path.stat().st_size} bytes, {_verified_by(asset, pinned)}, SHA-256 {digest_of(path)}"
+
+
+def machine() -> Iterator[str]:
+    """What this machine has to offer, one fact a line."""
+    for package in PACKAGES:
+        yield f"{package} {importlib.metadata.version(package)}"
+    free = available_memory()
+    yield f"memory: {_gigabytes(free)} available" if free is not None else "memory: not known on this system"
+    yield f"disk: {_gigabytes(shutil.disk_usage(asset_table.ROOT).free)} free in {asset_table.ROOT}"
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        yield f"cuda:{index}: {torch.cuda.get_device_name(index)}, {_gigabytes(free)} of {_gigabytes(total)} free"
+    if not torch.cuda.is_available():
+        yield "cuda: none"
+
+
+def available_memory() -> int | None:
+    """Bytes that a program may still ask for without swapping; None where the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+@click.group()
+def main() -> None:
+    """Fetch and check the files that the repository does not carry."""
+
+
+@main.command("fetch", epilog="Example:  python -m models.assets fetch sd15 hpsv2 coco-prompts")
+@click.argument("names", nargs=-1, required=True, metavar=f"{'|'.join(BUNDLES)}|OWNER/NAME...")
+@shows_input_errors
+def fetch_command(names: tuple[str, ...]) -> None:
+    """Fetch all files of the named assets; whole ones are not fetched twice, broken downloads go on.
+
+    OWNER/NAME is a diffusers pipeline on a hub.
+    """
+    _check_names(names, hub_ids=True)
+    for name in names:
+        if name in BUNDLES:
+            fetch_bundle(name, click.echo)
+        else:
+            fetch_pipeline(name, click.echo)
+
+
+def fetch_bundle(name: str, note: Note) -> None:
+    """Fetch every file of a bundle to its place. Raises InputError as `fetch` does."""
+    bundle = BUNDLES[name]
+    note(f"{name}: {bundle.about}. Licence: {bundle.licence}.")
+    for asset in bundle.needed():
+        fetch(asset, asset_table.ROOT / asset.path, note)
+
+
+@main.command("doctor", epilog="Example:  python -m models.assets doctor sd15 hpsv2")
+@click.argument("names", nargs=-1, metavar=f"[{'|'.join(BUNDLES)}]...")
+@shows_input_errors
+def doctor_command(names: tuple[str, ...]) -> None:
+    """Check files, packages and memory. Ends with 1 where a file is wrong, or one of the named assets is missing."""
+    _check_names(names, hub_ids=False)
+    click.echo(f"hub: {constants.ENDPOINT}{' (offline)' if constants.is_offline_mode() else ''}")
+    click.echo(f"token: {'set' if huggingface_hub.get_token() else 'none'}")
+    for line in machine():
+        click.echo(line)
+    states = [state for name in names or BUNDLES for state in _report(name)]
+    if "WRONG" in states or (names and "missing" in states):
+        raise SystemExit(1)
+
+
+def _report(name: str) -> Iterator[str]:
+    bundle = BUNDLES[name]
+    click.echo(f"\n{name}: {bundle.about}. Licence: {bundle.licence}")
+    for asset in bundle.needed():
+        state, remark = examine(asset, asset_table.ROOT / asset.path)
+        click.echo(f"  {state:8}{asset.path}  {remark}  ({asset.source})")
+        yield state
+
+
+def _check_names(names: Sequence[str], *, hub_ids: bool) -> None:
+    unknown = [name for name in names if name not in BUNDLES and not (hub_ids and HUB_ID.fullmatch(name))]
+    if unknown:
+        raise InputError(f"Unknown asset {', '.join(unknown)}. Known: {', '.join(BUNDLES)}.")
+
+
+if __name__ == "__main__":
+    main()

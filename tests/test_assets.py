@@ -1,0 +1,319 @@
+"""Fetching and checking assets, against a hub on loopback: good, cut off, corrupt, cached, refused, missing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from huggingface_hub import constants
+
+import download_hpsv2_weights
+from errors import InputError
+from models import asset_table, assets
+from models.asset_table import BUNDLES, AssetFile, Bundle, HubFile, published_name, record_of
+from models.registry import REGISTERED, SOURCE
+from tests.hub import Hub, running_hub
+
+BODY = bytes(range(256)) * 400
+SHA256 = hashlib.sha256(BODY).hexdigest()
+PATH = "/someone/thing/resolve/main/thing.bin"
+HUB_FILE = HubFile("someone/thing", "thing.bin")
+PINNED = AssetFile("weights/thing.bin", HUB_FILE, len(BODY), f"sha256:{SHA256}")
+UNKNOWN = AssetFile("weights/thing.bin", HUB_FILE)
+
+
+def point_to(address: str, monkeypatch) -> None:
+    """What HF_ENDPOINT does, as far as it was read when huggingface_hub was imported."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Hub:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with running_hub() as server:
+        point_to(server.address, monkeypatch)
+        server.files[PATH] = BODY
+        yield server
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    return tmp_path / "weights" / "thing.bin"
+
+
+def fetch(asset: AssetFile, target: Path) -> str:
+    notes: list[str] = []
+    assets.fetch(asset, target, notes.append)
+    return "\n".join(notes)
+
+
+def refusal(asset: AssetFile, target: Path) -> str:
+    with pytest.raises(InputError) as error:
+        fetch(asset, target)
+    return str(error.value)
+
+
+def names_beside(target: Path) -> list[str]:
+    return sorted(path.name for path in target.parent.iterdir())
+
+
+# --- good
+
+
+def test_a_file_arrives_whole_and_alone(hub, target):
+    assert SHA256 in fetch(PINNED, target)
+    assert target.read_bytes() == BODY
+    assert names_beside(target) == ["thing.bin"]
+
+
+def test_a_file_that_is_there_is_verified_and_not_fetched_again(hub, target):
+    fetch(PINNED, target)
+    hub.requests.clear()
+    assert "is there, its SHA256 is the published one" in fetch(PINNED, target)
+    assert hub.requests == []
+
+
+def test_what_nothing_is_published_of_is_recorded_and_held_to_it_afterwards(hub, target):
+    assert "no published digest is known, recorded in thing.bin.sha256" in fetch(UNKNOWN, target)
+    assert record_of(target).read_text() == f"{SHA256}  thing.bin\n"
+    assert "the one of its first fetch" in fetch(UNKNOWN, target)
+    target.write_bytes(BODY[:-1] + b"!")
+    assert f"instead of {SHA256}" in refusal(UNKNOWN, target)
+
+
+def test_a_plain_url_is_fetched_as_well(hub, target):
+    asset = AssetFile("weights/thing.bin", hub.address + PATH)
+    assert "recorded" in fetch(asset, target)
+    assert target.read_bytes() == BODY
+
+
+def test_the_token_goes_to_the_hub_and_not_to_the_storage_it_points_to(hub, target, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    hub.token, hub.storage = "hf_mine", True
+    fetch(PINNED, target)
+    assert target.read_bytes() == BODY
+    assert [(method, authorization) for method, _, _, authorization in hub.requests] == [
+        ("HEAD", "Bearer hf_mine"),
+        ("GET", None),
+    ]
+
+
+# --- cut off
+
+
+def test_a_broken_download_is_kept_and_gone_on_with(hub, target, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)  # what comes of a last, incomplete chunk is lost
+    hub.cut_after = 1000
+    message = refusal(PINNED, target)
+    assert "503" in message
+    assert "1000 bytes are kept: run the same command again" in message
+    assert not target.exists()
+    hub.broken = False
+    fetch(PINNED, target)
+    assert target.read_bytes() == BODY
+    assert hub.ranges() == [None, "bytes=1000-", "bytes=1000-"]
+    assert names_beside(target) == ["thing.bin"]
+
+
+def test_what_is_kept_of_another_version_is_not_gone_on_with(hub, target, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
+    hub.cut_after = 1000
+    refusal(UNKNOWN, target)
+    hub.broken, hub.files[PATH] = False, BODY[::-1]
+    fetch(UNKNOWN, target)
+    assert target.read_bytes() == BODY[::-1]
+
+
+# --- corrupt
+
+
+@pytest.mark.parametrize("asset", [PINNED, UNKNOWN])
+def test_a_corrupt_download_is_deleted(hub, target, asset):
+    hub.files[PATH] = BODY[:-1] + b"!"
+    hub.etags[PATH] = SHA256
+    message = refusal(asset, target)
+    assert "is not it" in message
+    assert "Nothing was kept" in message
+    assert names_beside(target) == []
+
+
+def test_another_size_than_the_published_one_is_not_even_fetched(hub, target):
+    hub.files[PATH] = b"<html>please log in</html>"
+    assert f"26 bytes, {len(BODY)} are published" in refusal(PINNED, target)
+    assert hub.ranges() == []
+
+
+def test_a_wrong_file_in_the_place_is_neither_used_nor_deleted(hub, target):
+    target.parent.mkdir()
+    target.write_text("<html>please log in</html>")
+    message = refusal(PINNED, target)
+    assert f"26 bytes instead of {len(BODY)}: it is an HTML or XML page" in message
+    assert "Move it away" in message
+    assert target.exists()
+    assert hub.requests == []
+
+
+# --- refused, missing, unreachable
+
+
+@pytest.mark.parametrize(
+    ("status", "says"), [(401, "set HF_TOKEN"), (403, "accept its terms"), (404, "not there"), (500, "answered 500")]
+)
+def test_a_refusal_says_what_to_do(hub, target, status, says):
+    hub.refused[PATH] = status
+    assert says in refusal(PINNED, target)
+    assert not target.exists()
+
+
+def test_a_hub_that_cannot_be_reached(target, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    point_to("http://127.0.0.1:9", monkeypatch)
+    assert "thing.bin was not fetched from someone/thing" in refusal(PINNED, target)
+
+
+def test_too_small_a_disk_is_said_before_anything_is_fetched(hub, target, monkeypatch):
+    monkeypatch.setattr(assets, "SPARE_SPACE", 10**18)
+    assert "0.0 GB are needed" in refusal(PINNED, target)
+    assert hub.ranges() == []
+
+
+# --- the commands
+
+
+@pytest.fixture
+def things(monkeypatch, tmp_path, hub) -> Path:
+    """One bundle of one file, in a repository of its own."""
+    monkeypatch.setattr(asset_table, "ROOT", tmp_path)
+    bundle = Bundle("a thing", "MIT", (PINNED,), AssetFile("weights/other.bin", HUB_FILE, 3))
+    monkeypatch.setattr(assets, "BUNDLES", {"thing": bundle})
+    return tmp_path
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(assets.main, arguments)
+
+
+def test_fetch_and_doctor(things):
+    missing = invoke("doctor", "thing")
+    assert missing.exit_code == 1
+    assert f"missing weights/thing.bin  {len(BODY)} bytes" in missing.output
+    assert "Licence: MIT" in missing.output
+    assert invoke("doctor").exit_code == 0
+    fetched = invoke("fetch", "thing")
+    assert fetched.exit_code == 0, fetched.output
+    found = invoke("doctor", "thing")
+    assert found.exit_code == 0
+    assert f"ok      weights/thing.bin  {len(BODY)} bytes, its SHA256 is the published one" in found.output
+    assert "torch " in found.output
+    (things / "weights" / "thing.bin").write_bytes(BODY[:-1])
+    wrong = invoke("doctor")
+    assert wrong.exit_code == 1
+    assert f"WRONG   weights/thing.bin  it has {len(BODY) - 1} bytes instead of {len(BODY)}" in wrong.output
+
+
+def test_what_serves_as_well_is_not_fetched_again(things, hub):
+    (things / "weights").mkdir()
+    (things / "weights" / "other.bin").write_bytes(b"abc")
+    assert invoke("fetch", "thing").exit_code == 0
+    assert hub.requests == []
+    assert "ok      weights/other.bin" in invoke("doctor", "thing").output
+
+
+@pytest.mark.parametrize("command", ["fetch", "doctor"])
+def test_unknown_names_are_answered_with_the_known_ones(things, command):
+    result = invoke(command, "thinng")
+    assert result.exit_code == 2
+    assert "Unknown asset thinng. Known: thing" in result.output
+
+
+def test_a_hubs_pipeline_that_is_not_there(things):
+    result = invoke("fetch", "nobody/nothing")
+    assert result.exit_code == 2
+    assert "nobody/nothing was not fetched" in result.output
+
+
+def test_the_weights_of_hps_and_their_tokenizer(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(asset_table, "ROOT", tmp_path)
+    monkeypatch.setattr(download_hpsv2_weights, "HPS", {"v2.1": PINNED, "v2.0": UNKNOWN})
+    monkeypatch.setattr(download_hpsv2_weights, "TOKENIZER", (AssetFile("src/vocab.json", HUB_FILE),))
+    arguments = ["--version", "v2.1", "--output-dir", str(tmp_path / "mine")]
+    result = CliRunner().invoke(download_hpsv2_weights.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "mine" / "thing.bin").read_bytes() == (tmp_path / "src" / "vocab.json").read_bytes() == BODY
+
+
+FETCH_FOR_REAL = """
+import sys
+from pathlib import Path
+from models import asset_table, assets
+from models.asset_table import AssetFile, Bundle, HubFile
+asset_table.ROOT = Path(sys.argv[1])
+assets.BUNDLES["coco-prompts"] = Bundle("", "", (AssetFile("thing.bin", HubFile("someone/thing", "thing.bin")),))
+assets.main(["fetch", "coco-prompts"])
+"""
+
+
+def test_the_variables_of_the_hub_are_honoured(hub, tmp_path):
+    """In a process of its own, as huggingface_hub reads some of them when it is imported."""
+    hub.token = "hf_mine"
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_mine", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", FETCH_FOR_REAL, str(tmp_path)]
+
+    def run() -> subprocess.CompletedProcess:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=SOURCE.parent)
+
+    offline = run()
+    assert offline.returncode == 2
+    assert "HF_HUB_OFFLINE is set" in offline.stderr
+    assert "Traceback" not in offline.stderr
+    assert hub.requests == []
+    environment["HF_HUB_OFFLINE"] = "0"
+    online = run()
+    assert online.returncode == 0, online.stderr
+    assert (tmp_path / "thing.bin").read_bytes() == BODY
+
+
+# --- the table
+
+
+def test_every_file_of_the_table_lies_where_git_ignores_it_and_has_one_entry():
+    files = [asset for bundle in BUNDLES.values() for asset in bundle.files]
+    assert len({asset.path for asset in files}) == len(set(files))
+    paths = sorted({asset.path for asset in files} | {f"{asset.path}.sha256" for asset in files})
+    ignored = subprocess.run(
+        ["git", "check-ignore", *paths], cwd=SOURCE.parent, capture_output=True, text=True, check=False
+    )
+    if ignored.returncode == 128:
+        pytest.skip("this is no git checkout")
+    assert ignored.stdout.splitlines() == paths
+
+
+def test_digests_are_well_formed():
+    lengths = {"sha256": 64, "md5": 32}
+    for bundle in BUNDLES.values():
+        for asset in bundle.files:
+            if asset.digest is not None:
+                algorithm, _, digits = asset.digest.partition(":")
+                assert len(bytes.fromhex(digits)) * 2 == lengths[algorithm]
+
+
+def test_what_the_registry_looks_for_is_what_is_fetched():
+    files = {asset.path for asset in BUNDLES["sd15"].files}
+    model = REGISTERED["sd15"]
+    assert {f"src/{asset.path}" for asset in (model.weights[0], *model.companions)} == files
+
+
+def test_a_published_file_is_recognised_by_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setitem(asset_table.BUNDLES, "thing", Bundle("", "", (PINNED,)))
+    (tmp_path / "renamed.pt").write_bytes(BODY)
+    (tmp_path / "other.pt").write_bytes(BODY[::-1])
+    assert published_name(tmp_path / "renamed.pt") == "thing.bin"
+    assert published_name(tmp_path / "other.pt") is None
