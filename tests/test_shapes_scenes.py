@@ -1,5 +1,7 @@
 """Scenes, captions, geometry and renderer of the shapes world."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,9 +14,10 @@ from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 
 
 @st.composite
-def drawn_scenes(draw, split=st.sampled_from(scenes.SPLITS)):
+def drawn_scenes(draw):
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    return scenes.draw_scene(random, draw(split), draw(st.sampled_from(scenes.SUPPORTED_NUMBERS_OF_OBJECTS)))
+    split = draw(st.sampled_from(scenes.SPLITS))
+    return scenes.draw_scene(random, split, draw(st.sampled_from(scenes.SUPPORTED_NUMBERS_OF_OBJECTS)))
 
 
 @given(drawn_scenes())
@@ -93,7 +96,7 @@ def test_objects_keep_their_gaps_order_and_size(scene, seed):
         for centre in (placement.x, placement.y):
             assert scenes.GAP + placement.radius <= centre + 1e-9
             assert centre <= scenes.IMAGE_SIZE - scenes.GAP - placement.radius + 1e-9
-    for one, other in zip(placements[:-1], placements[1:], strict=True):
+    for one, other in pairwise(placements):
         forward = x_direction * (other.x - one.x) + y_direction * (other.y - one.y)
         assert forward >= one.radius + other.radius + scenes.GAP - 1e-9
 

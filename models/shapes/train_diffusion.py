@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import trange
@@ -134,6 +135,8 @@ def main(
     tokens = tokenize(tokenizer, rendered.captions)
     empty = tokenize(tokenizer, [""])
     model = nn.ModuleDict({"network": build_network(), "text_encoder": build_text_encoder(tokenizer)}).to(device)
+    # On a CPU the fused attention's backward pass takes longer than all convolutions together.
+    model["network"].set_attn_processor(AttnProcessor())
     signal = scheduler.alphas_cumprod.sqrt()
     spread = (1 - scheduler.alphas_cumprod).sqrt()
 
@@ -160,6 +163,7 @@ def save_pipeline(
     output: Path, model: nn.ModuleDict, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
 ) -> None:
     """Write the diffusers folder, weights in float16."""
+    autoencoder.register_to_config(_name_or_path="")  # diffusers would write down the folder that it was read from
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=model["text_encoder"],

@@ -132,6 +132,7 @@ def main(
     pixels = torch.from_numpy(rendered.images)  # uint8 [N, 64, 64, 3]
     configuration = model_configuration(len(tokenizer))
     model = new_clip(configuration).to(device)
+    model.set_attn_implementation("eager")  # on a CPU the fused attention's backward pass is the slowest part of a step
     compared = max(int(COMPARED_SHARE * batch), 1)
 
     def loss(step: int) -> dict[str, Tensor]:

@@ -7,13 +7,24 @@ two and three objects in turn, so that the first n lines of a file are as mixed 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
 from models.shapes import scenes
 
+HELD_OUT_BY_NUMBER = 125
 NUMBERS = {"train": 2400, "validation": 300, "heldout": 600}
+
+
+def write(file: Path, captions: Iterable[str]) -> None:
+    """Write one prompt file."""
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["text", "objects"])
+        writer.writerows([caption, len(scenes.parse(caption).objects)] for caption in captions)
+    click.echo(f"wrote {file}")
 
 
 @click.command()
@@ -23,13 +34,10 @@ def main(output: Path, seed: int) -> None:
     """Write the captions of the three splits."""
     output.mkdir(parents=True, exist_ok=True)
     for split in scenes.SPLITS:
-        file = output / f"shapes_{split}.csv"
-        with file.open("w", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["text", "objects"])
-            for caption in scenes.captions(split, NUMBERS[split], seed):
-                writer.writerow([caption, len(scenes.parse(caption).objects)])
-        click.echo(f"wrote {file}")
+        write(output / f"shapes_{split}.csv", scenes.captions(split, NUMBERS[split], seed))
+    for number in scenes.SUPPORTED_NUMBERS_OF_OBJECTS:
+        captions = scenes.captions("heldout", HELD_OUT_BY_NUMBER, seed, (number,))
+        write(output / f"shapes_heldout_{number}.csv", captions)
 
 
 if __name__ == "__main__":
