@@ -42,6 +42,7 @@ from models.asset_table import (
     pinned_digest,
     record_of,
 )
+from models.devices import free_memory, gigabytes
 
 PACKAGES = ("torch", "diffusers", "transformers", "lightning", "omegaconf", "safetensors", "huggingface_hub", "numpy")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -137,7 +138,7 @@ def _check_space(remote: Remote, part: Path, target: Path) -> None:
     needed = remote.size - (part.stat().st_size if part.exists() else 0)
     free = shutil.disk_usage(target.parent).free
     if needed + SPARE_SPACE > free:
-        raise OSError(f"{_gigabytes(needed)} are needed in {target.parent}, {_gigabytes(free)} are free there")
+        raise OSError(f"{gigabytes(needed)} are needed in {target.parent}, {gigabytes(free)} are free there")
 
 
 def _download(remote: Remote, part: Path, name: str) -> None:
@@ -219,27 +220,14 @@ def machine() -> Iterator[str]:
     """What this machine has to offer, one fact a line."""
     for package in PACKAGES:
         yield f"{package} {importlib.metadata.version(package)}"
-    free = available_memory()
-    yield f"memory: {_gigabytes(free)} available" if free is not None else "memory: not known on this system"
-    yield f"disk: {_gigabytes(shutil.disk_usage(asset_table.ROOT).free)} free in {asset_table.ROOT}"
+    free = free_memory(torch.device("cpu"))
+    yield f"memory: {gigabytes(free)} available" if free is not None else "memory: not known on this system"
+    yield f"disk: {gigabytes(shutil.disk_usage(asset_table.ROOT).free)} free in {asset_table.ROOT}"
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        yield f"cuda:{index}: {torch.cuda.get_device_name(index)}, {_gigabytes(free)} of {_gigabytes(total)} free"
+        yield f"cuda:{index}: {torch.cuda.get_device_name(index)}, {gigabytes(free)} of {gigabytes(total)} free"
     if not torch.cuda.is_available():
         yield "cuda: none"
-
-
-def available_memory() -> int | None:
-    """Bytes that a program may still ask for without swapping; None where the system does not say."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

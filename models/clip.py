@@ -30,6 +30,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from errors import InputError
 from models.checkpoints import read_state_dict
+from models.devices import check_memory
 
 VIT_H_14 = Path(__file__).resolve().parent.parent / "src" / "pipelines" / "clip" / "ViT-H-14.json"
 
@@ -212,12 +213,14 @@ def from_open_clip(state_dict: Mapping[str, Tensor], model_cfg: Mapping[str, Any
         source: what messages call the weights: the file that they come from.
 
     Raises:
-        InputError: tensors are missing, left over or of another shape; each is listed.
+        InputError: tensors are missing, left over or of another shape; each is listed. Or there is too little memory.
     """
     config = clip_config(model_cfg)
     with torch.device("meta"):  # no time is spent on random weights that are replaced at once
         model = CLIPModel(config)
     layout = _layout(config)
+    needed = sum(weight.numel() for weight in model.parameters()) * torch.float32.itemsize
+    check_memory(source, needed, torch.device("cpu"))
     expected = {name: tuple(tensor.shape) for name, tensor in to_open_clip(model).items()}
     _check_tensors(state_dict, expected, source)
     weights: dict[str, Tensor] = {}

@@ -1,6 +1,9 @@
-"""Devices and number types by the names that command lines take."""
+"""Devices and number types by the names that command lines take, and the memory of devices."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import torch
 
@@ -37,3 +40,31 @@ def resolve_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(f"Unknown dtype {name!r}. Known: {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that may still be asked for, on the CPU without swapping; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def check_memory(what: str, needed: int, device: torch.device) -> None:
+    """Raise `InputError` where `needed` bytes more do not fit on the device; `what` needs them."""
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise InputError(
+            f"{what} needs {gigabytes(needed)} of memory on {device}, {gigabytes(free)} are free: end what else runs "
+            "there, choose another device, or half precision (bfloat16 takes half of what float32 takes)."
+        )
+
+
+def gigabytes(size: int) -> str:
+    """A size in bytes for people."""
+    return f"{size / 1e9:.1f} GB"

@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from errors import InputError
 from models.denoiser import Conditioning
+from models.devices import check_memory
 from models.noise_levels import NoiseLevels
 
 DEFAULT_GUIDANCE_SCALE = 7.5
@@ -59,11 +60,16 @@ class LatentDiffusion:
         dtype: torch.dtype,
         unknown_words: Callable[[str], list[str]] | None = None,
     ) -> None:
-        """`unknown_words` names the words of a prompt that the model was never taught; None where it takes any."""
+        """`unknown_words` names the words of a prompt that the model was never taught; None where it takes any.
+
+        Raises `InputError` where the device has too little memory.
+        """
         self.name = name
         self.device = device
         self.dtype = dtype
         self.default_guidance_scale = DEFAULT_GUIDANCE_SCALE
+        parts = (components.unet, components.vae, components.text_encoder)
+        check_memory(f"Model {name}", sum(_bytes_to_move(part, device, dtype) for part in parts), device)
         self.unet = _frozen(components.unet, device, dtype)
         self.vae = _frozen(components.vae, device, dtype)
         self.text_encoder = _frozen(components.text_encoder, device, dtype)
@@ -183,6 +189,15 @@ class LatentDiffusion:
 def _frozen(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
     # nn.Module's own `to`: the one of diffusers warns about layers to be kept in float32 even where there are none
     return nn.Module.to(module, device, dtype).eval().requires_grad_(False)
+
+
+def _bytes_to_move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
+    """Memory that the module's weights will take on the device, less those that are there already."""
+    return sum(
+        weight.numel() * dtype.itemsize
+        for weight in module.parameters()
+        if weight.device != device or weight.dtype != dtype
+    )
 
 
 def _latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from errors import InputError
-from models import load_denoiser
+from models import devices, load_denoiser
 from models.denoiser import Conditioning
 from models.latent_diffusion import LatentDiffusion
 from tests import golden
@@ -68,6 +68,13 @@ def test_estimate_and_network_inputs_agree_with_the_reference(folder, scale, nam
         c_in = denoiser.unet.z[0].flatten()[0] / x[row].flatten()[0]
         torch.testing.assert_close(c_in, reference("c_in")[row], rtol=1e-10, atol=0.0)
     torch.testing.assert_close(torch.cat(rows), reference(name), rtol=1e-9, atol=1e-10)
+
+
+def test_too_little_memory_is_said_before_it_runs_out(folder, monkeypatch):
+    monkeypatch.setattr(devices, "free_memory", lambda _: 100_000)
+    load_denoiser(folder, device="cpu", dtype=torch.float32)  # as it is in the files: nothing has to be moved
+    with pytest.raises(InputError, match=r"needs 0\.0 GB of memory on cpu, 0\.0 GB are free: .*bfloat16"):
+        load_denoiser(folder, device="cpu", dtype=torch.float64)
 
 
 def test_properties_come_from_the_files(denoiser):

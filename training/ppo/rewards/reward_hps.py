@@ -12,13 +12,13 @@ from torch.nn import functional
 from transformers import CLIPModel
 
 from errors import InputError
-from models import clip
+from models import asset_table, clip
 from models.loading import load_tokenizer, read_json
 
 DEFAULT_TOKENIZER = Path(__file__).resolve().parents[3] / "src" / "pipelines" / "sd15" / "tokenizer"
 
 # The published files and the option of the command that fetches each. 986 million weights of 2 bytes.
-_PUBLISHED = {"HPS_v2.1_compressed.pt": "v2.1", "HPS_v2_compressed.pt": "v2.0"}
+_PUBLISHED = {asset.name: version for version, asset in asset_table.HPS.items()}
 
 
 class RewardFiles(NamedTuple):
@@ -162,6 +162,7 @@ class RewardHPS:
 
 
 def _load_model(files: RewardFiles) -> CLIPModel:
+    _check_version(files.weights)
     try:
         return clip.load_open_clip_checkpoint(files.weights, files.model_cfg)
     except InputError as error:
@@ -171,6 +172,18 @@ def _load_model(files: RewardFiles) -> CLIPModel:
         raise InputError(
             f"{error} Without a description ({described}) beside it, it was taken for a CLIP ViT-H/14."
         ) from None
+
+
+def _check_version(weights: Path) -> None:
+    """Refuse one version of HPS under the name of another: they differ in nothing but their numbers."""
+    if weights.name not in _PUBLISHED:
+        return
+    found = asset_table.published_name(weights)
+    if found not in (None, weights.name):
+        raise InputError(
+            f"{weights} is not what its name says: it is {found}. Move it away and fetch the right one: "
+            f"python download_hpsv2_weights.py --version {_PUBLISHED[weights.name]}"
+        )
 
 
 def _hold_products_in(model: CLIPModel, dtype: torch.dtype) -> None:

@@ -1,6 +1,8 @@
+import hashlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import InputError
-from models import clip
+from models import asset_table, clip, devices
+from models.asset_table import HPS, Bundle
 from tests.plain_clip import random_plain_clip, write_letter_tokenizer
 from training.ppo import reward_hps as second_path
 from training.ppo.rewards import RewardHPS, WeightedMix, build_reward, find_reward_files
@@ -139,6 +142,21 @@ def test_missing_hps_weights_name_the_command(tmp_path, name, version):
     assert name in str(caught.value)
     assert "about 2 GB" in str(caught.value)
     assert f"python download_hpsv2_weights.py --version {version}" in str(caught.value)
+
+
+def test_one_version_of_hps_under_the_name_of_another_is_refused(tmp_path, monkeypatch):
+    path = write_reward(tmp_path, "HPS_v2.1_compressed")
+    RewardHPS(path)
+    old = replace(HPS["v2.0"], digest="md5:" + hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(asset_table.BUNDLES, "hpsv2.0", Bundle("", "", (old,)))
+    with pytest.raises(InputError, match=r"it is HPS_v2_compressed\.pt\. .*download_hpsv2_weights.py --version v2\.1"):
+        RewardHPS(path)
+
+
+def test_too_little_memory_is_said_before_it_runs_out(path, monkeypatch):
+    monkeypatch.setattr(devices, "free_memory", lambda _: 1000)
+    with pytest.raises(InputError, match=r"tiny\.pt needs 0\.0 GB of memory on cpu, 0\.0 GB are free"):
+        RewardHPS(path)
 
 
 def test_other_missing_weights_are_named(tmp_path):
