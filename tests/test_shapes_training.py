@@ -1,0 +1,118 @@
+"""What the training commands of the shapes world share, and the parts of each that can be wrong without a long run."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models.clip import new_clip
+from models.shapes import scenes
+from models.shapes.data import cached_scenes, render_scenes
+from models.shapes.tokenizer import build_tokenizer
+from models.shapes.train_autoencoder import WINDOW, build_autoencoder, random_windows, reconstruction_terms
+from models.shapes.train_diffusion import build_network, build_scheduler, build_text_encoder, spread_timesteps, tokenize
+from models.shapes.train_reward import model_configuration, reward_terms
+from models.shapes.training_loop import TrainingOptions, fit, learning_rate_factor, step_generator
+
+
+@pytest.fixture
+def options(tmp_path):
+    return TrainingOptions(
+        12, 1e-2, tmp_path / "run.pt", warmup_steps=3, averaging_decay=0.9, checkpoint_interval=4, log_interval=2
+    )
+
+
+def train(options, steps=None, die_at=None):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+
+    def loss(step):
+        if step == die_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 3, generator=step_generator(5, step))
+        return {"loss": (model(x) - x.sum(dim=1, keepdim=True)).square().mean()}
+
+    return fit(model, loss, options if steps is None else replace(options, steps=steps))
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(options, tmp_path):
+    whole = train(options)
+    second = replace(options, checkpoint=tmp_path / "second.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train(second, die_at=7)
+    resumed = train(second)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_loss_falls_and_is_logged(options):
+    averaged = train(options, steps=300)
+    assert torch.allclose(averaged.weight, torch.ones(1, 3), atol=0.2)
+    assert len(options.checkpoint.with_suffix(".jsonl").read_text().splitlines()) == 150
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero(options):
+    factors = [learning_rate_factor(step, replace(options, steps=100, warmup_steps=10)) for step in range(101)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10:60] == [1.0] * 50
+    assert factors[80] == pytest.approx(0.5)
+    assert factors[100] == 0.0
+
+
+def test_timesteps_fall_one_in_each_stratum():
+    timesteps = spread_timesteps(64, torch.Generator().manual_seed(0))
+    assert [int(t) * 64 // 1000 for t in timesteps] == pytest.approx(list(range(64)), abs=1)
+    assert timesteps.min() >= 0
+    assert timesteps.max() <= 999
+
+
+def test_windows_are_parts_of_their_images():
+    images = torch.rand(4, 3, 64, 64)
+    windows = random_windows(images, torch.Generator().manual_seed(1))
+    assert windows.shape == (4, 3, WINDOW, WINDOW)
+    for image, window in zip(images, windows, strict=True):
+        places = image.unfold(1, WINDOW, 1).unfold(2, WINDOW, 1)  # [3, 33, 33, 32, 32]
+        assert (places == window[:, None, None]).all(dim=(0, 3, 4)).sum() == 1
+
+
+def test_scenes_are_rendered_alike_and_kept(tmp_path):
+    first = cached_scenes(tmp_path, "train", 6, seed=1)
+    again = render_scenes("train", 6, seed=1, progress=False)
+    assert np.array_equal(first.images, again.images)
+    assert first.captions == again.captions
+    assert [file.suffix for file in tmp_path.iterdir()] == [".npz"]
+    assert all(scenes.parse(caption).split() == "train" for caption in first.captions)
+
+
+def test_models_have_the_documented_shapes_and_sizes():
+    tokenizer = build_tokenizer()
+    tokens = tokenize(tokenizer, ["a large red star on a white background", ""])
+    assert tokens.shape == (2, 32)
+    states = build_text_encoder(tokenizer)(tokens).last_hidden_state
+    assert states.shape == (2, 32, 128)
+    network = build_network()
+    assert network(torch.zeros(2, 4, 16, 16), torch.tensor([0, 999]), states).sample.shape == (2, 4, 16, 16)
+    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(5.6e6, rel=0.01)
+    autoencoder = build_autoencoder()
+    images = torch.rand(2, 3, 64, 64)
+    assert autoencoder.encode(images).latent_dist.mean.shape == (2, 4, 16, 16)
+    with torch.no_grad():
+        terms = reconstruction_terms(autoencoder, images, torch.Generator().manual_seed(0))
+    assert float(terms["posterior_deviation"]) == pytest.approx(np.exp(-3), rel=0.02)
+    assert float(build_scheduler().betas[0]) == pytest.approx(0.00085)
+    assert float(build_scheduler().betas[-1]) == pytest.approx(0.012)
+
+
+def test_reward_terms_of_equals_are_those_of_chance():
+    torch.manual_seed(0)
+    model = new_clip(model_configuration(len(build_tokenizer())))
+    tokens = tokenize(build_tokenizer(), ["a large red star on a white background"] * 4)
+    images = torch.rand(1, 3, 64, 64).expand(4, -1, -1, -1)
+    with torch.no_grad():
+        terms = reward_terms(model, images, images[:2], images[:2], tokens, tokens)
+    assert float(terms["order"]) == pytest.approx(2 * np.log(2), rel=1e-3)
+    # One true and one wrong caption for each image beside the three of the others; four images for each caption.
+    assert float(terms["matching"]) == pytest.approx(np.log(5) + np.log(4), rel=1e-3)
+    assert float(terms["good_beats_light"]) == 0
