@@ -219,8 +219,7 @@ def from_open_clip(state_dict: Mapping[str, Tensor], model_cfg: Mapping[str, Any
     with torch.device("meta"):  # no time is spent on random weights that are replaced at once
         model = CLIPModel(config)
     layout = _layout(config)
-    needed = sum(weight.numel() for weight in model.parameters()) * torch.float32.itemsize
-    check_memory(source, needed, torch.device("cpu"))
+    check_memory(source, _float32_size(model), torch.device("cpu"))
     expected = {name: tuple(tensor.shape) for name, tensor in to_open_clip(model).items()}
     _check_tensors(state_dict, expected, source)
     weights: dict[str, Tensor] = {}
@@ -229,6 +228,44 @@ def from_open_clip(state_dict: Mapping[str, Tensor], model_cfg: Mapping[str, Any
         # Copies: the file stays mapped into memory otherwise, and parts of one stacked tensor would share storage.
         copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
         weights |= dict(zip(entry.ours, copies, strict=True))
+    return _filled(model, weights)
+
+
+def load_transformers_checkpoint(folder: Path) -> CLIPModel:
+    """Read a CLIP model that transformers wrote, config.json and model.safetensors (float32, CPU, evaluation mode).
+
+    PickScore and OpenAI's CLIP are published so.
+
+    Raises:
+        InputError: a file is missing or malformed, is of another kind of model, or its tensors do not fit the
+            configuration; each is listed. Or there is too little memory.
+    """
+    weights_file = folder / "model.safetensors"
+    absent = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
+    if absent:
+        raise InputError(f"There is no CLIP model in {folder}: {' and '.join(absent)} missing.")
+    try:
+        kind = CLIPConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+        config = CLIPConfig.from_pretrained(folder, local_files_only=True) if kind == "clip" else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'} is no readable configuration: {error}") from error
+    if config is None:
+        raise InputError(f"{folder / 'config.json'} describes a model of kind {kind!r}, not 'clip'.")
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    check_memory(str(weights_file), _float32_size(model), torch.device("cpu"))
+    # Older files carry along the numbers 0, 1, 2, ... of the positions.
+    state = {name: weight for name, weight in read_state_dict(weights_file).items() if "position_ids" not in name}
+    _check_tensors(state, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, str(weights_file))
+    return _filled(model, {name: weight.to(torch.float32) for name, weight in state.items()})
+
+
+def _float32_size(model: CLIPModel) -> int:
+    return sum(weight.numel() for weight in model.parameters()) * torch.float32.itemsize
+
+
+def _filled(model: CLIPModel, weights: Mapping[str, Tensor]) -> CLIPModel:
+    """The model, built without memory of its own, with these weights."""
     model.load_state_dict(weights, strict=True, assign=True)
     for embeddings in (model.vision_model.embeddings, model.text_model.embeddings):
         # The one kind of tensor that no checkpoint holds, and that is therefore still without memory.

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from transformers import CLIPModel
 
 from errors import InputError
 from models import asset_table, clip
 from models.loading import load_tokenizer, read_json
+from training.ppo.rewards.clip_scorer import ClipScorer
 
 DEFAULT_TOKENIZER = Path(__file__).resolve().parents[3] / "src" / "pipelines" / "sd15" / "tokenizer"
 
@@ -55,20 +55,22 @@ def find_reward_files(weights_path: str | Path, tokenizer_folder: str | Path | N
         model_cfg, tokenizer = _read_description(described)
     if tokenizer_folder is not None:
         tokenizer = Path(tokenizer_folder)
-    absent = [name for name in ("vocab.json", "merges.txt") if not (tokenizer / name).is_file()]
-    if absent and not (tokenizer / "tokenizer.json").is_file():
-        raise InputError(
-            f"The tokenizer of the reward {weights} is missing: {tokenizer} lacks {' and '.join(absent)} "
-            "(about 1.6 MB together). CLIP's own is fetched by: python -m models.assets fetch sd15"
-        )
+    check_tokenizer(weights, tokenizer)
     return RewardFiles(weights, model_cfg, tokenizer, assumed)
 
 
-class RewardHPS:
-    """Scores how well an image answers its prompt: the cosine similarity of CLIP's image and text features.
+def check_tokenizer(weights: Path, folder: Path) -> None:
+    """Raise `InputError` where the folder lacks the tokenizer's files; says which command fetches CLIP's own."""
+    absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if absent and not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"The tokenizer of the reward {weights} is missing: {folder} lacks {' and '.join(absent)} "
+            "(about 1.6 MB together). CLIP's own is fetched by: python -m models.assets fetch sd15"
+        )
 
-    The model is frozen and never asked for gradients. Text features are kept, one per distinct prompt.
-    """
+
+class RewardHPS(ClipScorer):
+    """Scores how well an image answers its prompt: the cosine similarity of CLIP's image and text features."""
 
     def __init__(
         self,
@@ -83,82 +85,30 @@ class RewardHPS:
 
         Args:
             weights_path: checkpoint in open_clip's layout; see `find_reward_files` for what belongs to it.
-            device: where the model runs.
-            batch_size: images, or texts, in one forward pass.
-            amp_dtype: float16 or bfloat16 for mixed precision (torch's autocast); None for float32.
+            device, batch_size, amp_dtype: as `ClipScorer` takes them.
             tokenizer_folder: used instead of the checkpoint's own tokenizer.
 
         Raises:
-            InputError: a file is missing or malformed, or the weights do not fit the described model.
+            InputError: a file is missing or malformed, the weights do not fit the described model, or there is too
+                little memory.
         """
         files = find_reward_files(weights_path, tokenizer_folder)
-        self.name = files.weights.stem
-        self.device = torch.device(device)
-        self.batch_size = batch_size
-        self.amp_dtype = amp_dtype
-        self.tokenizer = load_tokenizer(files.tokenizer)
-        self.model = _load_model(files).requires_grad_(False)
-        end, expected_end = self.tokenizer.eos_token_id, self.model.config.text_config.eos_token_id
-        if end != expected_end:
-            raise InputError(
-                f"The tokenizer in {files.tokenizer} does not belong to {files.weights}: its end-of-text token is "
-                f"number {end}, the model's vocabulary ends with number {expected_end}."
-            )
-        if amp_dtype is not None:
-            _hold_products_in(self.model, amp_dtype)
-        self.model.to(self.device)
-        self._text_features: dict[str, Tensor] = {}
+        super().__init__(
+            files.weights.stem,
+            _load_model(files),
+            load_tokenizer(files.tokenizer),
+            device=device,
+            batch_size=batch_size,
+            amp_dtype=amp_dtype,
+        )
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score each image against its own prompt.
-
-        A non-finite pixel, or a half-precision overflow, gives that image the score NaN. It is returned as it is: only
-        the caller knows which samples must go with it.
-
-        Args:
-            images: [N, 3, H, W], N > 0, RGB in [0, 1], any floating-point type, on any device.
-            prompts: N texts.
+        """Score each image against its own prompt; see `ClipScorer.cosine` for arguments, NaN and what is raised.
 
         Returns:
             [N] float32 in [-1, 1], on the reward's device. HPS v2.1 gives photographs some 0.2 to 0.35.
-
-        Raises:
-            ValueError: the numbers of images and prompts differ, or the images are no [N, 3, H, W] of floats.
         """
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        image_features = functional.normalize(self.image_features(images), dim=-1)
-        text_features = functional.normalize(self.text_features(prompts), dim=-1)
-        return (image_features * text_features).sum(dim=-1)
-
-    @torch.no_grad()
-    def image_features(self, images: Tensor) -> Tensor:
-        """Embed images [N, 3, H, W] in [0, 1]: [N, D] float32, projected but not normalised, on the reward's device."""
-        if not images.is_floating_point():
-            raise ValueError(f"images must be floating-point numbers in [0, 1], not {images.dtype}")
-        size = self.model.config.vision_config.image_size
-        features = []
-        for chunk in images.split(self.batch_size):
-            pixels = clip.preprocess(chunk.to(self.device, non_blocking=True), size)
-            with self._autocast():
-                features.append(clip.image_features(self.model, pixels).float())
-        return torch.cat(features)
-
-    @torch.no_grad()
-    def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Embed texts: [N, D] float32, projected but not normalised, on the reward's device."""
-        unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_features]
-        length = self.model.config.text_config.max_position_embeddings
-        for start in range(0, len(unseen), self.batch_size):
-            chunk = unseen[start : start + self.batch_size]
-            tokens = clip.tokenize(self.tokenizer, chunk, length).to(self.device)
-            with self._autocast():
-                features = clip.text_features(self.model, tokens).float()
-            self._text_features |= dict(zip(chunk, features, strict=True))
-        return torch.stack([self._text_features[prompt] for prompt in prompts])
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+        return self.cosine(images, prompts)
 
 
 def _load_model(files: RewardFiles) -> CLIPModel:
@@ -184,13 +134,6 @@ def _check_version(weights: Path) -> None:
             f"{weights} is not what its name says: it is {found}. Move it away and fetch the right one: "
             f"python download_hpsv2_weights.py --version {_PUBLISHED[weights.name]}"
         )
-
-
-def _hold_products_in(model: CLIPModel, dtype: torch.dtype) -> None:
-    """Keep the weights of matrix products in autocast's type, to which it would otherwise cast them in each call."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(dtype)
 
 
 def _read_description(path: Path) -> tuple[dict[str, Any], Path]:

@@ -1,0 +1,90 @@
+"""The LAION aesthetic predictor v2: a stack of linear layers, without activations, on CLIP ViT-L/14's image features.
+
+Published by C. Schuhmann as `sac+logos+ava1-l14-linearMSE.pth` (github.com/christophschuhmann/improved-aesthetic-
+predictor), the layers under the names `layers.0`, `.2`, `.4`, `.6`, `.7`; what lies between them is dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from errors import InputError
+from models import clip
+from models.checkpoints import read_state_dict
+from models.loading import load_tokenizer
+from training.ppo.rewards.clip_scorer import ClipScorer
+
+LAYERS = (0, 2, 4, 6, 7)
+WIDTHS = (1024, 128, 64, 16, 1)
+
+
+class AestheticScore(ClipScorer):
+    """How much people are expected to like an image, about 1 to 10, whatever its prompt."""
+
+    def __init__(
+        self,
+        head: Path,
+        clip_folder: Path,
+        *,
+        tokenizer_folder: Path,
+        device: torch.device | str = "cpu",
+        batch_size: int = 16,
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Load the predictor and the CLIP model (config.json and model.safetensors); the rest as `ClipScorer`.
+
+        Raises:
+            InputError: a file is missing or malformed, they do not fit each other, or there is too little memory.
+        """
+        model = clip.load_transformers_checkpoint(clip_folder)
+        super().__init__(
+            "aesthetic",
+            model,
+            load_tokenizer(tokenizer_folder),
+            device=device,
+            batch_size=batch_size,
+            amp_dtype=amp_dtype,
+        )
+        weight, bias = read_head(head, model.config.projection_dim)
+        self.weight, self.bias = weight.to(self.device), bias.to(self.device)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [N, 3, H, W] in [0, 1]: [N] float32; the N prompts are not looked at. NaN stays NaN."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        features = functional.normalize(self.image_features(images), dim=-1)
+        return features @ self.weight + self.bias
+
+
+def read_head(path: Path, features: int) -> tuple[Tensor, Tensor]:
+    """The predictor as the one linear map that its layers amount to: weight [features], bias [], float32.
+
+    Raises:
+        InputError: the file is missing or unreadable, or does not hold these layers, of these widths.
+    """
+    if not path.is_file():
+        raise InputError(f"The aesthetic predictor {path} is missing: python -m models.assets fetch aesthetic")
+    state = read_state_dict(path)
+    widths = (features, *WIDTHS)
+    expected = {}
+    for index, layer in enumerate(LAYERS):
+        expected[f"layers.{layer}.weight"] = (widths[index + 1], widths[index])
+        expected[f"layers.{layer}.bias"] = (widths[index + 1],)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != expected:
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise InputError(
+            f"{path} is no LAION aesthetic predictor v2 for {features} image features: {', '.join(wrong)} are missing, "
+            "left over or of another shape."
+        )
+    # Composed in float64, as a product of matrices loses digits that the layers one after another do not.
+    weight, bias = torch.eye(features, dtype=torch.float64), torch.zeros(features, dtype=torch.float64)
+    for layer in LAYERS:
+        matrix = state[f"layers.{layer}.weight"].double()
+        weight, bias = matrix @ weight, matrix @ bias + state[f"layers.{layer}.bias"].double()
+    return weight[0].float(), bias[0].float()

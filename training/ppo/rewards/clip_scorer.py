@@ -1,0 +1,117 @@
+"""What every reward that stands on a CLIP model shares: features of images and texts, in batches, texts once each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPModel, CLIPTokenizer
+
+from errors import InputError
+from models import clip
+from models.devices import check_memory
+
+
+class ClipScorer:
+    """A frozen CLIP model that is never asked for gradients."""
+
+    def __init__(
+        self,
+        name: str,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        *,
+        device: torch.device | str = "cpu",
+        batch_size: int = 16,
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Take over a model (float32, on the CPU).
+
+        Args:
+            name: of the reward, for people and logs.
+            model: changed in place.
+            tokenizer: of the model's texts.
+            device: where the model is to run.
+            batch_size: images, or texts, in one forward pass.
+            amp_dtype: float16 or bfloat16 for mixed precision (torch's autocast); None for float32.
+
+        Raises:
+            InputError: the tokenizer is not the model's, or the device has too little memory.
+        """
+        self.name = name
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.amp_dtype = amp_dtype
+        self.tokenizer = tokenizer
+        self.model = model.requires_grad_(False).eval()
+        # CLIP pools a text at its end-of-text token, the last of the vocabulary.
+        end, expected_end = tokenizer.eos_token_id, model.config.text_config.vocab_size - 1
+        if end != expected_end:
+            raise InputError(
+                f"The tokenizer in {tokenizer.name_or_path} does not belong to {name}: its end-of-text token is "
+                f"number {end}, the model's vocabulary ends with number {expected_end}."
+            )
+        if amp_dtype is not None:
+            _hold_products_in(self.model, amp_dtype)
+        if self.device.type != "cpu":
+            size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+            check_memory(f"Reward {name}", size, self.device)
+        self.model.to(self.device)
+        self._text_features: dict[str, Tensor] = {}
+
+    def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine similarity of each image's features with those of its own prompt, [N] float32 in [-1, 1].
+
+        A non-finite pixel, or a half-precision overflow, gives that image NaN. It is returned as it is: only the caller
+        knows which samples must go with it.
+
+        Args:
+            images: [N, 3, H, W], N > 0, RGB in [0, 1], any floating-point type, on any device.
+            prompts: N texts.
+
+        Raises:
+            ValueError: the numbers of images and prompts differ, or the images are no [N, 3, H, W] of floats.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        image_features = functional.normalize(self.image_features(images), dim=-1)
+        text_features = functional.normalize(self.text_features(prompts), dim=-1)
+        return (image_features * text_features).sum(dim=-1)
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Embed images [N, 3, H, W] in [0, 1]: [N, D] float32, projected but not normalised, on the reward's device."""
+        if not images.is_floating_point():
+            raise ValueError(f"images must be floating-point numbers in [0, 1], not {images.dtype}")
+        size = self.model.config.vision_config.image_size
+        features = []
+        for chunk in images.split(self.batch_size):
+            pixels = clip.preprocess(chunk.to(self.device, non_blocking=True), size)
+            with self._autocast():
+                features.append(clip.image_features(self.model, pixels).float())
+        return torch.cat(features)
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Embed texts: [N, D] float32, projected but not normalised, on the reward's device."""
+        unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_features]
+        length = self.model.config.text_config.max_position_embeddings
+        for start in range(0, len(unseen), self.batch_size):
+            chunk = unseen[start : start + self.batch_size]
+            tokens = clip.tokenize(self.tokenizer, chunk, length).to(self.device)
+            with self._autocast():
+                features = clip.text_features(self.model, tokens).float()
+            self._text_features |= dict(zip(chunk, features, strict=True))
+        return torch.stack([self._text_features[prompt] for prompt in prompts])
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+def _hold_products_in(model: CLIPModel, dtype: torch.dtype) -> None:
+    """Keep the weights of matrix products in autocast's type, to which it would otherwise cast them in each call."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
