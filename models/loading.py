@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     infer_diffusers_model_type,
 )
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -35,7 +35,7 @@ SHOWN_KEYS = 5
 FOREIGN_UNET_PARTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
 
 Diffuser = TypeVar("Diffuser", UNet2DConditionModel, AutoencoderKL)
-Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+Model = TypeVar("Model", UNet2DConditionModel, UNet2DModel, AutoencoderKL, CLIPTextModel)
 
 
 def load_folder(folder: Path) -> Components:
@@ -44,12 +44,12 @@ def load_folder(folder: Path) -> Components:
     Raises `InputError` where the folder is no such pipeline, is of another family, or lacks files or weights.
     """
     _check_pipeline_folder(folder)
-    with _quiet_and_repeatable():
+    with quiet_and_repeatable():
         return _fitting(
             folder,
-            _load_module(UNet2DConditionModel, folder / "unet"),
-            _load_module(AutoencoderKL, folder / "vae"),
-            _load_module(CLIPTextModel, folder / "text_encoder"),
+            load_module(UNet2DConditionModel, folder / "unet"),
+            load_module(AutoencoderKL, folder / "vae"),
+            load_module(CLIPTextModel, folder / "text_encoder"),
             load_tokenizer(folder / "tokenizer"),
             folder / "scheduler" / "scheduler_config.json",
         )
@@ -71,7 +71,7 @@ def assemble_compvis(state: dict[str, Tensor], path: Path, configs: Path) -> Com
     `configs` is a diffusers folder with the component configurations and the tokenizer, without weights. Raises
     `InputError` where the file does not hold exactly the weights that the configurations ask for.
     """
-    with _quiet_and_repeatable():
+    with quiet_and_repeatable():
         return _fitting(
             path,
             _converted(UNet2DConditionModel, convert_ldm_unet_checkpoint, state, configs / "unet/config.json", path),
@@ -131,7 +131,8 @@ def _what_is_in(folder: Path) -> str:
     return f"the folder holds {', '.join(found[:SHOWN_KEYS]) or 'nothing'}"
 
 
-def _load_module(kind: type[Model], folder: Path) -> Model:
+def load_module(kind: type[Model], folder: Path) -> Model:
+    """The component in a folder, with exactly its own weights; `InputError` lists what is missing or too much."""
     try:
         module, report = kind.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
@@ -185,7 +186,7 @@ def _converted(
     except (KeyError, IndexError, AttributeError, RuntimeError) as error:
         # the first three: the converter finds other layers than it expects; the last: shapes that do not fit
         raise InputError(f"{path}: the weights do not fit a {kind.__name__} of {config_file}: {error}") from error
-    _check_keys(kind, path, report.missing_keys, report.unexpected_keys)
+    check_keys(kind, path, report.missing_keys, report.unexpected_keys)
     return module
 
 
@@ -238,16 +239,17 @@ def _fitting(
 def _check_report(kind: type, source: Path, report: Mapping[str, Collection[Any]]) -> None:
     """Check what `from_pretrained` says of the weights; left alone, it fills what is missing with random numbers."""
     misshapen = [name for name, *_ in report["mismatched_keys"]]
-    _check_keys(kind, source, report["missing_keys"], report["unexpected_keys"], misshapen)
+    check_keys(kind, source, report["missing_keys"], report["unexpected_keys"], misshapen)
 
 
-def _check_keys(
+def check_keys(
     kind: type,
     source: Path,
     missing: Collection[str],
     unexpected: Collection[str],
     misshapen: Collection[str] = (),
 ) -> None:
+    """Raise `InputError`, with names, where the weights of `source` are not exactly those of a module of `kind`."""
     faults = [
         f"{len(keys)} {word} ({', '.join(sorted(keys)[:SHOWN_KEYS])}{', ...' if len(keys) > SHOWN_KEYS else ''})"
         for keys, word in ((missing, "missing"), (unexpected, "not belonging to it"), (misshapen, "of another shape"))
@@ -258,7 +260,7 @@ def _check_keys(
 
 
 @contextmanager
-def _quiet_and_repeatable() -> Iterator[None]:
+def quiet_and_repeatable() -> Iterator[None]:
     """The libraries without their progress bars and reports, and torch's global random state left as it was."""
     loggings = [diffusers.utils.logging, transformers.utils.logging]
     before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggings]

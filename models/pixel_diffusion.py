@@ -1,0 +1,166 @@
+"""Unconditional pixel-space DDPMs (arXiv 2006.11239): a diffusers UNet2DModel with its noise schedule.
+
+Read from a diffusers pipeline folder, from a folder in the flat layout of the first public DDPMs, from a hub id whose
+files are in the local cache, or from a bare state dict (`ddpm.pth`) beside the architecture it belongs to.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from errors import InputError
+from models.checkpoints import read_state_dict
+from models.loading import check_keys, load_module, quiet_and_repeatable, read_json
+from models.noise_levels import NoiseLevels
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+UNUSABLE_CONFIG = (TypeError, ValueError, KeyError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class PixelDiffusion:
+    """A DDPM.
+
+    Attributes:
+        network: (x [N, 3, H, W], timestep) -> what `prediction_type` says, in `.sample`; float32.
+        alphas_cumprod: [T] float64, the squared signal level of each training step (DDPM, equation 4).
+        prediction_type: epsilon, sample or v_prediction.
+        clip_range: estimates of the clean image are clamped to +- this; None: they are not.
+        scheduler_config: as in scheduler_config.json.
+    """
+
+    network: UNet2DModel
+    alphas_cumprod: Tensor
+    prediction_type: str
+    clip_range: float | None
+    scheduler_config: Mapping[str, Any]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        size = self.network.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def load_pixel_diffusion(spec: str, architecture: str | None = None) -> PixelDiffusion:
+    """Load a DDPM onto the CPU, in float32, ready to sample (dropout off).
+
+    Args:
+        spec: a diffusers folder, a hub id in the local cache, or a file (.pth, .pt, .ckpt, .safetensors) with the
+            state dict of a UNet2DModel.
+        architecture: for such a file, the folder or hub id whose network and noise schedule it belongs to (its own
+            weights are not used); None: the folder that the file lies in.
+
+    Raises:
+        InputError: it is not there, is of another kind, or its weights are not those of the architecture (the
+            differences are listed).
+    """
+    path = Path(spec)
+    if not path.is_file():
+        folder = _folder(spec)
+        with quiet_and_repeatable():
+            return _checked(load_module(UNet2DModel, _network_folder(folder)), _scheduler_file(folder), spec)
+    folder = _folder(architecture) if architecture else path.parent
+    config_file = _network_folder(folder) / "config.json"
+    if not config_file.is_file():
+        raise InputError(
+            f"{path} holds weights alone, and {config_file} is not there: set path.architecture to the folder or hub "
+            "id of the DDPM whose architecture it has, for example google/ddpm-celebahq-256"
+        )
+    with quiet_and_repeatable():
+        return _checked(_with_weights(config_file, path), _scheduler_file(folder), spec)
+
+
+def save_pixel_diffusion(network: UNet2DModel, scheduler_config: Mapping[str, Any], folder: Path) -> None:
+    """Write a DDPM as a diffusers pipeline folder: it appears whole, or what was there before stays.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with quiet_and_repeatable():
+            DDPMPipeline(network, DDPMScheduler.from_config(dict(scheduler_config))).save_pretrained(temporary)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def _folder(spec: str) -> Path:
+    path = Path(spec)
+    if path.is_dir():
+        return path
+    if path.exists() or not HUB_ID.fullmatch(spec):
+        raise InputError(f"{spec}: there is no such DDPM; give a diffusers folder, a state dict (.pth) or a hub id")
+    try:
+        return Path(snapshot_download(spec, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise InputError(
+            f"{spec}: there is no such folder, and no hub model of that id in the local cache; nothing is downloaded "
+            f"on the way. Fetch it first:  hf download {spec}"
+        ) from None
+
+
+def _network_folder(folder: Path) -> Path:
+    inner = folder / "unet"
+    return inner if inner.is_dir() else folder
+
+
+def _scheduler_file(folder: Path) -> Path:
+    inner = folder / "scheduler" / "scheduler_config.json"
+    return inner if inner.is_file() else folder / "scheduler_config.json"
+
+
+def _with_weights(config_file: Path, path: Path) -> UNet2DModel:
+    try:
+        network = UNet2DModel.from_config(read_json(config_file))
+    except UNUSABLE_CONFIG as error:
+        raise InputError(f"{config_file}: this is no UNet2DModel: {error}") from error
+    given, own = read_state_dict(path), network.state_dict()
+    misshapen = [name for name in given.keys() & own.keys() if given[name].shape != own[name].shape]
+    check_keys(UNet2DModel, path, own.keys() - given.keys(), given.keys() - own.keys(), misshapen)
+    network.load_state_dict(given)
+    return network
+
+
+def _checked(network: UNet2DModel, scheduler: Path, spec: str) -> PixelDiffusion:
+    config = network.config
+    if config.in_channels != 3 or config.out_channels != 3:
+        raise InputError(
+            f"{spec}: the network takes {config.in_channels} channels and gives {config.out_channels}; a DDPM of RGB "
+            "images with 3 and 3 is needed"
+        )
+    if config.num_class_embeds is not None or config.class_embed_type is not None:
+        raise InputError(f"{spec}: the network is conditioned on classes; an unconditional DDPM is needed")
+    if config.sample_size is None:
+        raise InputError(f"{spec}: the network's configuration does not say its sample_size")
+    described = read_json(scheduler)
+    prediction_type = described.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise InputError(f"{scheduler}: prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+    NoiseLevels.from_scheduler_config(described, str(scheduler))  # refuses what is no usable beta schedule
+    betas = DDPMScheduler.from_config(described).betas.double()
+    clip_range = float(described.get("clip_sample_range", 1.0)) if described.get("clip_sample", True) else None
+    return PixelDiffusion(network.float().eval(), (1 - betas).cumprod(0), prediction_type, clip_range, {**described})
+
+
+def to_images(x: Tensor) -> Tensor:
+    """Samples in [-1, 1] to images in [0, 1], clamped."""
+    return (x / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,215 @@
+"""The three commands, one after the other with one configuration, on a tiny DDPM; and what they say to bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import scripts.eval
+import scripts.finetune
+import scripts.train_reward_model
+from errors import InputError
+from models.fingerprints import fingerprint
+from models.pixel_diffusion import load_pixel_diffusion
+from models.shapes.data import render_scenes
+from tests.ddpm.tiny_ddpm import tiny_overrides, write_tiny_ddpm
+from training.configuration import to_plain
+from training.ddpm.config import SCHEMA, judge_file, reward_file
+from training.ddpm.reward_model import load_classifier
+from training.run_folder import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMOKE = str(REPOSITORY / "configs" / "smoke.yaml")
+COMMANDS = {
+    "train_reward_model": scripts.train_reward_model.main,
+    "finetune": scripts.finetune.main,
+    "eval": scripts.eval.main,
+}
+
+
+def call(command, *arguments):
+    return CliRunner().invoke(COMMANDS[command], [str(argument) for argument in arguments])
+
+
+def succeeds(command, *arguments):
+    result = call(command, *arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fails(command, *arguments):
+    result = call(command, *arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def smoke(folder, *more):
+    return ("--cfg", SMOKE, "--override", *tiny_overrides(folder), *more)
+
+
+def run_of(folder, command):
+    (run,) = (folder / "runs").glob(f"*-{command}")
+    return run
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder in which the first two commands have come to their ends, and what they and the third said."""
+    folder = tmp_path_factory.mktemp("done")
+    write_tiny_ddpm(folder / "start")
+    before = fingerprint([folder / "start"])
+    said = [succeeds(command, *smoke(folder)) for command in COMMANDS]
+    return folder, before, said
+
+
+def test_each_command_reads_what_the_one_before_wrote(done):
+    folder, before, said = done
+    assert str(folder / "reward.pt") in said[0]
+    assert str(folder / "tuned") in said[1]
+    assert f"{folder / 'start'} -> {folder / 'tuned'}" in said[2]
+    assert fingerprint([folder / "start"]) == before  # never overwritten
+    start, tuned = (load_pixel_diffusion(str(folder / name)).network.state_dict() for name in ("start", "tuned"))
+    assert start.keys() == tuned.keys()
+    distance = sum((tuned[name] - start[name]).square().sum() for name in start).sqrt()
+    whole = sum(value.square().sum() for value in start.values()).sqrt()
+    assert 0 < distance < 0.1 * whole  # it began at path.ddpm and went a small way
+    reward, judge = (
+        load_classifier(folder / name, "", torch.device("cpu")) for name in ("reward.pt", "reward-judge.pt")
+    )
+    assert judge.width > reward.width
+
+
+def test_the_numbers_are_written_for_people_and_for_programs(done):
+    folder, _, said = done
+    (row,) = read_metrics(run_of(folder, "eval") / "logs" / "metrics.jsonl")
+    assert f"difference {row['heldout/judge_difference']:+.4f}" in said[2]
+    with Image.open(run_of(folder, "eval") / "samples" / "before_after.png") as picture:
+        assert picture.width > picture.height
+    rows = read_metrics(run_of(folder, "finetune") / "logs" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[0]["heldout/reward_difference"] == 0
+    assert rows[1]["first_pass_ratio_error"] <= 1e-6
+    for command in ("train_reward_model", "finetune"):
+        assert list((run_of(folder, command) / "logs").glob("events.out.tfevents.*"))
+
+
+def test_outputs_are_replaced_only_when_asked(done):
+    folder, _, _ = done
+    for command, output in (("train_reward_model", "reward.pt"), ("finetune", "tuned")):
+        assert f"{folder / output}: exists already; --overwrite" in fails(command, *smoke(folder))
+
+
+def test_a_resumed_fine_tuning_ends_where_one_without_a_stop_does(done, tmp_path):
+    folder, _, _ = done
+    ways = {"whole": 2, "parts": 1}
+    short = ("finetune.save_interval=1", "finetune.eval_interval=0", f"path.runs={tmp_path / 'runs'}")
+    for name, epochs in ways.items():
+        succeeds(
+            "finetune", *smoke(folder, *short, f"finetune.save={tmp_path / name}", f"finetune.num_epochs={epochs}")
+        )
+    (stopped,) = (
+        run for run in (tmp_path / "runs").iterdir() if not (run / "checkpoints" / "policy-step000002.pt").exists()
+    )
+    assert "complete, 1 of 1" in fails("finetune", "--resume", stopped, "--overwrite")
+    assert "exists already" in fails("finetune", "--resume", stopped, "--override", "finetune.num_epochs=2")
+    assert "scripts.finetune" in fails("train_reward_model", "--resume", stopped)
+    succeeds("finetune", "--resume", stopped, "--overwrite", "--override", "finetune.num_epochs=2")
+    whole, parts = (load_pixel_diffusion(str(tmp_path / name)).network.state_dict() for name in ways)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert [row["step"] for row in read_metrics(stopped / "logs" / "metrics.jsonl")] == [1, 2]
+
+
+def test_own_folders_of_images_are_used_as_they_are(done, tmp_path):
+    folder, _, _ = done
+    scenes = render_scenes("train", 40, 0, progress=False).images
+    for kind in ("real", "fake"):
+        (tmp_path / kind).mkdir()
+    for index, pixels in enumerate(scenes):
+        image = Image.fromarray(pixels)
+        image.save(tmp_path / "real" / f"{index}.jpg")
+        image.convert("L").resize((10, 7)).save(tmp_path / "fake" / f"{index}.png")
+    (tmp_path / "fake" / "broken.png").write_bytes(b"\x89PNG")
+    own = (f"path.real_img={tmp_path / 'real'}", f"path.fake_img={tmp_path / 'fake'}")
+    said = succeeds(
+        "train_reward_model",
+        *smoke(folder, *own, f"train_reward.save={tmp_path / 'own.pt'}", "train_reward.num_img=41"),
+    )
+    assert "path.real_img: 40 images of the 40" in said
+    assert "path.fake_img: 40 images of the 41" in said
+    assert "1 files cannot be read and are skipped" in said
+    assert said.count("resized to 8x8") == 2
+    assert "40 images of mode L are converted to RGB" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "message"),
+    [
+        ("finetune", "finetune.eta=0", "DDIM is then deterministic"),
+        ("finetune", "finetune.ddim_steps=101", "the DDPM has 100 training steps; use 2 to 100"),
+        ("finetune", "device=gpu", "Unknown device 'gpu'. Known: auto, cpu, cuda"),
+        ("finetune", "finetune.microbatch=3", "does not divide the 4 images"),
+        ("finetune", "finetune.epochs=3", "unknown key finetune.epochs; did you mean finetune.num_epochs?"),
+        ("finetune", "path.rm=nowhere.pt", "path.rm=nowhere.pt: there is no such reward model"),
+        ("finetune", "path.ddpm=no-one/nothing", "hf download no-one/nothing"),
+        ("finetune", "finetune.reward=preference", "needs path.preference"),
+        ("train_reward_model", "path.real_img=nowhere", "path.real_img=nowhere: there is no such folder"),
+        ("train_reward_model", "path.rm=elsewhere.pt", "is not the path.rm=elsewhere.pt that finetune reads"),
+        ("eval", "finetune.save=nowhere", "there is no fine-tuned DDPM"),
+    ],
+)
+def test_bad_input_is_explained(done, tmp_path, command, change, message):
+    folder, _, _ = done
+    fresh = (
+        f"finetune.save={tmp_path / 'new'}",
+        f"train_reward.save={tmp_path / 'new.pt'}",
+        f"path.rm={folder / 'reward.pt'}",
+    )
+    paths = fresh if command == "finetune" else fresh[:2]
+    assert message in " ".join(fails(command, *smoke(folder, *paths, change)).split())
+
+
+def test_a_run_never_saves_over_the_ddpm_it_starts_from(done):
+    folder, _, _ = done
+    for save in (folder / "start", folder / "start" / "unet", folder):
+        assert "never overwritten" in fails("finetune", *smoke(folder, f"finetune.save={save}"), "--overwrite")
+
+
+def test_the_preference_reward_of_the_main_job_is_asked_for_its_checkpoint(done, tmp_path):
+    folder, _, _ = done
+    asked = ("finetune.reward=preference", f"path.preference={tmp_path / 'none.pt'}", "finetune.prompt='a red star'")
+    output = fails("finetune", *smoke(folder, *asked, f"finetune.save={tmp_path / 'new'}"))
+    assert "There are no reward weights" in output
+
+
+def test_a_command_without_a_configuration_says_so():
+    assert "--cfg is missing" in fails("eval")
+
+
+@pytest.mark.parametrize("name", ["default", "smoke", "shapes"])
+def test_the_shipped_configurations_have_no_faults(name):
+    config = SCHEMA.load(REPOSITORY / "configs" / f"{name}.yaml").config
+    assert reward_file(config) == Path(config.train_reward.save)
+    assert judge_file(config) == reward_file(config).with_name(f"{reward_file(config).stem}-judge.pt")
+
+
+def test_all_faults_of_a_configuration_are_told_at_once(tmp_path):
+    (tmp_path / "bad.yaml").write_text("sed: 1\nfinetune: {lr: -1, eta: 0, ddim_steps: many}\nseed: 3\n")
+    with pytest.raises(InputError) as caught:
+        SCHEMA.load(tmp_path / "bad.yaml")
+    message = str(caught.value)
+    assert "4 faults" in message
+    for part in ("unknown section sed; did you mean seed?", "finetune.lr=-1", "eta=0", "ddim_steps='many'"):
+        assert part in message
+
+
+def test_top_level_keys_and_overrides_are_read():
+    config = SCHEMA.load(SMOKE, ["seed=5", "finetune.lr=3e-5"]).config
+    assert (config.seed, config.finetune.lr) == (5, 3e-5)
+    again = SCHEMA.build(json.loads(json.dumps(to_plain(config))), "again").config
+    assert again == config

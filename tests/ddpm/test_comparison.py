@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import torch
+
+from tests.ddpm.tiny_ddpm import SHAPE, tiny_model, tiny_policy
+from training.ddpm.comparison import COMPARISON_METRICS, Comparison, Judged, comparison_lines
+from training.ddpm.reward_model import new_classifier
+from training.statistics import frechet_distance
+
+CPU = torch.device("cpu")
+
+
+def brightness(images):
+    return images.mean((1, 2, 3))
+
+
+def comparison(tmp_path):
+    model = tiny_model(tmp_path / "ddpm")
+    real = torch.rand(20, *SHAPE, generator=torch.Generator().manual_seed(0))
+    judge = new_classifier((8, 8), 8, seed=0).eval()
+    policy = tiny_policy(model)
+    seeds = list(range(16))
+    return Comparison(brightness, judge, real, seeds=seeds, shape=SHAPE, batch_size=8, device=CPU, start=policy), policy
+
+
+def test_a_ddpm_is_no_better_and_no_worse_than_itself(tmp_path):
+    judge, policy = comparison(tmp_path)
+    metrics = judge.against_start(judge.judged(policy))
+    for name in ("reward", "judge", "frechet"):
+        assert metrics[f"heldout/{name}"] == metrics[f"heldout/{name}_start"]
+        assert metrics[f"heldout/{name}_difference"] == 0
+        assert metrics[f"heldout/{name}_difference_low"] == metrics[f"heldout/{name}_difference_high"] == 0
+    assert not metrics["heldout/suspected_reward_hacking"]
+    bases = {
+        name.replace(end, "").replace("reward", "<each>")
+        for name in metrics
+        for end in ("_low", "_high")
+        if name.startswith("heldout/reward_")
+    }
+    assert "heldout/<each>_start" in bases
+    assert {"heldout/reward", "heldout/judge", "heldout/frechet"} <= set(COMPARISON_METRICS)
+
+
+def test_numbers_are_those_of_the_images(tmp_path):
+    judge, _ = comparison(tmp_path)
+    start = judge.start
+    assert torch.allclose(start.reward, brightness(start.images))
+    features = judge._judge.features(start.images)
+    assert torch.allclose(start.features, features, atol=1e-5)
+    shifted = Judged(start.images, start.reward + 0.5, start.judge - 1.0, start.features + 3.0)
+    metrics = judge.against_start(shifted)
+    assert abs(metrics["heldout/reward_difference"] - 0.5) < 1e-6
+    assert metrics["heldout/reward_difference_low"] > 0.499
+    assert abs(metrics["heldout/judge_difference_high"] + 1.0) < 1e-5
+    expected = frechet_distance(shifted.features, judge._real[:16])
+    assert abs(metrics["heldout/frechet"] - expected) < 1e-6
+
+
+def test_a_reward_that_rises_while_the_judge_falls_is_called_hacking(tmp_path):
+    judge, _ = comparison(tmp_path)
+    start = judge.start
+    hacked = judge.against_start(Judged(start.images, start.reward + 1, start.judge - 1, start.features))
+    assert hacked["heldout/suspected_reward_hacking"]
+    assert "REWARD HACKING" in comparison_lines(hacked)[-1]
+    honest = judge.against_start(Judged(start.images, start.reward + 1, start.judge + 1, start.features))
+    assert not honest["heldout/suspected_reward_hacking"]
+    assert len(comparison_lines(honest)) == 3

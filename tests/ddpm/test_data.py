@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from errors import InputError
+from training.ddpm.data import read_folder, render_images, shares, to_unit, under_noise
+
+KEY, SIZE = "path.real_img", (8, 8)
+
+
+def write_images(folder: Path, number: int = 20, size: tuple[int, int] = SIZE, colour=(10, 20, 30)) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(number):
+        Image.new("RGB", (size[1], size[0]), colour).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def read(folder, limit=1000, size=SIZE, seed=0):
+    return read_folder(folder, KEY, size, limit, threads=2, seed=seed)
+
+
+def test_images_of_the_right_kind_come_as_they_are(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{index:02d}.png")
+    found = read(tmp_path)
+    assert np.array_equal(found.images.movedim(1, -1).numpy(), pixels)
+    assert found.notes == (f"{KEY}: 20 images of the 20 in {tmp_path}",)
+
+
+def test_other_formats_sizes_and_modes_are_converted_and_said_once(tmp_path):
+    write_images(tmp_path / "deep" / "down", 17)
+    Image.new("RGB", (32, 16), (200, 0, 0)).save(tmp_path / "wide.jpg")
+    Image.new("L", (8, 8), 128).save(tmp_path / "gray.webp", lossless=True)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.PNG")
+    (tmp_path / "notes.txt").write_text("no image")
+    found = read(tmp_path)
+    assert found.images.shape == (20, 3, 8, 8)
+    assert found.notes[1:] == (
+        f"{KEY}: 1 images of 1 other sizes (most often 16x32) are cut about the centre and resized to 8x8",
+        f"{KEY}: 2 images of mode L, RGBA are converted to RGB"
+        if Image.open(tmp_path / "gray.webp").mode == "L"
+        else f"{KEY}: 1 images of mode RGBA are converted to RGB",
+    )
+    clear = found.images[0]  # sorted by path: clear.PNG comes first
+    assert (clear == 255).all()
+
+
+def test_the_centre_is_what_is_kept(tmp_path):
+    write_images(tmp_path, 20)
+    image = np.zeros((8, 24, 3), dtype=np.uint8)
+    image[:, 8:16] = 255
+    Image.fromarray(image).save(tmp_path / "000.png")
+    assert read(tmp_path).images[0].float().mean() > 250
+
+
+def test_broken_files_are_skipped_and_named(tmp_path):
+    write_images(tmp_path, 22)
+    (tmp_path / "000.png").write_bytes((tmp_path / "001.png").read_bytes()[:40])
+    (tmp_path / "zzz.jpg").write_text("this is no image")
+    found = read(tmp_path)
+    assert len(found.images) == 21
+    (line,) = [note for note in found.notes if "cannot be read" in note]
+    assert "2 files cannot be read and are skipped" in line
+    assert "000.png" in line
+    assert "zzz.jpg" in line
+
+
+def test_folders_that_cannot_be_used_are_explained(tmp_path):
+    with pytest.raises(InputError, match="there is no such folder"):
+        read(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no image"):
+        read(tmp_path / "empty")
+    write_images(tmp_path / "few", 19)
+    with pytest.raises(InputError, match="19 images can be read, at least 20"):
+        read(tmp_path / "few")
+
+
+def test_of_many_images_the_seed_draws_some(tmp_path):
+    for index in range(40):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index:02d}.png")
+
+    def drawn(seed):
+        return read(tmp_path, limit=20, seed=seed).images[:, 0, 0, 0].tolist()
+
+    assert drawn(0) == drawn(0) == sorted(set(drawn(0)))
+    assert len(drawn(0)) == 20
+    assert drawn(0) != drawn(1)
+
+
+@given(number=st.integers(20, 200), share=st.floats(0.01, 0.5), seed=st.integers(0, 2**31))
+def test_shares_have_no_image_in_common_and_leave_none_out(number, share, seed):
+    images = torch.arange(number).view(-1, 1, 1, 1)
+    parts = shares(images, share, seed)
+    rows = torch.cat([parts.reward, parts.judge, parts.heldout]).flatten()
+    assert sorted(rows.tolist()) == list(range(number))
+    assert abs(len(parts.reward) - len(parts.judge)) <= 1
+    assert len(parts.heldout) == max(2, round(share * number))
+
+
+def test_noise_is_really_there_and_stays_in_range():
+    images = torch.full((200, 3, 8, 8), 0.5)
+    noisy = under_noise(images, torch.Generator().manual_seed(0))
+    assert noisy.min() >= 0
+    assert noisy.max() <= 1
+    deviations = noisy.std((1, 2, 3))
+    assert deviations.min() > 0.08  # a fifth of a deviation of 0.5, less what clamping takes
+    assert deviations.max() > 0.3
+
+
+def test_rendered_scenes_fit_the_ddpm_and_depend_on_the_seed():
+    found = render_images(4, (32, 32), 0)
+    assert found.images.shape == (4, 3, 32, 32)
+    assert torch.equal(found.images, render_images(4, (32, 32), 0).images)
+    assert not torch.equal(found.images, render_images(4, (32, 32), 1).images)
+    assert to_unit(found.images).max() <= 1

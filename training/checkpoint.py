@@ -1,0 +1,134 @@
+"""Checkpoints of every job: tensors and plain values only, written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import InputError
+from training.snapshot import write_atomically
+
+NAME = re.compile(r"policy-step(\d{6,})\.pt")
+BEST_NAME = "policy-best.pt"
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """The layout of one job's checkpoints.
+
+    Attributes:
+        job: its name, for messages.
+        number: of the layout; a file with another one is refused.
+        keys: what a checkpoint holds besides `format`; all of them, and nothing else.
+    """
+
+    job: str
+    number: int
+    keys: frozenset[str]
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        """Write a checkpoint: to a temporary file, flushed to disk, renamed.
+
+        Args:
+            path: from `step_path` or `best_path`.
+            state: every one of `keys`; tensors, plain values, and lists and dicts of them.
+
+        Raises:
+            InputError: it cannot be written (a full disk); what was there before is untouched.
+            ValueError: `state` has other keys, or holds what `weights_only` loading would refuse.
+        """
+        if state.keys() != self.keys:
+            raise ValueError(f"a checkpoint holds {sorted(self.keys)}, not {sorted(state)}")
+        write_tensors(path, {"format": self.number, **state})
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU with `weights_only=True`.
+
+        Raises:
+            InputError: missing, corrupt, or of another format; the message offers the readable checkpoint before it.
+        """
+        try:
+            return self._load(path)
+        except InputError as error:
+            raise InputError(f"{error}\n{self._offer(path)}") from error
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        state = read_tensors(path, "checkpoint")
+        if not isinstance(state, dict) or state.get("format") != self.number or state.keys() != self.keys | {"format"}:
+            raise InputError(f"{path}: is no checkpoint of {self.job} in format {self.number}")
+        return state
+
+    def _offer(self, path: Path) -> str:
+        for candidate in reversed(list_checkpoints(path.parent)):
+            if candidate < path or not NAME.fullmatch(path.name):
+                try:
+                    self._load(candidate)
+                except InputError:
+                    continue
+                return f"The one before it can be read: go on from it with  --resume {candidate}"
+        return f"There is no readable checkpoint before it in {path.parent}."
+
+
+def write_tensors(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written; what was there before is untouched.
+        ValueError: `state` holds what `weights_only` loading would refuse.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    refused = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(buffer.getvalue()))
+    if refused:
+        raise ValueError(f"a checkpoint holds tensors and plain values only, not {refused}")
+    write_atomically(path, buffer.getvalue())
+
+
+def read_tensors(path: Path, kind: str) -> Any:
+    """What `write_tensors` wrote, on the CPU; no code of the file is run.
+
+    Raises:
+        InputError: there is no such file, or it is corrupt; `kind` says what it should be.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such {kind}") from None
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: the {kind} is corrupt and cannot be read ({reason})") from error
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"policy-step{step:06d}.pt"
+
+
+def best_path(folder: Path) -> Path:
+    """Where the checkpoint with the best held-out reward lies."""
+    return folder / BEST_NAME
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The numbered checkpoints of a folder, the largest step last."""
+    found = [(int(match[1]), path) for path in folder.glob("policy-step*.pt") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The checkpoint with the largest step.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    found = list_checkpoints(folder)
+    if not found:
+        raise InputError(f"{folder}: holds no policy-stepXXXXXX.pt: the run ended before its first checkpoint")
+    return found[-1]

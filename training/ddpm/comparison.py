@@ -1,0 +1,150 @@
+"""Is a fine-tuned DDPM better than its start? The same seeds for both, judged by what was never trained on.
+
+A training reward that rises while the judge falls, or while the images move away from the real ones, is reward hacking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.ddpm.policy import DenoisingPolicy
+from training.ddpm.reward_model import RealFakeClassifier
+from training.ddpm.rollout import ImageReward, sample_images
+from training.statistics import (
+    Interval,
+    bootstrap_indices,
+    frechet_difference_interval,
+    frechet_resamples,
+    paired_difference_interval,
+)
+
+COMPARISON_METRICS: Mapping[str, str] = {
+    "heldout/reward": "mean training reward of the fine-tuned DDPM's images",
+    "heldout/judge": "mean log-odds of being real, by the judge that is never trained against",
+    "heldout/frechet": "Frechet distance of the judge's features to those of real images; equally many of each",
+    "heldout/<each>_start": "the same of the DDPM that the run started from, with the same seeds",
+    "heldout/<each>_difference": "the difference of the two, with a 95% bootstrap interval over seeds (_low, _high)",
+    "heldout/suspected_reward_hacking": "1 where the reward's interval lies above 0 and the judge's below or the "
+    "distance's above, else 0",
+}
+"""Every metric of a comparison with its meaning."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Images of one DDPM.
+
+    Attributes:
+        images: [N, 3, H, W] in [0, 1], on the CPU, row i of seed i.
+        reward: [N], the training reward.
+        judge: [N], log-odds of being real by the judge.
+        features: [N, D] of the judge.
+    """
+
+    images: Tensor
+    reward: Tensor
+    judge: Tensor
+    features: Tensor
+
+
+class Comparison:
+    """Judges DDPMs on fixed seeds, against the one that was first."""
+
+    def __init__(
+        self,
+        reward: ImageReward,
+        judge: RealFakeClassifier,
+        real: Tensor,
+        *,
+        seeds: list[int],
+        shape: tuple[int, int, int],
+        batch_size: int,
+        device: torch.device,
+        start: DenoisingPolicy,
+    ) -> None:
+        """Judge the starting DDPM.
+
+        Args:
+            reward: the training reward.
+            judge: never trained against.
+            real: [M, 3, H, W] in [0, 1], real images that nothing was trained on.
+            seeds: one image each.
+            shape: (C, H, W) of an image.
+            batch_size: images at once.
+            device: where the models are.
+            start: the DDPM that the others are compared with.
+        """
+        self._reward, self._judge, self._seeds = reward, judge, seeds
+        self._shape, self._batch_size, self._device = shape, batch_size, device
+        self._real = self._features(real)
+        self.start = self.judged(start)
+
+    @torch.no_grad()
+    def judged(self, policy: DenoisingPolicy) -> Judged:
+        """Draw and judge the images of a DDPM."""
+        images = sample_images(policy, self._seeds, self._shape, self._device, self._batch_size)
+        parts = [part.to(self._device) for part in images.split(self._batch_size)]
+        reward = torch.cat([self._reward(part).cpu() for part in parts])
+        return Judged(images, reward, torch.cat([self._judge(part).cpu() for part in parts]), self._features(images))
+
+    def against_start(self, now: Judged) -> dict[str, float]:
+        """`COMPARISON_METRICS` of the images of a later DDPM."""
+        generator = torch.Generator().manual_seed(0)
+        indices = bootstrap_indices(len(now.reward), generator)
+        reward = paired_difference_interval(now.reward, self.start.reward, indices)
+        judge = paired_difference_interval(now.judge, self.start.judge, indices)
+        number = min(len(now.features), len(self._real))
+        rows = bootstrap_indices(number, generator)
+        after, before = (
+            frechet_resamples(features[:number], self._real[:number], rows)
+            for features in (now.features, self.start.features)
+        )
+        frechet = frechet_difference_interval(after, before)
+        hacking = reward.low > 0 and (judge.high < 0 or frechet.low > 0)
+        return {
+            **_described("reward", now.reward.mean().item(), self.start.reward.mean().item(), reward),
+            **_described("judge", now.judge.mean().item(), self.start.judge.mean().item(), judge),
+            **_described("frechet", after.estimate, before.estimate, frechet),
+            "heldout/suspected_reward_hacking": float(hacking),
+        }
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> Tensor:
+        parts = images.split(self._batch_size)
+        return torch.cat([self._judge.features(part.to(self._device)).cpu() for part in parts])
+
+
+def _described(name: str, now: float, start: float, difference: Interval) -> dict[str, float]:
+    return {
+        f"heldout/{name}": now,
+        f"heldout/{name}_start": start,
+        f"heldout/{name}_difference": difference.estimate,
+        f"heldout/{name}_difference_low": difference.low,
+        f"heldout/{name}_difference_high": difference.high,
+    }
+
+
+def comparison_lines(metrics: Mapping[str, float]) -> list[str]:
+    """For people: a line for each measure, and a warning where there is one."""
+    names = {
+        "reward": "training reward",
+        "judge": "judge, never trained against",
+        "frechet": "Frechet distance to real images (lower is better)",
+    }
+    lines = []
+    for name, words in names.items():
+        start, now, difference, low, high = (
+            metrics[f"heldout/{name}{end}"]
+            for end in ("_start", "", "_difference", "_difference_low", "_difference_high")
+        )
+        lines.append(f"{words}: {start:.4f} -> {now:.4f}, difference {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
+    if metrics["heldout/suspected_reward_hacking"]:
+        lines.append(
+            "SUSPECTED REWARD HACKING: the training reward rises while the judge or the distance says worse; "
+            "a larger finetune.kl_coef holds the DDPM closer to its start"
+        )
+    return lines

@@ -1,0 +1,148 @@
+"""Images to learn from: a person's own folders, rendered scenes, samples of a DDPM; and how they are shared out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional
+
+from errors import InputError
+from models.shapes.data import render_scenes
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
+SHOWN = 3  # file names in a message
+FEWEST = 20  # images that can be shared out and say something
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """images: uint8 [N, 3, H, W]. notes: one line for each thing that a reader should know about them."""
+
+    images: Tensor
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Images uint8 [n, 3, H, W] that have no image in common: for the reward model, the judge, and for neither."""
+
+    reward: Tensor
+    judge: Tensor
+    heldout: Tensor
+
+
+def read_folder(folder: Path, key: str, size: tuple[int, int], limit: int, *, threads: int, seed: int) -> ImageSet:
+    """Read the images of a folder and all folders in it: PNG, JPEG, WebP.
+
+    Images of another size are cut to the wanted aspect about their centre and resized; those of another mode become
+    RGB (transparency on white). Both is said once. Files that cannot be decoded are skipped and named.
+
+    Args:
+        folder: where to look.
+        key: the configuration's name for it, for messages.
+        size: (H, W) in pixels.
+        limit: most images; where there are more, these are drawn by `seed`.
+        threads: that decode.
+        seed: of the draw.
+
+    Raises:
+        InputError: there is no such folder, or fewer than `FEWEST` images in it can be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{key}={folder}: there is no such folder")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise InputError(f"{key}={folder}: holds no image ({', '.join(SUFFIXES)})")
+    order = np.random.default_rng(seed).permutation(len(files))[:limit]
+    chosen = [files[index] for index in sorted(order)]
+    with ThreadPoolExecutor(threads) as pool:
+        decoded = list(pool.map(lambda file: _decode(file, size), chosen))
+    read = [result for result in decoded if isinstance(result, _Decoded)]
+    broken = [(file, result) for file, result in zip(chosen, decoded, strict=True) if isinstance(result, str)]
+    notes = [f"{key}: {len(read)} images of the {len(files)} in {folder}"]
+    if broken:
+        named = "; ".join(f"{file} ({reason})" for file, reason in broken[:SHOWN])
+        more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+        notes.append(f"{key}: {len(broken)} files cannot be read and are skipped: {named}{more}")
+    if len(read) < FEWEST:
+        raise InputError(f"{key}={folder}: {len(read)} images can be read, at least {FEWEST} are needed\n" + notes[-1])
+    notes += _conversions(key, size, read)
+    return ImageSet(torch.from_numpy(np.stack([item.pixels for item in read])).movedim(-1, 1), tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    size: tuple[int, int]  # as it was: (height, width)
+    mode: str  # as it was
+
+
+def _decode(file: Path, size: tuple[int, int]) -> _Decoded | str:
+    """The image, or why it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            was = (image.height, image.width)
+            mode = image.mode
+            upright = ImageOps.exif_transpose(image)
+            fitted = ImageOps.fit(_to_rgb(upright), (size[1], size[0]), Image.Resampling.BICUBIC)
+            return _Decoded(np.asarray(fitted), was, mode)
+    except UNREADABLE as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    layered = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
+
+
+def _conversions(key: str, size: tuple[int, int], read: Sequence[_Decoded]) -> list[str]:
+    sizes = Counter(item.size for item in read if item.size != size)
+    modes = Counter(item.mode for item in read if item.mode != "RGB")
+    notes = []
+    if sizes:
+        (height, width), _ = sizes.most_common(1)[0]
+        notes.append(
+            f"{key}: {sizes.total()} images of {len(sizes)} other sizes (most often {height}x{width}) are cut "
+            f"about the centre and resized to {size[0]}x{size[1]}"
+        )
+    if modes:
+        notes.append(f"{key}: {modes.total()} images of mode {', '.join(sorted(modes))} are converted to RGB")
+    return notes
+
+
+def render_images(number: int, size: tuple[int, int], seed: int) -> ImageSet:
+    """Scenes of the shapes world, averaged down (or enlarged) to `size` (H, W)."""
+    scenes = torch.from_numpy(render_scenes("train", number, seed, progress=False).images).movedim(-1, 1)
+    resized = functional.interpolate(scenes.float(), size, mode="bilinear", antialias=True)
+    return ImageSet(resized.round().byte(), (f"real images: {number} rendered scenes of the shapes world",))
+
+
+def shares(images: Tensor, heldout_share: float, seed: int) -> Shares:
+    """Share images [N, 3, H, W] out by chance: `heldout_share` for nobody, the rest half and half."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    heldout = max(2, round(heldout_share * len(images)))
+    half = (len(images) - heldout) // 2
+    return Shares(*(images[rows] for rows in order.split([half, len(images) - heldout - half, heldout])))
+
+
+def under_noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images [N, 3, H, W] in [0, 1] blended with normal noise, each by a weight from 0.2 to 1 of the noise; clamped."""
+    weight = 0.2 + 0.8 * torch.rand(len(images), 1, 1, 1, generator=generator)
+    noise = 0.5 + 0.5 * torch.randn(images.shape, generator=generator)
+    return torch.lerp(images, noise, weight).clamp(0, 1)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 to float32 in [0, 1]."""
+    return images.float() / 255

@@ -1,0 +1,253 @@
+"""What the three commands do, once their configuration is read: train the reward model, fine-tune, evaluate."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+from models.devices import resolve_device
+from models.pictures import contact_sheet, to_pixels
+from models.pixel_diffusion import PixelDiffusion, load_pixel_diffusion, save_pixel_diffusion
+from training.configuration import to_yaml
+from training.ddpm.comparison import Comparison, comparison_lines
+from training.ddpm.config import PREFERENCE, RENDERED, SAMPLED, DDPMConfig, judge_file, reward_file
+from training.ddpm.data import ImageSet, Shares, read_folder, render_images, shares, to_unit
+from training.ddpm.networks import merged, trained_copy
+from training.ddpm.policy import DDIMSteps, DenoisingPolicy
+from training.ddpm.reward_model import load_classifier, save_classifier
+from training.ddpm.reward_training import JUDGE, REWARD, RewardTrainer
+from training.ddpm.rollout import ImageReward, sample_images, seeds_of
+from training.ddpm.run import EpochRun, Observation, Plan, Resumed
+from training.ddpm.trainer import DDPMTrainer
+from training.run_folder import RunFolder
+from training.snapshot import write_atomically
+
+TRAIN_REWARD_MODEL, FINETUNE, EVALUATE = "train_reward_model", "finetune", "eval"
+
+Say = Callable[[str], None]
+PreferenceReward = Callable[[DDPMConfig, torch.device], ImageReward]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The DDPM that everything starts from, on its device."""
+
+    model: PixelDiffusion
+    steps: DDIMSteps
+    policy: DenoisingPolicy
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return (3, *self.model.image_size)
+
+
+def load_start(config: DDPMConfig) -> Start:
+    """Read path.ddpm and lay out its steps.
+
+    Raises:
+        InputError: the DDPM or the device is not there, or has fewer training steps than finetune.ddim_steps.
+    """
+    device = resolve_device(config.device)
+    model = load_pixel_diffusion(config.path.ddpm, config.path.architecture)
+    model.network.requires_grad_(False).to(device)
+    steps = DDIMSteps(model.alphas_cumprod, config.finetune.ddim_steps, config.finetune.eta)
+    return Start(model, steps, DenoisingPolicy(model.network, model, steps), device)
+
+
+def real_images(config: DDPMConfig, size: tuple[int, int]) -> ImageSet:
+    """The real images at `size`, always the same ones for one configuration."""
+    number = config.train_reward.num_img
+    if config.path.real_img == RENDERED:
+        return render_images(number, size, config.seed)
+    return _folder_images(config, "path.real_img", config.path.real_img, size)
+
+
+def fake_images(config: DDPMConfig, start: Start) -> ImageSet:
+    """The generated images, read or drawn from the DDPM now."""
+    if config.path.fake_img != SAMPLED:
+        return _folder_images(config, "path.fake_img", config.path.fake_img, start.model.image_size)
+    number, eta = config.train_reward.num_img, config.finetune.eta
+    seeds = seeds_of("fake", config.seed, count=number)
+    images = sample_images(start.policy, seeds, start.shape, start.device, config.eval.batch_size)
+    return ImageSet(
+        (images * 255).round().byte(),
+        (f"fake images: {number} drawn from {config.path.ddpm} in {len(start.steps)} steps, eta {eta:g}",),
+    )
+
+
+def _folder_images(config: DDPMConfig, key: str, folder: str, size: tuple[int, int]) -> ImageSet:
+    settings = config.train_reward
+    return read_folder(Path(folder), key, size, settings.num_img, threads=settings.num_workers, seed=config.seed)
+
+
+def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite: bool, say: Say) -> bool:
+    """Train the reward model and the judge, and write them; returns whether it came to its end.
+
+    Raises:
+        InputError: an input cannot be used, or an output exists and `overwrite` was not asked for.
+    """
+    targets = {REWARD: reward_file(config), JUDGE: judge_file(config)}
+    if config.path.rm and Path(config.path.rm).resolve() != Path(config.train_reward.save).resolve():
+        raise InputError(
+            f"train_reward.save={config.train_reward.save} is not the path.rm={config.path.rm} that finetune reads: "
+            "leave path.rm at null, or give both the same path"
+        )
+    for path in targets.values():
+        _refuse_existing(path, overwrite)
+    start = load_start(config)
+    sets = (real_images(config, start.model.image_size), fake_images(config, start))
+    for note in (*sets[0].notes, *sets[1].notes):
+        say(note)
+    real, fake = (_shares(config, images) for images in sets)
+    trainer = RewardTrainer(real, fake, config.train_reward, seed=config.seed, device=start.device)
+    folder = _folder(config, TRAIN_REWARD_MODEL, resumed)
+    say(f"run: {folder.path}")
+    epochs = config.train_reward.num_epochs
+    run = EpochRun(TRAIN_REWARD_MODEL, config, folder, trainer, Plan(epochs, max(1, epochs // 4), 0))
+    if resumed is not None:
+        run.load(resumed.state)
+    if not run.run():
+        return False
+    for name, path in targets.items():
+        heldout = trainer.heldout(name)
+        save_classifier(path, trainer.classifiers[name], heldout)
+        measures = ", ".join(
+            f"{key.removeprefix('heldout_').replace('_', ' ')} {value:.3f}" for key, value in heldout.items()
+        )
+        say(f"{name}: {path} (held out: {measures})")
+    return True
+
+
+def finetune(
+    config: DDPMConfig, resumed: Resumed | None, preference: PreferenceReward, *, overwrite: bool, say: Say
+) -> bool:
+    """Fine-tune the DDPM and write it; returns whether it came to its end.
+
+    Args:
+        config: the configuration.
+        resumed: a run to go on with, or None.
+        preference: builds the reward for finetune.reward=preference.
+        overwrite: whether an existing finetune.save may be replaced.
+        say: prints a line.
+
+    Raises:
+        InputError: an input cannot be used, training diverged, or the output exists.
+    """
+    target = Path(config.finetune.save)
+    _refuse_existing(target, overwrite)
+    start = load_start(config)
+    settings = config.finetune
+    reward = _training_reward(config, start.device, preference)
+    network = trained_copy(start.model.network, settings.lora_rank, config.seed)
+    policy = DenoisingPolicy(network, start.model, start.steps)
+    trainer = DDPMTrainer(policy, start.policy, reward, settings, shape=start.shape, seed=config.seed)
+    numbers, actions = sum(weight.numel() for weight in trainer.parameters), start.steps.num_actions
+    say(
+        f"{numbers:,} trained numbers; {settings.episodes_per_epoch} images an epoch, of {len(start.steps)} steps, "
+        f"{actions} of them actions"
+    )
+    observe = _watch(config, start, trainer, reward) if settings.eval_interval else None
+    folder = _folder(config, FINETUNE, resumed)
+    say(f"run: {folder.path}")
+    plan = Plan(settings.num_epochs, settings.save_interval, settings.eval_interval)
+    run = EpochRun(FINETUNE, config, folder, trainer, plan, observe)
+    if resumed is not None:
+        run.load(resumed.state)
+    if not run.run():
+        return False
+    save_pixel_diffusion(merged(trainer.result).cpu(), start.model.scheduler_config, target)
+    say(f"fine-tuned DDPM: {target}")
+    return True
+
+
+def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> RunFolder:
+    """Hold the fine-tuned DDPM against the one it started from, on seeds that neither training nor its watch used.
+
+    Writes metrics.jsonl and samples/before_after.png to a run folder, which is returned.
+
+    Raises:
+        InputError: a model is missing, or the two DDPMs do not belong together.
+    """
+    start = load_start(config)
+    saved = Path(config.finetune.save)
+    if not saved.exists():
+        raise InputError(f"finetune.save={saved}: there is no fine-tuned DDPM; python -m scripts.finetune writes it")
+    tuned = load_pixel_diffusion(str(saved))
+    if tuned.image_size != start.model.image_size:
+        raise InputError(f"{saved} makes images of {tuned.image_size}, and path.ddpm of {start.model.image_size}")
+    reward = _training_reward(config, start.device, preference)
+    comparison = _comparison(config, start, reward, "eval")
+    now = comparison.judged(DenoisingPolicy(tuned.network.to(start.device), tuned, start.steps))
+    metrics = comparison.against_start(now)
+    folder = RunFolder.create(config.path.runs, EVALUATE)
+    write_atomically(folder.config, to_yaml(config).encode())
+    write_atomically(folder.metrics, (json.dumps({"step": 0, **metrics}) + "\n").encode())
+    picture = folder.samples / "before_after.png"
+    write_atomically(picture, _before_after(comparison.start.images, now.images, config.eval.shown))
+    say(f"{config.path.ddpm} -> {saved}, {config.eval.num_img} images of equal seeds:")
+    for line in comparison_lines(metrics):
+        say(line)
+    say(f"picture: {picture}")
+    say(f"numbers: {folder.metrics}")
+    return folder
+
+
+def _training_reward(config: DDPMConfig, device: torch.device, preference: PreferenceReward) -> ImageReward:
+    if config.finetune.reward == PREFERENCE:
+        return preference(config, device)
+    return load_classifier(reward_file(config), "path.rm", device)
+
+
+def _comparison(config: DDPMConfig, start: Start, reward: ImageReward, stream: str) -> Comparison:
+    judge = load_classifier(judge_file(config), "path.judge", start.device)
+    return Comparison(
+        reward,
+        judge,
+        to_unit(_shares(config, real_images(config, start.model.image_size)).heldout),
+        seeds=seeds_of(stream, config.seed, count=config.eval.num_img),
+        shape=start.shape,
+        batch_size=config.eval.batch_size,
+        device=start.device,
+        start=start.policy,
+    )
+
+
+def _watch(config: DDPMConfig, start: Start, trainer: DDPMTrainer, reward: ImageReward) -> Callable[[], Observation]:
+    comparison = _comparison(config, start, reward, "watch")
+
+    def observe() -> Observation:
+        now = comparison.judged(DenoisingPolicy(trainer.result, start.model, start.steps))
+        metrics = comparison.against_start(now)
+        return Observation(metrics, tuple(comparison_lines(metrics)), now.images[: config.eval.shown])
+
+    return observe
+
+
+def _shares(config: DDPMConfig, images: ImageSet) -> Shares:
+    return shares(images.images, config.train_reward.heldout_share, config.seed)
+
+
+def _folder(config: DDPMConfig, job: str, resumed: Resumed | None) -> RunFolder:
+    return RunFolder.create(config.path.runs, job) if resumed is None else resumed.folder
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: exists already; --overwrite replaces it")
+
+
+def _before_after(before: Tensor, after: Tensor, number: int) -> bytes:
+    """A PNG file: the same seeds above and below each other."""
+    rows = [list(to_pixels(images[:number])) for images in (before, after)]
+    buffer = io.BytesIO()
+    contact_sheet(rows, ["before", "after"], [f"{column}" for column in range(number)]).save(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,130 @@
+"""The learned reward: a small classifier of real images against all else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from errors import InputError
+from models.loading import check_keys
+from training.checkpoint import read_tensors, write_tensors
+
+FORMAT = 1
+FEATURES = 32
+SMALLEST_MAP = 4  # pixels, of the last layer's output
+GROUPS = 8
+MAKE_ONE = "python -m scripts.train_reward_model --cfg <the same configuration>  writes one"
+
+
+class RealFakeClassifier(nn.Module):
+    """Images to the log-odds of being real: strided convolutions down to 4 pixels, mean, 32 features, one number."""
+
+    def __init__(self, image_size: tuple[int, int], width: int) -> None:
+        """`image_size`: (H, W) that images are brought to; `width`: channels of the first layer, a multiple of 8."""
+        super().__init__()
+        self.image_size, self.width = image_size, width
+        halvings = max(1, round(math.log2(min(image_size) / SMALLEST_MAP)))
+        layers: list[nn.Module] = []
+        channels = 3
+        for halving in range(halvings):
+            wider = width * 2 ** min(halving, 3)
+            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(GROUPS, wider), nn.SiLU()]
+            layers += [nn.Conv2d(wider, wider, 3, padding=1), nn.GroupNorm(GROUPS, wider), nn.SiLU()]
+            channels = wider
+        self.body = nn.Sequential(*layers)
+        self.to_features = nn.Linear(channels, FEATURES)
+        self.head = nn.Linear(FEATURES, 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [N, 32] of images [N, 3, H, W] in [0, 1]; another size is resized."""
+        if images.shape[-2:] != self.image_size:
+            images = functional.interpolate(images, self.image_size, mode="bicubic", antialias=True)
+        return self.to_features(self.body(2 * images - 1).mean((2, 3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Log-odds [N] of being real, of images [N, 3, H, W] in [0, 1]."""
+        return self.head(functional.silu(self.features(images))).squeeze(1)
+
+
+def new_classifier(image_size: tuple[int, int], width: int, seed: int) -> RealFakeClassifier:
+    """An untrained classifier; the seed decides its weights, global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return RealFakeClassifier(image_size, width)
+
+
+def smoothed_loss(log_odds: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Mean cross-entropy with label smoothing (arXiv 1512.00567, section 7): labels y become y (1 - s) + s / 2."""
+    targets = labels * (1 - smoothing) + smoothing / 2
+    return functional.binary_cross_entropy_with_logits(log_odds, targets)
+
+
+def accuracy(log_odds: Tensor, labels: Tensor) -> float:
+    """Share of log-odds [N] on the side of their labels [N], 0 or 1."""
+    return (log_odds > 0).eq(labels > 0.5).double().mean().item()
+
+
+def calibration_error(log_odds: Tensor, labels: Tensor, bins: int = 10) -> float:
+    """Expected calibration error (arXiv 1706.04599, equation 3) of the probability of being real.
+
+    The mean over equal bins of [0, 1], weighted by how many fall into each, of |share of real ones - mean probability|;
+    0 is perfect, 1 the worst.
+    """
+    probabilities = log_odds.double().sigmoid()
+    places = (probabilities * bins).long().clamp(max=bins - 1)
+    excess = torch.zeros(bins, dtype=torch.float64).index_add_(0, places, labels.double() - probabilities)
+    return excess.abs().sum().item() / len(labels)
+
+
+def save_classifier(path: Path, classifier: RealFakeClassifier, heldout: Mapping[str, float]) -> None:
+    """Write a classifier, with what it reached on held-out images.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    state = {
+        "format": FORMAT,
+        "image_size": list(classifier.image_size),
+        "width": classifier.width,
+        "weights": {name: value.cpu() for name, value in classifier.state_dict().items()},
+        "heldout": dict(heldout),
+    }
+    write_tensors(path, state)
+
+
+def load_classifier(path: Path, key: str, device: torch.device) -> RealFakeClassifier:
+    """Read a classifier, frozen, onto a device; `key` names it in messages.
+
+    Raises:
+        InputError: it is missing, corrupt, or of another architecture (the differences are listed).
+    """
+    if not path.is_file():
+        raise InputError(f"{key}={path}: there is no such reward model; {MAKE_ONE}")
+    state = read_tensors(path, "reward model")
+    classifier = _described(state, path)
+    weights, own = state["weights"], classifier.state_dict()
+    misshapen = [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
+    check_keys(RealFakeClassifier, path, own.keys() - weights.keys(), weights.keys() - own.keys(), misshapen)
+    classifier.load_state_dict(weights)
+    return classifier.requires_grad_(False).eval().to(device)
+
+
+def _described(state: Any, path: Path) -> RealFakeClassifier:
+    """An untrained classifier of the architecture that a file describes."""
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("weights"), dict):
+        found = ", ".join(sorted(map(str, state))[:5]) if isinstance(state, dict) else type(state).__name__
+        raise InputError(
+            f"{path}: is no reward model of this project in format {FORMAT}: it should hold format, image_size, width "
+            f"and weights, and holds {found}; {MAKE_ONE}"
+        )
+    try:
+        height, width = state["image_size"]
+        return new_classifier((height, width), state["width"], 0)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: describes no reward model: {error}") from error

@@ -1,0 +1,72 @@
+"""Episodes of the denoising policy: from pure noise to an image, every state kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.pixel_diffusion import to_images
+from training.ddpm.policy import DenoisingPolicy, episode_noise
+
+ImageReward = Callable[[Tensor], Tensor]
+"""images [N, 3, H, W] in [0, 1] -> scores [N], higher is better."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """N episodes that went through the network together; to score them again in the same company repeats every bit.
+
+    Attributes:
+        states: [A + 1, N, C, H, W] float32, before each of the A actions and after the last.
+        log_probs: [A, N] float64 of each action, by the policy that drew it.
+        images: [N, 3, H, W] in [0, 1].
+    """
+
+    states: Tensor
+    log_probs: Tensor
+    images: Tensor
+
+    @property
+    def num_actions(self) -> int:
+        """A."""
+        return len(self.log_probs)
+
+
+def seeds_of(stream: str, *numbers: int, count: int) -> list[int]:
+    """`count` seeds for `torch.Generator.manual_seed`: another stream or other numbers give unrelated ones."""
+    entropy = [int.from_bytes(stream.encode()), *numbers]
+    return [int(word >> 1) for word in np.random.SeedSequence(entropy).generate_state(count, np.uint64)]
+
+
+@torch.no_grad()
+def roll_out(
+    policy: DenoisingPolicy, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device
+) -> Episodes:
+    """One episode a seed, all in one batch; `shape`: (C, H, W)."""
+    noise = episode_noise(seeds, policy.steps, shape).to(device)  # [N, S, C, H, W]
+    x = noise[:, 0]
+    states, log_probs = [x], []
+    actions = policy.steps.num_actions
+    for step in range(len(policy.steps)):
+        distribution = policy(x, step)
+        if step < actions:
+            x = distribution.sample(noise[:, step + 1])
+            states.append(x)
+            log_probs.append(distribution.log_prob(x))
+        else:
+            x = distribution.mean
+    chances = torch.stack(log_probs) if log_probs else torch.empty(0, len(seeds), dtype=torch.float64, device=device)
+    return Episodes(torch.stack(states), chances, to_images(x))
+
+
+@torch.no_grad()
+def sample_images(
+    policy: DenoisingPolicy, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device, batch_size: int
+) -> Tensor:
+    """Images [N, 3, H, W] in [0, 1] on the CPU, one a seed, `batch_size` at a time."""
+    batches = [seeds[start : start + batch_size] for start in range(0, len(seeds), batch_size)]
+    return torch.cat([roll_out(policy, batch, shape, device).images.cpu() for batch in batches])

@@ -1,0 +1,202 @@
+"""A run of either training command from its first epoch to its last: what is written, and how it is resumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from errors import InputError
+from training.checkpoint import CheckpointFormat, newest_checkpoint, step_path
+from training.configuration import config_hash, to_plain, to_yaml
+from training.ddpm.config import SCHEMA, DDPMConfig
+from training.interrupts import Interrupts
+from training.run_folder import MetricsLog, RunFolder
+from training.snapshot import write_atomically
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = CheckpointFormat("the DDPM job", 1, frozenset({"job", "step", "trainer", "config", "config_hash"}))
+
+
+class EpochTrainer(Protocol):
+    """What a run drives."""
+
+    completed_steps: int
+
+    def step(self) -> dict[str, float]:
+        """One epoch; returns its metrics, `step` among them."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact resume needs, as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""
+        ...
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a look at a run says: metrics, lines for people, and images [P, 3, H, W] in [0, 1]."""
+
+    metrics: Mapping[str, float]
+    lines: tuple[str, ...]
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run goes on.
+
+    Attributes:
+        epochs: in all, resumed parts included.
+        save_interval: epochs between checkpoints.
+        observe_interval: epochs between observations; 0: none.
+    """
+
+    epochs: int
+    save_interval: int
+    observe_interval: int
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run to go on with: its configuration with the overrides, its folder and its checkpoint."""
+
+    config: DDPMConfig
+    folder: RunFolder
+    state: dict[str, Any]
+
+
+def open_run(source: Path, job: str, overrides: tuple[str, ...]) -> Resumed:
+    """Find a run by its folder or by one of its checkpoints.
+
+    Raises:
+        InputError: there is none, it belongs to the other command, or its checkpoint is corrupt.
+    """
+    folder = RunFolder.open(source)
+    state = CHECKPOINT.load(source if source.suffix == ".pt" else newest_checkpoint(folder.checkpoints))
+    if state["job"] != job:
+        raise InputError(f"{folder.path}: is a run of scripts.{state['job']}; resume it with that command")
+    return Resumed(SCHEMA.load(folder.config, overrides).config, folder, state)
+
+
+class EpochRun:
+    """Trains to the last epoch, or until it is interrupted; can be gone on with from every checkpoint."""
+
+    def __init__(
+        self,
+        job: str,
+        config: DDPMConfig,
+        folder: RunFolder,
+        trainer: EpochTrainer,
+        plan: Plan,
+        observe: Callable[[], Observation] | None = None,
+    ) -> None:
+        """Nothing is written before `run`.
+
+        Args:
+            job: name of the command.
+            config: kept with every checkpoint.
+            folder: of the run.
+            trainer: what is driven.
+            plan: how long.
+            observe: called before the first epoch, where `plan` says, and after the last.
+        """
+        self.job, self.config, self.folder, self.trainer, self.plan = job, config, folder, trainer, plan
+        self._observe = observe if plan.observe_interval else None
+        self._metrics = MetricsLog(folder.metrics)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: the run is complete, or the checkpoint does not fit.
+        """
+        if state["step"] >= self.plan.epochs:
+            raise InputError(
+                f"{self.folder.path}: complete, {state['step']} of {self.plan.epochs} epochs; raise num_epochs"
+            )
+        self.trainer.load_state_dict(state["trainer"])
+        moved = self._metrics.rewind(self.trainer.completed_steps)
+        if moved:
+            log.warning("%d epochs are made again; their log is kept in %s", moved, self.folder.logs)
+
+    def run(self) -> bool:
+        """Train; returns whether the last epoch was reached. A checkpoint of the last one made is saved.
+
+        Raises:
+            InputError: training diverged, or a file cannot be written; checkpoints saved before stay.
+        """
+        write_atomically(self.folder.config, to_yaml(self.config).encode())
+        first, epochs = self.trainer.completed_steps, self.plan.epochs
+        events = SummaryWriter(str(self.folder.logs), purge_step=first + 1)
+        try:
+            with Interrupts() as interrupts, tqdm(total=epochs, initial=first, unit="epoch") as bar:
+                if first == 0 and self._observe is not None:
+                    self._write(events, {"step": 0, **self._look(events)})
+                while self.trainer.completed_steps < epochs and interrupts.received is None:
+                    self._epoch(events)
+                    bar.update()
+        finally:
+            events.close()
+        if self.trainer.completed_steps % self.plan.save_interval:
+            self._save()
+        return self.trainer.completed_steps == epochs
+
+    def _epoch(self, events: SummaryWriter) -> None:
+        row = self.trainer.step()
+        step = self.trainer.completed_steps
+        due = self.plan.observe_interval and (step % self.plan.observe_interval == 0 or step == self.plan.epochs)
+        if due and self._observe is not None:
+            row |= self._look(events)
+        self._write(events, row)
+        tqdm.write(_line(row, self.plan.epochs))
+        if step % self.plan.save_interval == 0:
+            self._save()
+
+    def _look(self, events: SummaryWriter) -> dict[str, float]:
+        step = self.trainer.completed_steps
+        seen = self._observe()
+        events.add_images("held-out", seen.images, step)
+        for line in seen.lines:
+            tqdm.write(f"epoch {step} held out: {line}")
+        return dict(seen.metrics)
+
+    def _write(self, events: SummaryWriter, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                events.add_scalar(name, value, int(row["step"]))
+        try:
+            self._metrics.append(row)
+        except InputError as error:  # training outlives a disk that is full for a while
+            log.warning("metrics: %s", error)
+
+    def _save(self) -> None:
+        step = self.trainer.completed_steps
+        state = {
+            "job": self.job,
+            "step": step,
+            "trainer": self.trainer.state_dict(),
+            "config": to_plain(self.config),
+            "config_hash": config_hash(self.config),
+        }
+        CHECKPOINT.save(step_path(self.folder.checkpoints, step), state)
+
+
+def _line(row: Mapping[str, float], epochs: int) -> str:
+    """One line about an epoch: what is trained for first; times and held-out measures have lines of their own."""
+    shown = [
+        f"{name} {value:.4g}"
+        for name, value in row.items()
+        if name != "step" and not name.startswith(("seconds", "heldout"))
+    ]
+    return f"epoch {row['step']:.0f}/{epochs}: {', '.join(shown)} ({row['seconds/step']:.1f} s)"

@@ -1,0 +1,189 @@
+"""The folder that a run writes (design.md, section 7): names, and the log of metrics.
+
+exps/<timestamp>-<run_name>/
+    configs/resolved_config.yaml     what the run was told, snapshot and overrides merged in
+    logs/metrics.jsonl               one JSON object a step; TensorBoard's event files lie beside it
+    checkpoints/policy-stepXXXXXX.pt and policy-best.pt
+    samples/                         images of the same held-out prompts and seeds at each evaluation
+    export/                          what export_epd_predictor.py writes
+    report.html
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from errors import InputError
+from training.snapshot import write_atomically
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of one run lies."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, output_root: str | Path, run_name: str) -> RunFolder:
+        """A new folder, named by the time and the run's name.
+
+        Raises:
+            InputError: `run_name` is no plain file name, or the folder cannot be made.
+        """
+        if not run_name or Path(run_name).name != run_name or run_name.startswith("."):
+            raise InputError(
+                f"run.run_name={run_name!r}: it becomes a part of a folder's name: no slashes, no leading dot"
+            )
+        folder = cls(Path(output_root) / f"{datetime.now():%Y%m%d-%H%M%S}-{run_name}")
+        try:
+            folder.path.mkdir(parents=True)
+            for part in (folder.config.parent, folder.logs, folder.checkpoints, folder.samples):
+                part.mkdir()
+        except OSError as error:
+            raise InputError(f"{folder.path}: cannot be made ({error.strerror}); see run.output_root") from error
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The folder of a run that exists, or that a checkpoint in it belongs to.
+
+        Raises:
+            InputError: there is no such run.
+        """
+        path = Path(path)
+        root = path.parent.parent if path.suffix == ".pt" else path
+        folder = cls(root)
+        if not folder.config.is_file():
+            raise InputError(f"{path}: no run of the RL job (there is no {folder.config})")
+        return folder
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, YAML."""
+        return self.path / "configs" / "resolved_config.yaml"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the metrics and of TensorBoard's event files."""
+        return self.path / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.logs / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the preview images."""
+        return self.path / "samples"
+
+    @property
+    def export(self) -> Path:
+        """Folder of the exported predictors."""
+        return self.path / "export"
+
+    @property
+    def report(self) -> Path:
+        """The report of the run, HTML."""
+        return self.path / "report.html"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, in order; a last line that a crash cut off is left out.
+
+    Raises:
+        InputError: the file is missing, or another line than the last is no JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}, line {number}: no JSON object ({error})") from error
+        rows.append(row)
+    return rows
+
+
+def seconds_by_phase(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean seconds a step by phase, the longest first; `other` is what no phase accounts for. Empty without steps.
+
+    Args:
+        rows: of the metrics file; those without a step's time are passed over.
+    """
+    timed = [row for row in rows if "seconds/step" in row]
+    spent: dict[str, float] = {}
+    for row in timed:
+        for name, seconds in row.items():
+            phase = name.removeprefix("seconds/")
+            if phase not in (name, "step"):
+                spent[phase] = spent.get(phase, 0.0) + seconds / len(timed)
+    if timed:
+        whole = sum(row["seconds/step"] for row in timed) / len(timed)
+        spent["other"] = max(0.0, whole - sum(spent.values()))
+    return dict(sorted(spent.items(), key=lambda item: -item[1]))
+
+
+class MetricsLog:
+    """Appends rows to a metrics file; what a full disk refuses is kept and written with a later row."""
+
+    def __init__(self, path: Path) -> None:
+        """`path`: the file, made by the first row."""
+        self.path = path
+        self._pending: list[str] = []
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row.
+
+        Raises:
+            InputError: the file cannot be written now; the row is kept and tried again by the next call.
+        """
+        self._pending.append(json.dumps(row) + "\n")
+        content = "".join(self._pending).encode()
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if file.write(content) != len(content):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}); {len(self._pending)} rows wait in memory"
+            ) from error
+        self._pending.clear()
+
+    def rewind(self, step: int) -> int:
+        """Forget the rows after `step`, which a resumed run makes again; a copy of them stays beside the file.
+
+        Returns the number of rows moved.
+        """
+        if not self.path.exists():
+            return 0
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if row["step"] <= step]
+        moved = [row for row in rows if row["step"] > step]
+        if moved:
+            write_atomically(self.path.with_name(f"metrics-before-resume-at-step{step:06d}.jsonl"), _lines(rows))
+        write_atomically(self.path, _lines(kept))
+        return len(moved)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
