@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CODE_FOLDERS = ("models", "training", "scripts", "tests")
+CODE_FOLDERS = ("models", "training", "scripts", "benchmarks", "tests")
 GROUND_FLOOR = ("errors", "solvers", "schedules")
 TESTS, COMMAND_LINES = 5, 4
 

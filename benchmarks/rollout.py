@@ -1,0 +1,263 @@
+"""How fast a run's images come: the run's own path against a plain one, in one process, measured in pairs.
+
+    python -m benchmarks.rollout --config training/ppo/cfgs/shapes.yaml
+
+The plain path is what one writes first: float32 weights (under autocast where the run computes in half precision), the
+K points of an interval one after another, texts encoded anew each time, images handed to the reward through Pillow.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from errors import InputError, shows_input_errors
+from models import clip
+from models.denoiser import Conditioning
+from models.devices import gigabytes, resolve_dtype
+from models.generate import initial_noise
+from models.latent_diffusion import LatentDiffusion
+from models.pictures import to_pixels
+from models.registry import load_denoiser
+from solvers import EPDTable, epd_sampler
+from training.ppo.assembly import Parts, Start, build, costs, make_fabric, model_spec, prepare
+from training.ppo.config import load_config
+from training.ppo.rewards import RewardHPS
+from training.ppo.rl_runner import RLRunner
+from training.ppo.rollout import PromptBatch
+
+PEAK_SIZE = {"cuda": 8192, "cpu": 1024}  # side of the square matrices whose product is timed
+PEAK_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both paths do: tables [N, S, K] on prompts, k tables for each, prompt-major."""
+
+    tables: EPDTable
+    prompts: PromptBatch
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each repeat, paired, and what came out of the last."""
+
+    fast: list[float]
+    plain: list[float]
+    phases: dict[str, float]
+    largest_difference: float
+
+    @property
+    def ratio(self) -> float:
+        """Median over the pairs of the plain path's time over the fast one's."""
+        return statistics.median(plain / fast for plain, fast in zip(self.plain, self.fast, strict=True))
+
+
+class PlainPath:
+    """The plain path, for the same work; the scores are those of the first reward."""
+
+    def __init__(self, runner: RLRunner, denoiser: LatentDiffusion, reward: RewardHPS, autocast: torch.dtype) -> None:
+        """Sample as `runner` does, with a denoiser and a reward in float32 of its own, at `autocast` precision."""
+        self.runner = runner
+        self.denoiser = denoiser
+        self.reward = reward
+        self.autocast = autocast
+
+    @torch.no_grad()
+    def __call__(self, work: Work, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images [N, 3, H, W] and their scores [N]."""
+        size = self.runner.group_size
+        texts = [text for text in work.prompts.texts for _ in range(size)]
+        images = []
+        for start in range(0, len(texts), size):
+            rows = slice(start, start + size)
+            images.append(self._sample(work.tables.select(rows), texts[rows], seeds[rows]))
+        pixels = torch.cat(images)
+        return pixels, self._score(pixels, texts)
+
+    def _sample(self, tables: EPDTable, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        device, sigmas = self.denoiser.device, self.runner.sigmas
+        enabled = self.autocast != torch.float32
+        with torch.autocast(device.type, self.autocast if enabled else None, enabled=enabled):
+            conditioning = encode_anew(self.denoiser, prompts, self.runner.guidance_scale)
+            noise = initial_noise(seeds, self.denoiser.latent_shape, device=device, dtype=torch.float32)
+            latents = epd_sampler(
+                lambda x, sigma: self.denoiser.denoise(x, sigma, conditioning),
+                noise * sigmas[0].to(noise),
+                sigmas,
+                tables.to(device=device),
+                afs=self.runner.afs,
+                parallel=False,
+            )
+            return self.denoiser.decode(latents, len(latents))
+
+    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score one image after another, through Pillow."""
+        model, device = self.reward.model, self.reward.device
+        size, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
+        scores = []
+        for picture, prompt in zip(to_pixels(pixels), prompts, strict=True):
+            inputs = through_pillow(picture, size).to(device)
+            tokens = clip.tokenize(self.reward.tokenizer, [prompt], length).to(device)
+            features = clip.image_features(model, inputs[None]), clip.text_features(model, tokens)
+            scores.append(functional.cosine_similarity(*features))
+        return torch.cat(scores).float()
+
+
+def encode_anew(denoiser: LatentDiffusion, prompts: Sequence[str], guidance_scale: float) -> Conditioning:
+    """Every prompt and the empty one through the text encoder, whatever was encoded before."""
+    tokens = denoiser.tokenizer(
+        [*prompts, ""], padding="max_length", max_length=denoiser.token_limit, return_tensors="pt"
+    )
+    hidden = denoiser.text_encoder(tokens.input_ids.to(denoiser.device)).last_hidden_state
+    return Conditioning(hidden[:-1], None if guidance_scale == 1.0 else hidden[-1:], guidance_scale)
+
+
+def through_pillow(picture: np.ndarray, size: int) -> Tensor:
+    """A picture, uint8 [H, W, 3], as CLIP's input [3, size, size]: resized and cropped by Pillow."""
+    image = Image.fromarray(picture)
+    factor = size / min(image.size)
+    if factor != 1:
+        width, height = (max(size, int(side * factor)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    cropped = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    normalised = (cropped - np.float32(clip.IMAGE_MEAN)) / np.float32(clip.IMAGE_STD)
+    return torch.from_numpy(normalised).movedim(-1, 0)
+
+
+def network_flops(denoiser: LatentDiffusion, guidance_scale: float) -> int:
+    """Floating-point operations of one evaluation of one image, both halves of the guidance; a multiply-add is two."""
+    conditioning = denoiser.encode(["a"], guidance_scale)
+    x = torch.zeros(1, *denoiser.latent_shape, device=denoiser.device)
+    # The plain attention is counted: the fused kernels of some devices are unknown to the counter.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        denoiser.denoise(x, torch.tensor(1.0, dtype=torch.float64), conditioning)
+    return counter.get_total_flops()
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product on this machine: the best of a few."""
+    size = PEAK_SIZE.get(device.type, PEAK_SIZE["cpu"])
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    torch.mm(left, right)
+    seconds = [timed(lambda: torch.mm(left, right), device)[0] for _ in range(PEAK_REPEATS)]
+    return 2 * size**3 / min(seconds)
+
+
+def timed(action: Callable[[], object], device: torch.device) -> tuple[float, object]:
+    """Seconds until the device has finished, and what the action returned."""
+    _wait(device)
+    start = perf_counter()
+    result = action()
+    _wait(device)
+    return perf_counter() - start, result
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: on the GPU by torch, on the CPU by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def make_work(parts: Parts, images: int) -> Work:
+    """Tables drawn from the run's policy, on the first of its prompts."""
+    runner: RLRunner = parts.trainer.source
+    with torch.no_grad():
+        tables = parts.trainer.policy().sample(images, torch.Generator().manual_seed(0)).table()
+    return Work(tables, parts.trainer.prompts.take(images // runner.group_size))
+
+
+def compare(runner: RLRunner, plain: PlainPath, work: Work, repeats: int) -> Timings:
+    """Both paths in turn, once to warm up and then `repeats` times."""
+    device = runner.denoiser.device
+    groups = range(len(work.prompts))
+    seeds = [runner.noise_seed(0, group, member) for group in groups for member in range(runner.group_size)]
+
+    def fast() -> Tensor:
+        images = runner.roll_out(work.tables, work.prompts, 0)
+        runner.score(images)
+        return images.pixels
+
+    fast(), plain(work, seeds)
+    runner.take_seconds()
+    fast_seconds, plain_seconds, difference = [], [], 0.0
+    for _ in range(repeats):
+        seconds, pixels = timed(fast, device)
+        fast_seconds.append(seconds)
+        seconds, (plain_pixels, _) = timed(lambda: plain(work, seeds), device)
+        plain_seconds.append(seconds)
+        difference = (pixels - plain_pixels).abs().max().item()
+    phases = {name: seconds / repeats for name, seconds in runner.take_seconds().items()}
+    return Timings(fast_seconds, plain_seconds, phases, difference)
+
+
+def report(start: Start, runner: RLRunner, timings: Timings, images: int, fast_peak: int) -> list[str]:
+    """The figures, one a line."""
+    device, dtype = runner.denoiser.device, resolve_dtype(start.config.model.dtype)
+    seconds, plain = statistics.median(timings.fast), statistics.median(timings.plain)
+    flops = network_flops(runner.denoiser, runner.guidance_scale) * costs(start).evaluations.total
+    peak = matrix_peak(device, dtype)
+    whole = sum(timings.phases.values())
+    achieved = flops * images / seconds
+    return [
+        f"device {device}, {torch.get_num_threads()} threads, network in {start.config.model.dtype}, {images} images",
+        f"fast path: {seconds:.3f} s, {images / seconds:.2f} images/s (median of {len(timings.fast)})",
+        f"plain path: {plain:.3f} s, {images / plain:.2f} images/s",
+        f"plain over fast, median of the pairs: {timings.ratio:.2f}",
+        f"largest difference of a pixel between the two: {timings.largest_difference:.2g}",
+        "fast path's time: " + ", ".join(f"{name} {spent / whole:.1%}" for name, spent in timings.phases.items()),
+        f"network: {flops / 1e9:.2f} GFLOP an image",
+        f"achieved over the whole rollout: {achieved / 1e9:.1f} GFLOP/s",
+        f"matrix products here reach {peak / 1e9:.1f} GFLOP/s: the network's work is {achieved / peak:.1%} of that",
+        f"peak memory: {gigabytes(fast_peak)} before the plain path was loaded",
+    ]
+
+
+@click.command(epilog="Example:  python -m benchmarks.rollout --config training/ppo/cfgs/shapes.yaml --images 16")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), required=True, help="A run's configuration.")
+@click.option("--override", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="May be repeated.")
+@click.option("--images", type=click.IntRange(min=2), help="Of one rollout. [ppo.rollout_batch_size]")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Pairs measured.")
+@shows_input_errors
+def main(config_path: Path, overrides: tuple[str, ...], images: int | None, repeats: int) -> None:
+    """Time the rollout of a run's configuration, fast path against plain path."""
+    start = prepare(load_config(config_path, [*overrides, "logging.eval_interval=0"]))
+    config = start.config
+    images = images or config.ppo.rollout_batch_size
+    if images % config.ppo.rloo_k:
+        raise InputError(f"--images {images} is no multiple of ppo.rloo_k={config.ppo.rloo_k}")
+    fabric = make_fabric(config)
+    parts = build(start, fabric)
+    runner: RLRunner = parts.trainer.source
+    work = make_work(parts, images)
+    runner.score(runner.roll_out(work.tables, work.prompts, 0))
+    fast_peak = peak_memory(fabric.device)
+    denoiser = load_denoiser(model_spec(config), device=fabric.device, dtype=torch.float32)
+    reward = RewardHPS(config.reward.weights_path, device=fabric.device, tokenizer_folder=config.reward.cache_dir)
+    plain = PlainPath(runner, denoiser, reward, resolve_dtype(config.model.dtype))
+    for line in report(start, runner, compare(runner, plain, work, repeats), images, fast_peak):
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    main()
