@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.compvis_layout import compvis_state_dict, unet_names, vae_names
 from errors import InputError
 from models import load_denoiser, registry
 from models.checkpoints import read_state_dict
@@ -25,7 +26,6 @@ from models.devices import resolve_device, resolve_dtype
 from models.fingerprints import model_fingerprint
 from models.latent_diffusion import Components, LatentDiffusion
 from models.loading import assemble_compvis, load_folder, load_tokenizer, read_compvis, read_json
-from tests.compvis_layout import compvis_state_dict, unet_names, vae_names
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_tokenizer, tiny_unet
 
 SD15 = registry.SOURCE / registry.COMPVIS_CONFIGS

@@ -1,7 +1,7 @@
 """The names that the CompVis code gives to the weights of Stable Diffusion 1.x, derived from those of diffusers.
 
-The reverse of what models/loading.py does through diffusers, written by hand, so that one can be tested against the
-other.
+The reverse of what models/loading.py does through diffusers, written by hand: files are made with it, and the tests hold
+one against the other.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 def compvis_state_dict(
     unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel
 ) -> dict[str, Tensor]:
+    """All weights of a pipeline, as a single file holds them."""
     return {
         **{f"model.diffusion_model.{name}": weight for name, weight in unet_names(unet).items()},
         **{f"first_stage_model.{name}": weight for name, weight in vae_names(vae).items()},
@@ -44,6 +45,7 @@ def compvis_state_dict(
 
 
 def unet_names(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The UNet's weights, under their names after `model.diffusion_model.`."""
     layers = unet.config.layers_per_block
     attends = [kind.startswith("CrossAttn") for kind in unet.config.up_block_types]
     return {_unet_name(name, layers, attends): weight for name, weight in unet.state_dict().items()}
@@ -76,6 +78,7 @@ def _unet_inner(kind: str, rest: str) -> str:
 
 
 def vae_names(vae: AutoencoderKL) -> dict[str, Tensor]:
+    """The autoencoder's weights, under their names after `first_stage_model.`."""
     last = len(vae.config.block_out_channels) - 1
     renamed = {}
     for name, weight in vae.state_dict().items():
