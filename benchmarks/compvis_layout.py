@@ -1,7 +1,7 @@
 """The names that the CompVis code gives to the weights of Stable Diffusion 1.x, derived from those of diffusers.
 
-The reverse of what models/loading.py does through diffusers, written by hand: files are made with it, and the tests hold
-one against the other.
+The reverse of what models/loading.py does through diffusers, written by hand: files are made with it, and the tests
+hold one against the other.
 """
 
 from __future__ import annotations
