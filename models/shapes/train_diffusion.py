@@ -8,6 +8,7 @@ and network learn together from nothing. Run the same command again to resume, w
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -163,7 +164,6 @@ def save_pipeline(
     output: Path, model: nn.ModuleDict, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
 ) -> None:
     """Write the diffusers folder, weights in float16."""
-    autoencoder.register_to_config(_name_or_path="")  # diffusers would write down the folder that it was read from
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=model["text_encoder"],
@@ -175,6 +175,14 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
+    _forget_origin(output / "vae" / "config.json")
+
+
+def _forget_origin(file: Path) -> None:
+    """diffusers writes down the folder that a module was read from; it means nothing to others."""
+    described = json.loads(file.read_text())
+    described.pop("_name_or_path", None)
+    file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
