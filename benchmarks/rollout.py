@@ -238,8 +238,9 @@ def report(start: Start, runner: RLRunner, timings: Timings, images: int, fast_p
 @click.option("--override", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="May be repeated.")
 @click.option("--images", type=click.IntRange(min=2), help="Of one rollout. [ppo.rollout_batch_size]")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Pairs measured.")
+@click.option("--compile", "compiled", is_flag=True, help="Have the fast path's network compiled by torch.")
 @shows_input_errors
-def main(config_path: Path, overrides: tuple[str, ...], images: int | None, repeats: int) -> None:
+def main(config_path: Path, overrides: tuple[str, ...], images: int | None, repeats: int, compiled: bool) -> None:
     """Time the rollout of a run's configuration, fast path against plain path."""
     start = prepare(load_config(config_path, [*overrides, "logging.eval_interval=0"]))
     config = start.config
@@ -249,6 +250,8 @@ def main(config_path: Path, overrides: tuple[str, ...], images: int | None, repe
     fabric = make_fabric(config)
     parts = build(start, fabric)
     runner: RLRunner = parts.trainer.source
+    if compiled:
+        parts.denoiser.compile_network()
     work = make_work(parts, images)
     runner.score(runner.roll_out(work.tables, work.prompts, 0))
     fast_peak = peak_memory(fabric.device)

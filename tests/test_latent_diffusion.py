@@ -302,3 +302,17 @@ def test_no_prompts_and_no_chunk_are_refused(denoiser):
 
 def test_the_text_width_is_that_of_the_files(denoiser):
     assert denoiser.encode(PROMPTS).embeddings.shape == (2, TOKEN_LIMIT, TEXT_WIDTH)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "compiled"])
+def test_what_makes_a_gpu_faster_changes_no_estimate(folder, exact, layout):
+    fast = load_denoiser(folder, device="cpu", dtype=torch.float64)
+    if layout == "compiled":
+        fast.compile_network(backend="eager")
+    else:
+        nn.Module.to(fast.unet, memory_format=torch.channels_last)
+        nn.Module.to(fast.vae, memory_format=torch.channels_last)
+    x, sigma = noise(4, 3.0), torch.tensor(3.0, dtype=torch.float64)
+    estimates = [model.denoise(x, sigma, model.encode(PROMPTS)) for model in (fast, exact)]
+    torch.testing.assert_close(*estimates, rtol=0, atol=1e-10)
+    torch.testing.assert_close(fast.decode(x), exact.decode(x), rtol=0, atol=1e-6)
