@@ -6,6 +6,7 @@ files are in the local cache, or from a bare state dict (`ddpm.pth`) beside the 
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -158,7 +159,9 @@ def _checked(network: UNet2DModel, scheduler: Path, spec: str) -> PixelDiffusion
     NoiseLevels.from_scheduler_config(described, str(scheduler))  # refuses what is no usable beta schedule
     betas = DDPMScheduler.from_config(described).betas.double()
     clip_range = float(described.get("clip_sample_range", 1.0)) if described.get("clip_sample", True) else None
-    return PixelDiffusion(network.float().eval(), (1 - betas).cumprod(0), prediction_type, clip_range, {**described})
+    # Copied: weights that are mapped from a file lie at odd addresses, where the same products are rounded otherwise.
+    network = copy.deepcopy(network).float().eval()
+    return PixelDiffusion(network, (1 - betas).cumprod(0), prediction_type, clip_range, {**described})
 
 
 def to_images(x: Tensor) -> Tensor:

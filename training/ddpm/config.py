@@ -89,9 +89,7 @@ class TrainRewardConfig:
         0.1, "share of each label that is spread evenly over both classes", at_least=0, below=1
     )
     num_epochs: int = knob(5, "passes over the images", at_least=1)
-    width: int = knob(
-        16, "channels of the first layer, a multiple of 8; they double with each layer, up to 8 times", at_least=8
-    )
+    width: int = knob(16, "channels of the first layer; they double with each layer, up to 8 times", at_least=8)
     save: str = knob("outputs/ddpm_reward.pt", "file that the reward model is written to", required=True)
 
 
@@ -136,8 +134,6 @@ def _disagreements(config: DDPMConfig) -> Disagreements:
             "finetune.eta=0: DDIM is then deterministic, so no action has a probability and PPO has nothing to learn "
             "from; set finetune.eta between 0 and 1, for example 1",
         )
-    if config.train_reward.width % 8:
-        yield {"train_reward.width"}, f"train_reward.width={config.train_reward.width} is not a multiple of 8"
     if config.eval.shown > config.eval.num_img:
         yield (
             {"eval.shown", "eval.num_img"},

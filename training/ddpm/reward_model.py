@@ -18,7 +18,6 @@ from training.checkpoint import read_tensors, write_tensors
 FORMAT = 1
 FEATURES = 32
 SMALLEST_MAP = 4  # pixels, of the last layer's output
-GROUPS = 8
 MAKE_ONE = "python -m scripts.train_reward_model --cfg <the same configuration>  writes one"
 
 
@@ -26,7 +25,10 @@ class RealFakeClassifier(nn.Module):
     """Images to the log-odds of being real: strided convolutions down to 4 pixels, mean, 32 features, one number."""
 
     def __init__(self, image_size: tuple[int, int], width: int) -> None:
-        """`image_size`: (H, W) that images are brought to; `width`: channels of the first layer, a multiple of 8."""
+        """`image_size`: (H, W) that images are brought to; `width`: channels of the first layer.
+
+        All channels are normalised together: in small groups plain colours would be wiped out.
+        """
         super().__init__()
         self.image_size, self.width = image_size, width
         halvings = max(1, round(math.log2(min(image_size) / SMALLEST_MAP)))
@@ -34,8 +36,8 @@ class RealFakeClassifier(nn.Module):
         channels = 3
         for halving in range(halvings):
             wider = width * 2 ** min(halving, 3)
-            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(GROUPS, wider), nn.SiLU()]
-            layers += [nn.Conv2d(wider, wider, 3, padding=1), nn.GroupNorm(GROUPS, wider), nn.SiLU()]
+            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.SiLU()]
+            layers += [nn.Conv2d(wider, wider, 3, padding=1), nn.GroupNorm(1, wider), nn.SiLU()]
             channels = wider
         self.body = nn.Sequential(*layers)
         self.to_features = nn.Linear(channels, FEATURES)
