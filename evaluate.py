@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError, shows_input_errors
-from models import Denoiser, load_denoiser
+from models import Denoiser, clip, load_denoiser
 from models.devices import DTYPES, resolve_device, resolve_dtype
 from models.fingerprints import fingerprint, model_fingerprint
 from models.pictures import to_pixels
@@ -24,8 +24,7 @@ from solvers import num_steps_for
 from training.comparison import CLASSICAL_BASELINE, Comparison, Entry, parse_baseline
 from training.evaluation import REFERENCE_GRID, REFERENCE_SOLVER, REFERENCE_STEPS, Evaluation, Panel, Setting, Store
 from training.evaluation_report import Report
-from training.ppo.rewards import reward_hps
-from training.ppo.rewards.reward_hps import RewardHPS, find_reward_files
+from training.ppo.rewards import clip_scorer, find_reward_files, load_reward, reward_hps
 from training.sampling import (
     CLASSICAL,
     Grid,
@@ -100,7 +99,8 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
     "--reward",
     "reward_path",
     type=click.Path(path_type=Path),
-    help=f"Preference checkpoint. [{SHAPES_REWARD} for shapes, otherwise {USUAL_REWARD}]",
+    help="Preference checkpoint, or pickscore, clip_score or aesthetic. "
+    f"[{SHAPES_REWARD} for shapes, otherwise {USUAL_REWARD}]",
 )
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once.")
 @click.option(
@@ -298,10 +298,10 @@ def _panel(model: str, weights: Path, denoiser: Denoiser, batch: int) -> Panel:
     files = find_reward_files(weights)
     described = [files.weights, files.weights.with_suffix(".json"), files.tokenizer]
     judged_by = [path for path in described if path.exists()]
-    judged_by += [Path(reward_hps.__file__), Path(reward_hps.clip.__file__)]
+    judged_by += [Path(module.__file__) for module in (reward_hps, clip_scorer, clip)]
     if model == SHAPES:
         judged_by += [Path(scenes.__file__), Path(verify.__file__)]
-    reward = RewardHPS(weights, device=denoiser.device, batch_size=batch)
+    reward = load_reward(weights, device=denoiser.device, batch_size=batch)
     return Panel(reward, _verified if model == SHAPES else None, fingerprint(judged_by))
 
 

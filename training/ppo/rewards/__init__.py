@@ -58,7 +58,7 @@ def load_reward(
     batch_size: int,
     amp_dtype: torch.dtype | None = None,
     tokenizer_folder: str | Path | None = None,
-) -> Reward:
+) -> RewardHPS | PickScore | ClipScore | AestheticScore:
     """Load one reward, named as `find_reward_files` takes it; the rest as `ClipScorer` takes it.
 
     Raises:
