@@ -18,9 +18,10 @@ from models.prompts import read_prompts
 from models.registry import check_assets, load_denoiser
 from schedules import get_schedule
 from solvers import EPDTable, NetworkEvaluations, network_evaluations
+from training.configuration import LoadedConfig
 from training.ppo.checkpoint import table_from_plain, table_to_plain
 from training.ppo.cold_start import prepare_table
-from training.ppo.config import Config, LoadedConfig, apply_snapshot
+from training.ppo.config import Config, apply_snapshot
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch, VerifierPanel
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.ppo_trainer import PPOTrainer

@@ -8,70 +8,15 @@ third.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from errors import InputError
 from schedules import SCHEDULES
+from training.configuration import OVERRIDE, Disagreements, LoadedConfig, Schema, knob, raise_all
 from training.sampling import USUAL_RHO
-
-OVERRIDE = "--override"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Which values a knob accepts: an inclusive or exclusive range, or a list of choices; `required`: no empty text."""
-
-    required: bool = False
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    choices: tuple[str, ...] = ()
-
-    def complaint(self, value: Any) -> str | None:
-        """What is wrong with `value`, or None."""
-        if value is None:
-            return None
-        if self.required and not value:
-            return "is not set"
-        if self.choices and value not in self.choices:
-            return f"must be one of {', '.join(self.choices)}"
-        if isinstance(value, float) and not math.isfinite(value):
-            return "must be a finite number"
-        if self.at_least is not None and value < self.at_least:
-            return f"must be at least {self.at_least:g}"
-        if self.above is not None and value <= self.above:
-            return f"must be above {self.above:g}"
-        if self.at_most is not None and value > self.at_most:
-            return f"must be at most {self.at_most:g}"
-        return None
-
-
-def knob(
-    default: Any,
-    meaning: str,
-    *,
-    required: bool = False,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A configuration field: its default, what it means with unit and scope, and the values it accepts."""
-    metadata = {"meaning": meaning, "limits": Limits(required, at_least, above, at_most, choices)}
-    if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -204,91 +149,8 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
-@dataclass(frozen=True)
-class LoadedConfig:
-    """A checked configuration, and the dotted keys that `--override` set (they win over the snapshot)."""
-
-    config: Config
-    overridden: frozenset[str]
-
-
-def _knobs() -> Iterator[tuple[str, dataclasses.Field]]:
-    for section in dataclasses.fields(Config):
-        for leaf in dataclasses.fields(section.default_factory):
-            yield f"{section.name}.{leaf.name}", leaf
-
-
-KNOBS: dict[str, dataclasses.Field] = dict(_knobs())
-"""Every dotted key with its field; `.metadata["meaning"]` documents it."""
-
-
-def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key such as `ppo.rloo_k`."""
-    section, leaf = key.split(".")
-    return getattr(getattr(config, section), leaf)
-
-
-def to_plain(config: Config) -> dict[str, dict[str, Any]]:
-    """The configuration as nested plain values."""
-    return dataclasses.asdict(config)
-
-
-def to_yaml(config: Config) -> str:
-    """The configuration as YAML text that `load_config` reads back to the same configuration."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
-
-
-def config_hash(config: Config) -> str:
-    """SHA-256 of the configuration's values, in hexadecimal."""
-    return hashlib.sha256(json.dumps(to_plain(config), sort_keys=True).encode()).hexdigest()
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Read a YAML file, then the overrides (`section.key=value`), and check every value and every pair that must agree.
-
-    Raises:
-        InputError: lists all faults at once: unknown keys (with the nearest known one), wrong types, values out of
-            range, combinations that cannot work.
-    """
-    return build_config(_read_yaml(Path(path)), str(path), overrides)
-
-
-def build_config(values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """As `load_config`, from nested plain values; `origin` names them in messages."""
-    faults: list[str] = []
-    overridden = list(_parse_overrides(overrides, faults))
-    assigned = [(key, value, origin) for key, value in _flatten(values, origin, faults)]
-    assigned += [(key, value, OVERRIDE) for key, value in overridden]
-    node = OmegaConf.structured(Config)
-    origins: dict[str, str] = {}
-    unsound: set[str] = set()
-    for key, value, where in assigned:
-        if key not in KNOBS:
-            faults.append(f"{where}: unknown key {key}{_suggestion(key)}")
-            continue
-        try:
-            OmegaConf.update(node, key, value)
-            origins[key] = where
-        except OmegaConfBaseException as error:
-            unsound.add(key)
-            reason = str(error).splitlines()[0]
-            faults.append(f"{where}: {key}={value!r}: {reason} ({KNOBS[key].metadata['meaning']})")
-    config = OmegaConf.to_object(node)
-    for key, complaint in _out_of_range(config):
-        if key not in unsound:
-            unsound.add(key)
-            where = origins.get(key, origin)
-            value = value_of(config, key)
-            shown = key if value == "" else f"{key}={value!r}"
-            faults.append(f"{where}: {shown} {complaint} ({KNOBS[key].metadata['meaning']})")
-    # A pair is judged only where each of its values stands on its own.
-    faults += [fault for keys, fault in _disagreements(config) if unsound.isdisjoint(keys)]
-    _raise_all(faults)
-    return LoadedConfig(config, frozenset(key for key, _ in overridden))
-
-
 def apply_snapshot(
-    loaded: LoadedConfig, num_steps: int, num_points: int, metadata: Mapping[str, Any], snapshot: str
+    loaded: LoadedConfig[Config], num_steps: int, num_points: int, metadata: Mapping[str, Any], snapshot: str
 ) -> tuple[Config, list[str]]:
     """Fill what the configuration leaves null from the predictor snapshot, and hold the rest against it.
 
@@ -336,7 +198,7 @@ def apply_snapshot(
                 f"{key}={ours}: {snapshot} was made with {theirs}: set the key to null, "
                 f"or insist with {OVERRIDE} {key}={ours}"
             )
-    _raise_all(faults)
+    raise_all(faults)
     return dataclasses.replace(loaded.config, model=dataclasses.replace(loaded.config.model, **chosen)), notes
 
 
@@ -344,67 +206,7 @@ SHAPE_KEYS = ("num_steps", "num_points")
 SNAPSHOT_KEYS = ("dataset_name", "guidance_type", "guidance_rate", "schedule_type", "schedule_rho")
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such configuration file; those that come with the project are in training/ppo/cfgs/"
-        ) from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: not a readable YAML file: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected sections ({', '.join(_sections())}), found a list")
-    return values
-
-
-def _sections() -> list[str]:
-    return [section.name for section in dataclasses.fields(Config)]
-
-
-def _flatten(values: Mapping[str, Any], origin: str, faults: list[str]) -> Iterator[tuple[str, Any]]:
-    for section, content in values.items():
-        if section not in _sections():
-            known = ", ".join(_sections())
-            faults.append(f"{origin}: unknown section {section}{_suggestion(str(section))}; the sections are {known}")
-        elif content is None:
-            continue
-        elif not isinstance(content, Mapping):
-            faults.append(f"{origin}: {section}={content!r}: expected keys and values below it")
-        else:
-            yield from ((f"{section}.{leaf}", value) for leaf, value in content.items())
-
-
-def _parse_overrides(overrides: Iterable[str], faults: list[str]) -> Iterator[tuple[str, Any]]:
-    for pair in overrides:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            faults.append(f"{OVERRIDE} {pair}: expected section.key=value, for example ppo.steps=200")
-            continue
-        try:
-            # OmegaConf's YAML reads 7e-5 as a number, as everybody means it; plain YAML 1.1 reads a string.
-            yield key, OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"] if text else ""
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            faults.append(f"{OVERRIDE} {pair}: the value is not readable as YAML: {str(error).splitlines()[0]}")
-
-
-def _suggestion(key: str) -> str:
-    leaf = key.rpartition(".")[2]
-    candidates = [known for known in KNOBS if known.rpartition(".")[2] == leaf]
-    candidates += difflib.get_close_matches(key, [*KNOBS, *_sections()], n=1, cutoff=0.6)
-    leaves = {known.rpartition(".")[2]: known for known in KNOBS}
-    candidates += [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
-    return f"; did you mean {candidates[0]}?" if candidates else ""
-
-
-def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
-    for key, known in KNOBS.items():
-        complaint = known.metadata["limits"].complaint(value_of(config, key))
-        if complaint:
-            yield key, complaint
-
-
-def _disagreements(config: Config) -> Iterator[tuple[set[str], str]]:
+def _disagreements(config: Config) -> Disagreements:
     """Values that are each allowed and cannot go together: their keys, why, and what to set instead."""
     yield from _batch_disagreements(config.ppo, config.run.num_devices * config.run.num_nodes)
     yield from _judge_disagreements(config)
@@ -420,7 +222,7 @@ def _disagreements(config: Config) -> Iterator[tuple[set[str], str]]:
         yield {"reward.mix"}, f"reward.mix={config.reward.mix}: every weight must be a finite number other than 0"
 
 
-def _batch_disagreements(ppo: PPOConfig, devices: int) -> Iterator[tuple[set[str], str]]:
+def _batch_disagreements(ppo: PPOConfig, devices: int) -> Disagreements:
     rollout = {"ppo.rollout_batch_size", "ppo.rloo_k"}
     update = {"ppo.rollout_batch_size", "ppo.minibatch_size"}
     split = {"run.num_devices", "run.num_nodes"}
@@ -447,7 +249,7 @@ def _batch_disagreements(ppo: PPOConfig, devices: int) -> Iterator[tuple[set[str
         )
 
 
-def _judge_disagreements(config: Config) -> Iterator[tuple[set[str], str]]:
+def _judge_disagreements(config: Config) -> Disagreements:
     logging = config.logging
     if logging.eval_interval and logging.eval_prompts is None:
         yield (
@@ -480,7 +282,6 @@ def _judge_disagreements(config: Config) -> Iterator[tuple[set[str], str]]:
         )
 
 
-def _raise_all(faults: Sequence[str]) -> None:
-    if faults:
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise InputError(f"the configuration has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults))
+SCHEMA = Schema(Config, _disagreements, shipped="training/ppo/cfgs/")
+KNOBS = SCHEMA.knobs
+load_config, build_config = SCHEMA.load, SCHEMA.build

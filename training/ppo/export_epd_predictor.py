@@ -17,10 +17,12 @@ from errors import InputError, shows_input_errors
 from models.devices import resolve_device
 from models.fingerprints import file_sha256
 from solvers import EPDTable
+from training.checkpoint import best_path, newest_checkpoint
+from training.configuration import to_plain
 from training.ppo.assembly import Start, from_plain, guidance_scale, make_policy
-from training.ppo.checkpoint import TABLE_FIELDS, best_path, load_checkpoint, newest_checkpoint, table_from_plain
-from training.ppo.config import SNAPSHOT_KEYS, build_config, to_plain
-from training.ppo.run_folder import RunFolder, read_metrics
+from training.ppo.checkpoint import TABLE_FIELDS, load_checkpoint, table_from_plain
+from training.ppo.config import SNAPSHOT_KEYS, build_config
+from training.run_folder import RunFolder, read_metrics
 from training.snapshot import load_snapshot, save_snapshot, write_atomically
 
 POLICY_TOLERANCE = 1e-9

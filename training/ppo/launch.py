@@ -13,16 +13,19 @@ import click
 from lightning.fabric import Fabric
 
 from errors import InputError, shows_input_errors
+from training.checkpoint import newest_checkpoint
+from training.command_line import SeveralPairs
+from training.configuration import to_plain, to_yaml
+from training.interrupts import EXIT_INTERRUPTED
 from training.ppo.assembly import Start, build, costs, from_plain, make_fabric, path_faults, prepare, refuse
-from training.ppo.checkpoint import load_checkpoint, newest_checkpoint
-from training.ppo.config import Config, load_config, to_plain, to_yaml
+from training.ppo.checkpoint import load_checkpoint
+from training.ppo.config import Config, load_config
 from training.ppo.report import write_report
-from training.ppo.run_folder import RunFolder, read_metrics, seconds_by_phase
 from training.ppo.training_run import INTERRUPTED, TrainingRun
+from training.run_folder import RunFolder, read_metrics, seconds_by_phase
 from training.snapshot import write_atomically
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "cfgs" / "sd15_base.yaml"
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -32,27 +35,6 @@ class Job:
     start: Start
     folder: RunFolder | None
     state: dict[str, Any] | None
-
-
-class SeveralPairs(click.Command):
-    """A command whose option `--override` takes all values up to the next option."""
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """Spell the option out before each of its values."""
-        return super().parse_args(context, spread(args))
-
-
-def spread(args: Sequence[str]) -> list[str]:
-    """Repeat `--override` before every further value that follows it directly."""
-    spelled: list[str] = []
-    inside = False
-    for arg in args:
-        if arg.startswith("-"):
-            inside = arg == "--override" or arg.startswith("--override=")
-        elif inside and spelled[-1] != "--override":
-            spelled.append("--override")
-        spelled.append(arg)
-    return spelled
 
 
 @click.command(cls=SeveralPairs, context_settings={"max_content_width": 110})

@@ -17,12 +17,14 @@ from PIL import Image
 
 from errors import shows_input_errors
 from solvers import EPDTable
-from training.ppo.checkpoint import load_checkpoint, newest_checkpoint, table_from_plain
-from training.ppo.config import build_config, to_yaml
+from training.checkpoint import newest_checkpoint
+from training.configuration import to_yaml
+from training.ppo.checkpoint import load_checkpoint, table_from_plain
+from training.ppo.config import build_config
 from training.ppo.figures import Curve, curves_figure, movement_figure, table_figure
 from training.ppo.ppo_trainer import METRICS
-from training.ppo.run_folder import RunFolder, read_metrics, seconds_by_phase
 from training.ppo.training_run import preview_name
+from training.run_folder import RunFolder, read_metrics, seconds_by_phase
 from training.snapshot import write_atomically
 
 Row = Mapping[str, Any]

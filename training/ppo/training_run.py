@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Callable, Mapping
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -18,48 +16,19 @@ from tqdm import tqdm
 from errors import InputError
 from models.pictures import png_text, to_pixels
 from solvers import EPDTable
+from training.checkpoint import best_path, step_path
+from training.configuration import config_hash
+from training.configuration import to_plain as config_to_plain
+from training.interrupts import Interrupts
 from training.ppo.assembly import Parts, Start, to_plain
-from training.ppo.checkpoint import best_path, save_checkpoint, step_path, table_to_plain
-from training.ppo.config import config_hash
-from training.ppo.config import to_plain as config_to_plain
+from training.ppo.checkpoint import save_checkpoint, table_to_plain
 from training.ppo.figures import table_figure
 from training.ppo.heldout import HeldoutScores
-from training.ppo.run_folder import MetricsLog, RunFolder
+from training.run_folder import MetricsLog, RunFolder
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FINISHED, INTERRUPTED, HACKED = "finished", "interrupted", "stopped for suspected reward hacking"
-
-
-class Interrupts:
-    """While active, a first SIGINT or SIGTERM is remembered instead of obeyed; a second one is obeyed."""
-
-    def __init__(self) -> None:
-        """Not active yet, nothing remembered."""
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        """Start to listen."""
-        self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give the signals back."""
-        self._restore()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-        name = signal.Signals(number).name
-        tqdm.write(f"{name}: the step is finished and a checkpoint saved; once more ends at once, without")
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 class RunWriter:

@@ -9,18 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
-from training.ppo.config import (
-    KNOBS,
-    Config,
-    LoadedConfig,
-    apply_snapshot,
-    build_config,
-    config_hash,
-    load_config,
-    to_plain,
-    to_yaml,
-    value_of,
-)
+from training.configuration import LoadedConfig, config_hash, to_plain, to_yaml, value_of
+from training.ppo.config import KNOBS, Config, apply_snapshot, build_config, load_config
 
 CFGS = Path(__file__).resolve().parents[1] / "cfgs"
 LEAST = {

@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 
 from errors import InputError
 from solvers import EPDTable
+from training.checkpoint import best_path, step_path
+from training.configuration import config_hash
+from training.configuration import to_plain as config_to_plain
 from training.ppo.assembly import Start, make_policy, prepare, to_plain
-from training.ppo.checkpoint import best_path, save_checkpoint, step_path, table_to_plain
-from training.ppo.config import config_hash, load_config
-from training.ppo.config import to_plain as config_to_plain
+from training.ppo.checkpoint import save_checkpoint, table_to_plain
+from training.ppo.config import load_config
 from training.ppo.export_epd_predictor import main, read_export, write_export
 from training.ppo.policy import EPDParamPolicy
-from training.ppo.run_folder import MetricsLog, RunFolder
 from training.ppo.tests.tiny_world import METADATA, write_world
+from training.run_folder import MetricsLog, RunFolder
 from training.sampling import load_predictor
 from training.snapshot import find_snapshot, load_snapshot, save_snapshot
 

@@ -18,14 +18,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sample
 import training.ppo.training_run as training_run
 from errors import InputError
-from training.ppo.checkpoint import load_checkpoint, step_path
-from training.ppo.config import config_hash, load_config
+from training.checkpoint import step_path
+from training.command_line import spread
+from training.configuration import config_hash
+from training.interrupts import EXIT_INTERRUPTED
+from training.ppo.checkpoint import load_checkpoint
+from training.ppo.config import load_config
 from training.ppo.export_epd_predictor import main as export_command
 from training.ppo.heldout import HeldoutWatch
-from training.ppo.launch import EXIT_INTERRUPTED, main, spread
+from training.ppo.launch import main
 from training.ppo.ppo_trainer import METRICS, PPOTrainer
-from training.ppo.run_folder import RunFolder, read_metrics
 from training.ppo.tests.tiny_world import START, write_world
+from training.run_folder import RunFolder, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -10,15 +10,16 @@ from PIL import Image
 
 from errors import InputError
 from models.pictures import png_text
+from training.checkpoint import step_path
 from training.ppo.assembly import make_policy, prepare
-from training.ppo.checkpoint import save_checkpoint, step_path, table_to_plain
+from training.ppo.checkpoint import save_checkpoint, table_to_plain
 from training.ppo.config import load_config
 from training.ppo.ppo_trainer import METRICS
 from training.ppo.report import DIAGNOSTICS, write_report
-from training.ppo.run_folder import MetricsLog, RunFolder
 from training.ppo.tests.test_export_predictor import state_of
 from training.ppo.tests.tiny_world import write_world
 from training.ppo.training_run import preview_name
+from training.run_folder import MetricsLog, RunFolder
 
 PROMPT = 'a <b>bold</b> "quote" & more'
 
