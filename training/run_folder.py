@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -41,13 +42,12 @@ class RunFolder:
             raise InputError(
                 f"run.run_name={run_name!r}: it becomes a part of a folder's name: no slashes, no leading dot"
             )
-        folder = cls(Path(output_root) / f"{datetime.now():%Y%m%d-%H%M%S}-{run_name}")
         try:
-            folder.path.mkdir(parents=True)
+            folder = cls(_new_folder(Path(output_root), run_name))
             for part in (folder.config.parent, folder.logs, folder.checkpoints, folder.samples):
                 part.mkdir()
         except OSError as error:
-            raise InputError(f"{folder.path}: cannot be made ({error.strerror}); see run.output_root") from error
+            raise InputError(f"{error.filename}: cannot be made ({error.strerror}); see run.output_root") from error
         return folder
 
     @classmethod
@@ -98,6 +98,20 @@ class RunFolder:
     def report(self) -> Path:
         """The report of the run, HTML."""
         return self.path / "report.html"
+
+
+def _new_folder(output_root: Path, run_name: str) -> Path:
+    """Make `<timestamp>-<run_name>`; where a run of that name began in the same second, wait for the next one."""
+    output_root.mkdir(parents=True, exist_ok=True)
+    while True:
+        now = datetime.now()
+        path = output_root / f"{now:%Y%m%d-%H%M%S}-{run_name}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            time.sleep(1 - now.microsecond / 1e6)
+        else:
+            return path
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -127,6 +127,12 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
+    folders = [RunFolder.create(tmp_path, "run") for _ in range(2)]
+    assert folders[0].path != folders[1].path
+    assert all(folder.path.name.endswith("-run") for folder in folders)
+
+
 def test_folder_opens_by_itself_and_by_a_checkpoint(tmp_path: Path):
     folder = RunFolder.create(tmp_path / "exps", "trial")
     assert folder.path.name.endswith("-trial")
