@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import IMAGE_SIZE, to_tensor
-from models.shapes.training_loop import TrainingOptions, fit, step_generator
+from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
 
 KL_WEIGHT = 3e-4  # per latent number, against the mean absolute error of a pixel in [-1, 1]
 SQUARED_WEIGHT = 2.0  # of the mean squared error: without it small coloured parts are learned late
@@ -94,23 +94,7 @@ def measured_scaling_factor(autoencoder: AutoencoderKL, images: Tensor) -> float
     return 1.0 / float(autoencoder.encode(images).latent_dist.mean.std())
 
 
-@click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path("src/shapes/vae"), show_default=True)
-@click.option(
-    "--scratch",
-    type=click.Path(path_type=Path),
-    default=Path("scratch/shapes"),
-    show_default=True,
-    help="Data and checkpoints.",
-)
-@click.option("--steps", type=click.IntRange(min=1), default=6500, show_default=True)
-@click.option(
-    "--images", type=click.IntRange(min=64), default=20_000, show_default=True, help="Scenes to render and to train on."
-)
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=7e-4, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@training_command(output="src/shapes/vae", steps=6500, images=20_000, batch=8, learning_rate=7e-4, seed=0)
 def main(
     output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
 ) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import to_tensor
-from models.shapes.training_loop import TrainingOptions, fit, step_generator
+from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
 
 SIZE = 32  # pixels: half of the world's own, averaged down
 
@@ -67,23 +67,7 @@ def noise_error(network: UNet2DModel, clean: Tensor, alphas_cumprod: Tensor, gen
     return functional.mse_loss(network(noisy.to(device), timesteps.to(device)).sample, noise.to(device))
 
 
-@click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path("src/shapes_ddpm"), show_default=True)
-@click.option(
-    "--scratch",
-    type=click.Path(path_type=Path),
-    default=Path("scratch/shapes"),
-    show_default=True,
-    help="Data and checkpoints.",
-)
-@click.option("--steps", type=click.IntRange(min=1), default=1500, show_default=True)
-@click.option(
-    "--images", type=click.IntRange(min=8), default=10_000, show_default=True, help="Scenes to render and to train on."
-)
-@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
-@click.option("--seed", type=int, default=2, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@training_command(output="src/shapes_ddpm", steps=1500, images=10_000, batch=32, learning_rate=1e-3, seed=2)
 def main(
     output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
 ) -> None:

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
-from models.shapes.training_loop import TrainingOptions, fit, step_generator
+from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
 
 TEXT_WIDTH = 128
 TEXT_DROPPED = 0.1  # share of the captions that are replaced by the empty one
@@ -107,23 +107,7 @@ def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
     return ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 1000).long().clamp(max=999)
 
 
-@click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path("src/shapes"), show_default=True)
-@click.option(
-    "--scratch",
-    type=click.Path(path_type=Path),
-    default=Path("scratch/shapes"),
-    show_default=True,
-    help="Data and checkpoints.",
-)
-@click.option("--steps", type=click.IntRange(min=1), default=9000, show_default=True)
-@click.option(
-    "--images", type=click.IntRange(min=64), default=80_000, show_default=True, help="Scenes to render and to train on."
-)
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=6e-4, show_default=True)
-@click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@training_command(output="src/shapes", steps=5000, images=80_000, batch=64, learning_rate=6e-4, seed=1)
 def main(
     output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
 ) -> None:

@@ -26,7 +26,7 @@ from models.shapes.data import cached_scenes
 from models.shapes.negatives import CORRUPTIONS, worse_images, wrong_scene
 from models.shapes.scenes import IMAGE_SIZE, parse, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
-from models.shapes.training_loop import TrainingOptions, fit, step_generator
+from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
 
 WRONG_CAPTIONS = 2  # for each image
 COMPARED_SHARE = 0.5  # of the images whose corrupted copies are compared in a step
@@ -90,30 +90,14 @@ def reward_terms(
     }
 
 
-@click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path("weights/shapes_reward.pt"), show_default=True)
+@training_command(output="weights/shapes_reward.pt", steps=3500, images=80_000, batch=48, learning_rate=1e-3, seed=1)
 @click.option(
     "--tokenizer",
     "tokenizer_folder",
     type=click.Path(path_type=Path),
     default=Path("src/shapes/tokenizer"),
-    show_default=True,
+    help="Where its tokenizer is written.",
 )
-@click.option(
-    "--scratch",
-    type=click.Path(path_type=Path),
-    default=Path("scratch/shapes"),
-    show_default=True,
-    help="Data and checkpoints.",
-)
-@click.option("--steps", type=click.IntRange(min=1), default=2500, show_default=True)
-@click.option(
-    "--images", type=click.IntRange(min=64), default=80_000, show_default=True, help="Scenes to render and to train on."
-)
-@click.option("--batch", type=click.IntRange(min=2), default=48, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
-@click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
 def main(
     output: Path,
     tokenizer_folder: Path,

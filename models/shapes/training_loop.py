@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -35,6 +36,30 @@ class TrainingOptions:
     max_gradient_norm: float = 1.0
     checkpoint_interval: int = 250
     log_interval: int = 50
+
+
+def training_command(
+    *, output: str, steps: int, images: int, batch: int, learning_rate: float, seed: int
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a click command with the options that every training command here has; the arguments are their defaults."""
+    path = click.Path(path_type=Path)
+    options = (
+        click.option("--output", type=path, default=Path(output), help="What is written."),
+        click.option("--scratch", type=path, default=Path("scratch/shapes"), help="Data and checkpoints."),
+        click.option("--steps", type=click.IntRange(min=1), default=steps),
+        click.option("--images", type=click.IntRange(min=8), default=images, help="Scenes to render and to train on."),
+        click.option("--batch", type=click.IntRange(min=2), default=batch),
+        click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=learning_rate),
+        click.option("--seed", type=int, default=seed),
+        click.option("--device", default="cpu"),
+    )
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        for option in reversed(options):
+            function = option(function)
+        return click.command(context_settings={"show_default": True})(function)
+
+    return decorate
 
 
 def learning_rate_factor(step: int, options: TrainingOptions) -> float:
