@@ -28,10 +28,11 @@ from training.ppo.policy import (
 
 def random_table(seed: int, intervals: int = 4, points: int = 3, scales: bool = True) -> EPDTable:
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand(4, intervals, points, generator=generator, dtype=torch.float64)
-    table = EPDTable(
-        0.02 + 0.96 * draw[0], draw[1].softmax(-1), *((0.5 + draw[2], 0.5 + draw[3]) if scales else (None, None))
-    )
+    draw = torch.rand(3, intervals, points, generator=generator, dtype=torch.float64)
+    # No segment is so short that the policy would refuse it at the concentrations tried here.
+    segments = (3 * torch.rand(intervals, points + 1, generator=generator, dtype=torch.float64)).softmax(-1)
+    positions = segments.cumsum(-1)[:, :-1]
+    table = EPDTable(positions, draw[0].softmax(-1), *((0.5 + draw[1], 0.5 + draw[2]) if scales else (None, None)))
     return prepare_table(table).table
 
 
