@@ -61,9 +61,10 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero(options):
     assert factors[100] == 0.0
 
 
-def test_timesteps_fall_one_in_each_stratum():
+def test_timesteps_fall_one_in_each_part_of_equal_probability():
     timesteps = spread_timesteps(64, torch.Generator().manual_seed(0))
-    assert [int(t) * 64 // 1000 for t in timesteps] == pytest.approx(list(range(64)), abs=1)
+    # The distribution function of a density proportional to t is (t / 1000)^2.
+    assert [int(64 * (t / 1000) ** 2) for t in timesteps.tolist()] == pytest.approx(list(range(64)), abs=1)
     assert timesteps.min() >= 0
     assert timesteps.max() <= 999
 
