@@ -17,8 +17,9 @@ from errors import InputError
 from models.denoiser import Denoiser
 from models.generate import initial_noise
 from solvers import EPDTable, epd_sampler
+from training.ppo.phase_clock import PhaseClock, timer_of
 from training.ppo.rewards.mix import WeightedMix
-from training.ppo.rollout import PhaseClock, PromptBatch, Scores, derived_seed
+from training.ppo.rollout import PromptBatch, Scores, derived_seed
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class RLRunner:
         self.decode_chunk_size = decode_chunk_size
         self.dtype = dtype
         self.shard = shard or Shard()
-        self.clock = PhaseClock(denoiser.device)
+        self.clock = PhaseClock(timer_of(denoiser.device))
         self.max_rows = max_rows if max_rows or denoiser.device.type == "cuda" else DEFAULT_MAX_ROWS
 
     def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int) -> Images:

@@ -7,10 +7,8 @@ is table j of prompt b.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -130,41 +128,6 @@ class PromptStream:
             generator = torch.Generator().manual_seed(derived_seed("prompt order", self.seed, epoch))
             self._order = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
         return self._order[1][position]
-
-
-class PhaseClock:
-    """Seconds by phase; a phase measured inside another counts for itself alone."""
-
-    def __init__(self, device: torch.device) -> None:
-        """A clock that waits for `device` to finish its work before it reads the time."""
-        self._device = device
-        self._seconds: dict[str, float] = {}
-        self._nested: list[float] = []
-
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        """Add the time until the block ends to `phase`."""
-        start = self._now()
-        self._nested.append(0.0)
-        try:
-            yield
-        finally:
-            elapsed = self._now() - start
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed - self._nested.pop()
-            if self._nested:
-                self._nested[-1] += elapsed
-
-    def take(self) -> dict[str, float]:
-        """The seconds so far; the clock starts again at zero."""
-        seconds, self._seconds = self._seconds, {}
-        return seconds
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        elif self._device.type == "mps":
-            torch.mps.synchronize()
-        return perf_counter()
 
 
 def derived_seed(purpose: str, *parts: int) -> int:
