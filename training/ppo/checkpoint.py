@@ -14,7 +14,7 @@ KEYS = frozenset({"format", "step", "trainer", "watch", "start", "table", "confi
 """Of a checkpoint: the layout's number, completed steps, the states of trainer and held-out watch (None without one),
 what the run started from, the policy's mean table, the configuration and its hash."""
 
-CHECKPOINT = CheckpointFormat("the RL job", 1, KEYS - {"format"})
+CHECKPOINT = CheckpointFormat("the RL job", 2, KEYS - {"format"})
 save_checkpoint, load_checkpoint = CHECKPOINT.save, CHECKPOINT.load
 
 TABLE_FIELDS = ("positions", "weights", "scale_dir", "scale_time")

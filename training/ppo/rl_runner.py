@@ -113,6 +113,7 @@ class RLRunner:
         self.shard = shard or Shard()
         self.clock = PhaseClock(timer_of(denoiser.device))
         self.max_rows = max_rows if max_rows or denoiser.device.type == "cuda" else DEFAULT_MAX_ROWS
+        self._configured_max_rows = max_rows
 
     def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int) -> Images:
         """This process's part of the images of tables [B * k, S, K] on B prompts, k for each, prompt-major.
@@ -175,13 +176,18 @@ class RLRunner:
         return self.clock.take()
 
     def state_dict(self) -> dict[str, Any]:
-        """The reward's running statistics, and the micro-batch that was found to fit."""
-        return {"reward": self.reward.state_dict(), "max_rows": self.max_rows}
+        """The reward's running statistics, and the limit of rows: the configured one and the one found to fit."""
+        return {
+            "reward": self.reward.state_dict(),
+            "configured_max_rows": self._configured_max_rows,
+            "max_rows": self.max_rows,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave; a limit of rows that was configured anew since then wins over it."""
         self.reward.load_state_dict(state["reward"])
-        self.max_rows = state["max_rows"]
+        if state["configured_max_rows"] == self._configured_max_rows:
+            self.max_rows = state["max_rows"]
 
     def _sample_if_it_fits(
         self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int]

@@ -91,7 +91,7 @@ def test_corrupt_first_checkpoint_has_none_before_it(tmp_path: Path):
 
 
 def test_forged_checkpoint_runs_nothing(tmp_path: Path):
-    torch.save({"format": 1, "step": Touch(tmp_path / "made")}, step_path(tmp_path, 1))
+    torch.save({"format": 2, "step": Touch(tmp_path / "made")}, step_path(tmp_path, 1))
     with pytest.raises(InputError, match="corrupt"):
         load_checkpoint(step_path(tmp_path, 1))
     assert not (tmp_path / "made").exists()

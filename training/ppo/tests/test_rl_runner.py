@@ -96,6 +96,17 @@ def test_memory_that_does_not_suffice_halves_the_batch_and_remembers(caplog):
     assert resumed.denoiser.rows == denoiser.rows
 
 
+def test_a_limit_of_rows_set_at_resume_wins_over_the_checkpoints():
+    limited = runner(GaussianDenoiser(memory=7), max_rows=40)
+    limited.roll_out(tables(), batch(), 3)
+    state = limited.state_dict()
+    same, lower, higher = (runner(max_rows=rows) for rows in (40, 8, 80))
+    for resumed in (same, lower, higher):
+        resumed.load_state_dict(state)
+    assert limited.max_rows < 40
+    assert (same.max_rows, lower.max_rows, higher.max_rows) == (limited.max_rows, 8, 80)
+
+
 def test_memory_that_does_not_suffice_for_one_image_is_a_clear_error():
     with pytest.raises(InputError, match="does not suffice for one image"):
         runner(GaussianDenoiser(memory=1)).roll_out(tables(), batch(), 0)
