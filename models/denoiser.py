@@ -13,6 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+USUAL_GUIDANCE_SCALE = 7.5
+"""The scale of classifier-free guidance that Stable Diffusion 1.x, and every model in its format, is used at."""
+
 
 @dataclass
 class Conditioning:

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from errors import InputError
-from models.denoiser import Conditioning
+from models.denoiser import USUAL_GUIDANCE_SCALE, Conditioning
 from models.devices import check_memory
 from models.noise_levels import NoiseLevels
 
-DEFAULT_GUIDANCE_SCALE = 7.5
 # A prompt of Stable Diffusion 1.5 takes 118 kB in half precision: a quarter of a gigabyte when full.
 CACHED_PROMPTS = 2048
 SHOWN_FAULTS = 10
@@ -67,7 +66,7 @@ class LatentDiffusion:
         self.name = name
         self.device = device
         self.dtype = dtype
-        self.default_guidance_scale = DEFAULT_GUIDANCE_SCALE
+        self.default_guidance_scale = USUAL_GUIDANCE_SCALE
         parts = (components.unet, components.vae, components.text_encoder)
         check_memory(f"Model {name}", sum(_bytes_to_move(part, device, dtype) for part in parts), device)
         self.unet = _frozen(components.unet, device, dtype)

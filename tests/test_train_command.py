@@ -94,6 +94,11 @@ def test_init_only_writes_the_cold_start_without_any_model(workplace):
     assert table.weights.flatten().tolist() == pytest.approx([1 / 3] * 12)
     assert table.scale_dir is table.scale_time is None
     assert metadata["schedule_type"] == "discrete"
+    assert (metadata["guidance_type"], metadata["guidance_rate"]) == ("cfg", 7.5)  # as the model's own would be
+    result = run("--dataset_name", "shapes", "--num_steps", 5, "--guidance_rate", 1, "--init-only")
+    assert result.exit_code == 0, result.output
+    _, unguided = load_snapshot(find_snapshot(2))
+    assert (unguided["guidance_type"], unguided["guidance_rate"]) == ("uncond", 1.0)
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(pipeline, workplace):

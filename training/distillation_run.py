@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
-from models.denoiser import Denoiser
+from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
 from solvers import EPDTable, network_evaluations
 from training.distillation import (
     HELD_OUT_SHARE,
@@ -110,21 +110,26 @@ class Options:
         return max(1, round(HELD_OUT_SHARE * self.trajectories))
 
     def metadata(self, denoiser: Denoiser | None) -> dict[str, Plain]:
-        """What the snapshots say about their table; of a model that was not loaded, what only it knows is None."""
+        """What the snapshots say about their table; of a model that was not loaded, what only it knows is None.
+
+        Its guidance is then the scale that every model here has by default.
+        """
         known = (
-            {"guidance_rate": self.guidance_rate, "sigma_min": None, "sigma_max": None, "img_resolution": None}
+            {"sigma_min": None, "sigma_max": None, "img_resolution": None}
             if denoiser is None
             else {
-                "guidance_rate": denoiser.default_guidance_scale if self.guidance_rate is None else self.guidance_rate,
                 "sigma_min": denoiser.sigma_min,
                 "sigma_max": denoiser.sigma_max,
                 "img_resolution": denoiser.image_size[0],
             }
         )
+        default = USUAL_GUIDANCE_SCALE if denoiser is None else denoiser.default_guidance_scale
+        guidance = default if self.guidance_rate is None else self.guidance_rate
         keys = ("dataset_name", "sampler_stu", "sampler_tea", "M", "schedule_type", "schedule_rho", "afs")
         return {
             **{key: getattr(self, key) for key in (*keys, "scale_dir", "scale_time")},
-            "guidance_type": "uncond" if known["guidance_rate"] == 1 else "cfg",
+            "guidance_type": "uncond" if guidance == 1 else "cfg",
+            "guidance_rate": guidance,
             **known,
         }
 
