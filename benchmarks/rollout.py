@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from errors import InputError, shows_input_errors
+from errors import shows_input_errors
 from models import clip
 from models.denoiser import Conditioning
 from models.devices import gigabytes, resolve_dtype
@@ -53,11 +53,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each repeat, paired, and what came out of the last."""
+    """Seconds of each repeat, paired, and how far apart the images of the last were."""
 
     fast: list[float]
     plain: list[float]
-    phases: dict[str, float]
     largest_difference: float
 
     @property
@@ -82,27 +81,30 @@ class PlainPath:
         size = self.runner.group_size
         texts = [text for text in work.prompts.texts for _ in range(size)]
         images = []
-        for start in range(0, len(texts), size):
-            rows = slice(start, start + size)
-            images.append(self._sample(work.tables.select(rows), texts[rows], seeds[rows]))
-        pixels = torch.cat(images)
-        return pixels, self._score(pixels, texts)
+        with self._precision():
+            for start in range(0, len(texts), size):
+                rows = slice(start, start + size)
+                images.append(self._sample(work.tables.select(rows), texts[rows], seeds[rows]))
+            pixels = torch.cat(images)
+            return pixels, self._score(pixels, texts)
+
+    def _precision(self) -> torch.autocast:
+        enabled = self.autocast != torch.float32
+        return torch.autocast(self.denoiser.device.type, self.autocast if enabled else None, enabled=enabled)
 
     def _sample(self, tables: EPDTable, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         device, sigmas = self.denoiser.device, self.runner.sigmas
-        enabled = self.autocast != torch.float32
-        with torch.autocast(device.type, self.autocast if enabled else None, enabled=enabled):
-            conditioning = encode_anew(self.denoiser, prompts, self.runner.guidance_scale)
-            noise = initial_noise(seeds, self.denoiser.latent_shape, device=device, dtype=torch.float32)
-            latents = epd_sampler(
-                lambda x, sigma: self.denoiser.denoise(x, sigma, conditioning),
-                noise * sigmas[0].to(noise),
-                sigmas,
-                tables.to(device=device),
-                afs=self.runner.afs,
-                parallel=False,
-            )
-            return self.denoiser.decode(latents, len(latents))
+        conditioning = encode_anew(self.denoiser, prompts, self.runner.guidance_scale)
+        noise = initial_noise(seeds, self.denoiser.latent_shape, device=device, dtype=torch.float32)
+        latents = epd_sampler(
+            lambda x, sigma: self.denoiser.denoise(x, sigma, conditioning),
+            noise * sigmas[0].to(noise),
+            sigmas,
+            tables.to(device=device),
+            afs=self.runner.afs,
+            parallel=False,
+        )
+        return self.denoiser.decode(latents, len(latents))
 
     def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score one image after another, through Pillow."""
@@ -199,7 +201,6 @@ def compare(runner: RLRunner, plain: PlainPath, work: Work, repeats: int) -> Tim
         return images.pixels
 
     fast(), plain(work, seeds)
-    runner.take_seconds()
     fast_seconds, plain_seconds, difference = [], [], 0.0
     for _ in range(repeats):
         seconds, pixels = timed(fast, device)
@@ -207,28 +208,37 @@ def compare(runner: RLRunner, plain: PlainPath, work: Work, repeats: int) -> Tim
         seconds, (plain_pixels, _) = timed(lambda: plain(work, seeds), device)
         plain_seconds.append(seconds)
         difference = (pixels - plain_pixels).abs().max().item()
-    phases = {name: seconds / repeats for name, seconds in runner.take_seconds().items()}
-    return Timings(fast_seconds, plain_seconds, phases, difference)
+    return Timings(fast_seconds, plain_seconds, difference)
 
 
-def report(start: Start, runner: RLRunner, timings: Timings, images: int, fast_peak: int) -> list[str]:
+def whole_steps(parts: Parts, repeats: int) -> dict[str, float]:
+    """Seconds of a whole step of the run, by phase and under `step` in all: medians of a few steps, after a first."""
+    rows = [parts.trainer.step() for _ in range(repeats + 1)][1:]
+    names = [name for name in rows[0] if name.startswith("seconds/")]
+    return {name.removeprefix("seconds/"): statistics.median(row[name] for row in rows) for name in names}
+
+
+def report(start: Start, plain: PlainPath, timings: Timings, step: dict[str, float], fast_peak: int) -> list[str]:
     """The figures, one a line."""
-    device, dtype = runner.denoiser.device, resolve_dtype(start.config.model.dtype)
-    seconds, plain = statistics.median(timings.fast), statistics.median(timings.plain)
-    flops = network_flops(runner.denoiser, runner.guidance_scale) * costs(start).evaluations.total
+    device, dtype = plain.denoiser.device, resolve_dtype(start.config.model.dtype)
+    images, precision = start.config.ppo.rollout_batch_size, start.config.model.dtype
+    fast_seconds, plain_seconds = statistics.median(timings.fast), statistics.median(timings.plain)
+    # Counted where nothing is compiled.
+    flops = network_flops(plain.denoiser, plain.runner.guidance_scale) * costs(start).evaluations.total
     peak = matrix_peak(device, dtype)
-    whole = sum(timings.phases.values())
-    achieved = flops * images / seconds
+    whole = step.pop("step")
+    achieved = flops * images / whole
     return [
-        f"device {device}, {torch.get_num_threads()} threads, network in {start.config.model.dtype}, {images} images",
-        f"fast path: {seconds:.3f} s, {images / seconds:.2f} images/s (median of {len(timings.fast)})",
-        f"plain path: {plain:.3f} s, {images / plain:.2f} images/s",
+        f"device {device}, {torch.get_num_threads()} threads, network in {precision}, {images} images a step",
+        f"fast path: {fast_seconds:.3f} s, {images / fast_seconds:.2f} images/s (median of {len(timings.fast)})",
+        f"plain path: {plain_seconds:.3f} s, {images / plain_seconds:.2f} images/s",
         f"plain over fast, median of the pairs: {timings.ratio:.2f}",
         f"largest difference of a pixel between the two: {timings.largest_difference:.2g}",
-        "fast path's time: " + ", ".join(f"{name} {spent / whole:.1%}" for name, spent in timings.phases.items()),
+        f"a whole RL step: {whole:.3f} s: " + ", ".join(f"{name} {spent / whole:.1%}" for name, spent in step.items()),
         f"network: {flops / 1e9:.2f} GFLOP an image",
-        f"achieved over the whole rollout: {achieved / 1e9:.1f} GFLOP/s",
-        f"matrix products here reach {peak / 1e9:.1f} GFLOP/s: the network's work is {achieved / peak:.1%} of that",
+        f"achieved over the whole step: {achieved / 1e9:.1f} GFLOP/s",
+        f"matrix products in {precision} reach {peak / 1e9:.1f} GFLOP/s here: the network's work is "
+        f"{achieved / peak:.1%} of that",
         f"peak memory: {gigabytes(fast_peak)} before the plain path was loaded",
     ]
 
@@ -236,29 +246,24 @@ def report(start: Start, runner: RLRunner, timings: Timings, images: int, fast_p
 @click.command(epilog="Example:  python -m benchmarks.rollout --config training/ppo/cfgs/shapes.yaml --images 16")
 @click.option("--config", "config_path", type=click.Path(path_type=Path), required=True, help="A run's configuration.")
 @click.option("--override", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="May be repeated.")
-@click.option("--images", type=click.IntRange(min=2), help="Of one rollout. [ppo.rollout_batch_size]")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Pairs measured.")
-@click.option("--compile", "compiled", is_flag=True, help="Have the fast path's network compiled by torch.")
+@click.option("--images", type=click.IntRange(min=2), help="Of a step, updated at once. [ppo.rollout_batch_size]")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Pairs, and whole steps.")
 @shows_input_errors
-def main(config_path: Path, overrides: tuple[str, ...], images: int | None, repeats: int, compiled: bool) -> None:
-    """Time the rollout of a run's configuration, fast path against plain path."""
-    start = prepare(load_config(config_path, [*overrides, "logging.eval_interval=0"]))
+def main(config_path: Path, overrides: tuple[str, ...], images: int | None, repeats: int) -> None:
+    """Time the rollout of a run's configuration, fast path against plain path, and whole steps of the run."""
+    number = () if images is None else (f"ppo.rollout_batch_size={images}", f"ppo.minibatch_size={images}")
+    start = prepare(load_config(config_path, [*overrides, *number, "logging.eval_interval=0"]))
     config = start.config
-    images = images or config.ppo.rollout_batch_size
-    if images % config.ppo.rloo_k:
-        raise InputError(f"--images {images} is no multiple of ppo.rloo_k={config.ppo.rloo_k}")
     fabric = make_fabric(config)
     parts = build(start, fabric)
     runner: RLRunner = parts.trainer.source
-    if compiled:
-        parts.denoiser.compile_network()
-    work = make_work(parts, images)
-    runner.score(runner.roll_out(work.tables, work.prompts, 0))
+    step = whole_steps(parts, repeats)
     fast_peak = peak_memory(fabric.device)
     denoiser = load_denoiser(model_spec(config), device=fabric.device, dtype=torch.float32)
     reward = RewardHPS(config.reward.weights_path, device=fabric.device, tokenizer_folder=config.reward.cache_dir)
     plain = PlainPath(runner, denoiser, reward, resolve_dtype(config.model.dtype))
-    for line in report(start, runner, compare(runner, plain, work, repeats), images, fast_peak):
+    timings = compare(runner, plain, make_work(parts, config.ppo.rollout_batch_size), repeats)
+    for line in report(start, plain, timings, step, fast_peak):
         click.echo(line)
 
 

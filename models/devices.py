@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -40,6 +42,20 @@ def resolve_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(f"Unknown dtype {name!r}. Known: {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise `InputError` where torch.compile would find no compiler for what it writes for `device`.
+
+    For a CPU it writes C++; for CUDA Triton builds a launcher in C.
+    """
+    variable, usual = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++",))
+    wanted = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(shutil.which(name) for name in wanted):
+        raise InputError(
+            f"torch.compile needs a compiler for {device}, and {' or '.join(wanted)} is not there: install one, name "
+            f"another in the environment variable {variable}, or do without compiling."
+        )
 
 
 def free_memory(device: torch.device) -> int | None:

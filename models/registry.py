@@ -84,8 +84,10 @@ REGISTERED = {
 }
 
 
-def load_denoiser(spec: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Denoiser:
-    """The model called `spec`, ready on `device`, its modules in `dtype`.
+def load_denoiser(
+    spec: str | Path, *, device: torch.device | str, dtype: torch.dtype, compiled: bool = False
+) -> Denoiser:
+    """The model called `spec`, ready on `device`, its modules in `dtype`; `compiled`: its network by torch.compile.
 
     `spec` is a registered name (`shapes`, `sd15`), a diffusers pipeline folder, the name of such a pipeline on a hub,
     fetched before, or a single .safetensors or .ckpt file of Stable Diffusion 1.x. Nothing is downloaded. Raises
@@ -95,15 +97,19 @@ def load_denoiser(spec: str | Path, *, device: torch.device | str, dtype: torch.
     # diffusers and transformers take seconds to import: only where a model is really loaded
     from models.latent_diffusion import LatentDiffusion
 
-    device = torch.device(device)
     check_assets(str(spec))
     if str(spec) in REGISTERED:
         model = REGISTERED[str(spec)]
-        components = _load_path(_first_present(model.weights))
-        return LatentDiffusion(str(spec), components, device=device, dtype=dtype, unknown_words=model.unknown_words)
-    path = Path(spec)
-    name = path.stem if path.is_file() else path.resolve().name
-    return LatentDiffusion(name, _load_path(locate(str(spec))), device=device, dtype=dtype)
+        name, path, unknown_words = str(spec), _first_present(model.weights), model.unknown_words
+    else:
+        path, unknown_words = locate(str(spec)), None
+        name = path.stem if path.is_file() else Path(spec).resolve().name
+    denoiser = LatentDiffusion(
+        name, _load_path(path), device=torch.device(device), dtype=dtype, unknown_words=unknown_words
+    )
+    if compiled:
+        denoiser.compile_network()
+    return denoiser
 
 
 def check_assets(spec: str) -> None:

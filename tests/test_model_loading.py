@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import socket
 import sys
@@ -22,7 +23,7 @@ from benchmarks.compvis_layout import compvis_state_dict, unet_names, vae_names
 from errors import InputError
 from models import load_denoiser, registry
 from models.checkpoints import read_state_dict
-from models.devices import resolve_device, resolve_dtype
+from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.fingerprints import model_fingerprint
 from models.latent_diffusion import Components, LatentDiffusion
 from models.loading import assemble_compvis, load_folder, load_tokenizer, read_compvis, read_json
@@ -474,6 +475,23 @@ def test_broken_small_files_are_named(copy):
 
 
 # --- devices and types
+
+
+def test_the_network_is_compiled_where_asked_for(tiny):
+    loaded = [load_denoiser(tiny, device="cpu", dtype=torch.float32, compiled=compiled) for compiled in (False, True)]
+    assert [denoiser.unet._compiled_call_impl is not None for denoiser in loaded] == [False, True]
+
+
+@pytest.mark.parametrize(("device", "variable", "usual"), [("cpu", "CXX", "g++"), ("cuda", "CC", "gcc or clang")])
+def test_compiling_needs_a_compiler(device, variable, usual, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(InputError, match=re.escape(f"a compiler for {device}, and {usual} is not there")):
+        check_compiler(torch.device(device))
+    mine = tmp_path / "mine"
+    mine.touch(mode=0o755)
+    monkeypatch.setenv(variable, str(mine))
+    check_compiler(torch.device(device))
 
 
 def test_devices_by_name():

@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 
 from errors import InputError
 from models.denoiser import Denoiser
-from models.devices import resolve_device, resolve_dtype
+from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.prompts import read_prompts
 from models.registry import check_assets, load_denoiser
 from schedules import get_schedule
@@ -197,6 +197,8 @@ def path_faults(config: Config) -> Iterator[str]:
     ]
     if spec is not None:
         checks.append((f"model {spec}", lambda: check_assets(spec)))
+    if config.model.compile:
+        checks.append(("model.compile=true", lambda: check_compiler(resolve_device(config.run.device))))
     for path in (config.reward.weights_path, *config.reward.mix):
         checks.append((f"reward {path}", lambda path=path: find_reward_files(path, config.reward.cache_dir)))
     if logging.eval_interval and logging.eval_prompts is not None:
@@ -223,7 +225,12 @@ def build(start: Start, fabric: Fabric) -> Parts:
         InputError: an asset cannot be used, or a prompt not be encoded.
     """
     config = start.config
-    denoiser = load_denoiser(model_spec(config), device=fabric.device, dtype=resolve_dtype(config.model.dtype))
+    denoiser = load_denoiser(
+        model_spec(config),
+        device=fabric.device,
+        dtype=resolve_dtype(config.model.dtype),
+        compiled=config.model.compile,
+    )
     prompts = read_prompts(config.data.prompt_csv)
     denoiser.validate_prompts(prompts)
     reward = build_reward(

@@ -57,6 +57,7 @@ class ModelConfig:
     num_steps: int | None = knob(None, "grid points of the sampler, one more than its intervals", at_least=2)
     num_points: int | None = knob(None, "parallel network evaluations per interval, K", at_least=1)
     dtype: str = knob("float32", "precision of the frozen network", choices=("float32", "float16", "bfloat16"))
+    compile: bool = knob(False, "have the network compiled by torch.compile: the first step takes minutes longer")
 
 
 @dataclass
