@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,31 @@ def test_outputs_are_replaced_only_when_asked(done):
         assert f"{folder / output}: exists already; --overwrite" in fails(command, *smoke(folder))
 
 
+def test_nothing_but_an_output_of_the_same_kind_is_replaced(done, tmp_path):
+    folder, _, _ = done
+    album = tmp_path / "album"
+    album.mkdir()
+    (album / "photo.png").write_bytes(b"dear to someone")
+    (tmp_path / "letter").write_text("dear to someone")
+    for command, key, path, reason in (
+        ("finetune", "finetune.save", album, "holds more than a DDPM (photo.png); it is never replaced"),
+        ("finetune", "finetune.save", tmp_path / "letter", "is a file, and a folder is to be written there"),
+        ("train_reward_model", "train_reward.save", album, "is a folder, and a file is to be written there"),
+    ):
+        said = fails(command, *smoke(folder, f"{key}={path}"), "--overwrite")
+        assert reason in " ".join(said.split())
+    assert (album / "photo.png").read_bytes() == b"dear to someone"
+    assert (tmp_path / "letter").read_text() == "dear to someone"
+
+
+def test_a_ddpm_with_another_noise_schedule_is_not_compared(done, tmp_path):
+    folder, _, _ = done
+    other = write_tiny_ddpm(tmp_path / "other", beta_end=0.05)
+    assert "has another noise schedule than path.ddpm" in " ".join(
+        fails("eval", *smoke(folder, f"finetune.save={other}")).split()
+    )
+
+
 def test_a_resumed_fine_tuning_ends_where_one_without_a_stop_does(done, tmp_path):
     folder, _, _ = done
     ways = {"whole": 2, "parts": 1}
@@ -116,10 +142,14 @@ def test_a_resumed_fine_tuning_ends_where_one_without_a_stop_does(done, tmp_path
     (stopped,) = (
         run for run in (tmp_path / "runs").iterdir() if not (run / "checkpoints" / "policy-step000002.pt").exists()
     )
-    assert "complete, 1 of 1" in fails("finetune", "--resume", stopped, "--overwrite")
+    shutil.rmtree(tmp_path / "parts")  # as if writing it had failed: the last checkpoint is enough to do it again
+    succeeds("finetune", "--resume", stopped)
+    assert load_pixel_diffusion(str(tmp_path / "parts")).image_size == (8, 8)
     assert "exists already" in fails("finetune", "--resume", stopped, "--override", "finetune.num_epochs=2")
     assert "scripts.finetune" in fails("train_reward_model", "--resume", stopped)
     succeeds("finetune", "--resume", stopped, "--overwrite", "--override", "finetune.num_epochs=2")
+    fewer = fails("finetune", "--resume", stopped, "--overwrite", "--override", "finetune.num_epochs=1")
+    assert "has gone through 2 epochs" in fewer
     whole, parts = (load_pixel_diffusion(str(tmp_path / name)).network.state_dict() for name in ways)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert [row["step"] for row in read_metrics(stopped / "logs" / "metrics.jsonl")] == [1, 2]

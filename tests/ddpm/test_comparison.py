@@ -52,8 +52,11 @@ def test_numbers_are_those_of_the_images(tmp_path):
     assert abs(metrics["heldout/reward_difference"] - 0.5) < 1e-6
     assert metrics["heldout/reward_difference_low"] > 0.499
     assert abs(metrics["heldout/judge_difference_high"] + 1.0) < 1e-5
-    expected = frechet_distance(shifted.features, judge._real[:16])
+    expected = frechet_distance(shifted.features, judge.real.features[:16])
     assert abs(metrics["heldout/frechet"] - expected) < 1e-6
+    assert metrics["heldout/frechet_images"] == 16
+    assert metrics["heldout/reward_real"] == brightness(judge.real.images).mean().item()
+    assert "Frechet distance to 16 real images" in comparison_lines(metrics)[2]
 
 
 def test_a_reward_that_rises_while_the_judge_falls_is_called_hacking(tmp_path):

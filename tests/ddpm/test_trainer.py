@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -74,13 +75,15 @@ def full_graph_loss(policy, reference, groups, advantages, settings):
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("ratio", ["step", "trajectory"])
 def test_before_the_first_update_every_ratio_is_one(model, ratio, lora_rank):
-    trainer = make_trainer(model, replace(SETTINGS, ratio=ratio, lora_rank=lora_rank))
+    trainer = make_trainer(model, replace(SETTINGS, ratio=ratio, lora_rank=lora_rank, kl_coef=0.1))
     groups = [roll_out(trainer.policy, seeds, SHAPE, CPU) for seeds in ([1, 2, 3, 4], [5, 6, 7, 8])]
     advantages = [torch.ones(4, dtype=torch.float64)] * 2
     seen = accumulate_gradient(trainer.policy, trainer.reference, groups, advantages, trainer.settings)
     assert seen.log_probs.shape == (3, 8)
     assert (seen.log_probs - seen.old_log_probs).exp().sub(1).abs().max() <= 1e-6
-    assert trainer.step()["first_pass_ratio_error"] <= 1e-6
+    row = trainer.step()
+    assert row["first_pass_ratio_error"] <= 1e-6
+    assert row["kl"] == 0  # the policy still is the starting DDPM
 
 
 @pytest.mark.parametrize("ratio", ["step", "trajectory"])
@@ -262,6 +265,16 @@ def test_equal_rewards_teach_nothing(model):
     before = copy.deepcopy(trainer.policy.network.state_dict())
     assert trainer.step()["gradient_norm"] == 0
     assert all(torch.equal(value, before[name]) for name, value in trainer.policy.network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("baseline", "expected"), [("leave_one_out", [-8 / 3, -4 / 3, 0, 4]), ("none", [1.0, 2.0, 3.0, 6.0])]
+)
+def test_advantages_typed_in_by_hand(model, baseline, expected):
+    trainer = make_trainer(model, replace(SETTINGS, baseline=baseline))
+    found = trainer._advantages(torch.tensor([1.0, 2.0, 3.0, 6.0]).double())
+    deviation = math.sqrt(3.5)  # of the rewards about their mean 3
+    assert found.tolist() == pytest.approx([value / deviation for value in expected])
 
 
 def test_the_running_baseline_is_the_mean_of_earlier_epochs(model):

@@ -26,6 +26,9 @@ COMPARISON_METRICS: Mapping[str, str] = {
     "heldout/reward": "mean training reward of the fine-tuned DDPM's images",
     "heldout/judge": "mean log-odds of being real, by the judge that is never trained against",
     "heldout/frechet": "Frechet distance of the judge's features to those of real images; equally many of each",
+    "heldout/frechet_images": "how many of each: the distance is biased upwards for few",
+    "heldout/reward_real": "the same of real images: to go beyond is to go away from them",
+    "heldout/judge_real": "the same of real images",
     "heldout/<each>_start": "the same of the DDPM that the run started from, with the same seeds",
     "heldout/<each>_difference": "the difference of the two, with a 95% bootstrap interval over seeds (_low, _high)",
     "heldout/suspected_reward_hacking": "1 where the reward's interval lies above 0 and the judge's below or the "
@@ -36,10 +39,10 @@ COMPARISON_METRICS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Judged:
-    """Images of one DDPM.
+    """Images of one DDPM, or real ones.
 
     Attributes:
-        images: [N, 3, H, W] in [0, 1], on the CPU, row i of seed i.
+        images: [N, 3, H, W] in [0, 1], on the CPU; of a DDPM: row i of seed i.
         reward: [N], the training reward.
         judge: [N], log-odds of being real by the judge.
         features: [N, D] of the judge.
@@ -80,16 +83,12 @@ class Comparison:
         """
         self._reward, self._judge, self._seeds = reward, judge, seeds
         self._shape, self._batch_size, self._device = shape, batch_size, device
-        self._real = self._features(real)
+        self.real = self._rated(real)
         self.start = self.judged(start)
 
-    @torch.no_grad()
     def judged(self, policy: DenoisingPolicy) -> Judged:
         """Draw and judge the images of a DDPM."""
-        images = sample_images(policy, self._seeds, self._shape, self._device, self._batch_size)
-        parts = [part.to(self._device) for part in images.split(self._batch_size)]
-        reward = torch.cat([self._reward(part).cpu() for part in parts])
-        return Judged(images, reward, torch.cat([self._judge(part).cpu() for part in parts]), self._features(images))
+        return self._rated(sample_images(policy, self._seeds, self._shape, self._device, self._batch_size))
 
     def against_start(self, now: Judged) -> dict[str, float]:
         """`COMPARISON_METRICS` of the images of a later DDPM."""
@@ -97,10 +96,10 @@ class Comparison:
         indices = bootstrap_indices(len(now.reward), generator)
         reward = paired_difference_interval(now.reward, self.start.reward, indices)
         judge = paired_difference_interval(now.judge, self.start.judge, indices)
-        number = min(len(now.features), len(self._real))
+        number = min(len(now.features), len(self.real.features))
         rows = bootstrap_indices(number, generator)
         after, before = (
-            frechet_resamples(features[:number], self._real[:number], rows)
+            frechet_resamples(features[:number], self.real.features[:number], rows)
             for features in (now.features, self.start.features)
         )
         frechet = frechet_difference_interval(after, before)
@@ -109,13 +108,18 @@ class Comparison:
             **_described("reward", now.reward.mean().item(), self.start.reward.mean().item(), reward),
             **_described("judge", now.judge.mean().item(), self.start.judge.mean().item(), judge),
             **_described("frechet", after.estimate, before.estimate, frechet),
+            "heldout/frechet_images": number,
+            "heldout/reward_real": self.real.reward.mean().item(),
+            "heldout/judge_real": self.real.judge.mean().item(),
             "heldout/suspected_reward_hacking": float(hacking),
         }
 
     @torch.no_grad()
-    def _features(self, images: Tensor) -> Tensor:
-        parts = images.split(self._batch_size)
-        return torch.cat([self._judge.features(part.to(self._device)).cpu() for part in parts])
+    def _rated(self, images: Tensor) -> Judged:
+        """Judge images [N, 3, H, W] in [0, 1]."""
+        parts = [part.to(self._device) for part in images.split(self._batch_size)]
+        scores = (torch.cat([rate(part).cpu() for part in parts]) for rate in (self._reward, self._judge))
+        return Judged(images, *scores, torch.cat([self._judge.features(part).cpu() for part in parts]))
 
 
 def _described(name: str, now: float, start: float, difference: Interval) -> dict[str, float]:
@@ -131,9 +135,9 @@ def _described(name: str, now: float, start: float, difference: Interval) -> dic
 def comparison_lines(metrics: Mapping[str, float]) -> list[str]:
     """For people: a line for each measure, and a warning where there is one."""
     names = {
-        "reward": "training reward",
-        "judge": "judge, never trained against",
-        "frechet": "Frechet distance to real images (lower is better)",
+        "reward": f"training reward (of real images {metrics['heldout/reward_real']:.4f})",
+        "judge": f"judge, never trained against (of real images {metrics['heldout/judge_real']:.4f})",
+        "frechet": f"Frechet distance to {metrics['heldout/frechet_images']:.0f} real images (lower is better)",
     }
     lines = []
     for name, words in names.items():

@@ -16,7 +16,7 @@ from models.devices import resolve_device
 from models.pictures import contact_sheet, to_pixels
 from models.pixel_diffusion import PixelDiffusion, load_pixel_diffusion, save_pixel_diffusion
 from training.configuration import to_yaml
-from training.ddpm.comparison import Comparison, comparison_lines
+from training.ddpm.comparison import Comparison, Judged, comparison_lines
 from training.ddpm.config import PREFERENCE, RENDERED, SAMPLED, DDPMConfig, judge_file, reward_file
 from training.ddpm.data import ImageSet, Shares, read_folder, render_images, shares, to_unit
 from training.ddpm.networks import merged, trained_copy
@@ -30,6 +30,8 @@ from training.run_folder import RunFolder
 from training.snapshot import write_atomically
 
 TRAIN_REWARD_MODEL, FINETUNE, EVALUATE = "train_reward_model", "finetune", "eval"
+DDPM_ENTRIES = {"model_index.json", "scheduler", "unet"}  # of a folder that `save_pixel_diffusion` wrote
+SHOWN = 3  # names in a message
 
 Say = Callable[[str], None]
 PreferenceReward = Callable[[DDPMConfig, torch.device], ImageReward]
@@ -77,7 +79,7 @@ def fake_images(config: DDPMConfig, start: Start) -> ImageSet:
         return _folder_images(config, "path.fake_img", config.path.fake_img, start.model.image_size)
     number, eta = config.train_reward.num_img, config.finetune.eta
     seeds = seeds_of("fake", config.seed, count=number)
-    images = sample_images(start.policy, seeds, start.shape, start.device, config.eval.batch_size)
+    images = sample_images(start.policy, seeds, start.shape, start.device, config.eval.batch_size, doing="fake images")
     return ImageSet(
         (images * 255).round().byte(),
         (f"fake images: {number} drawn from {config.path.ddpm} in {len(start.steps)} steps, eta {eta:g}",),
@@ -102,7 +104,7 @@ def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite
             "leave path.rm at null, or give both the same path"
         )
     for path in targets.values():
-        _refuse_existing(path, overwrite)
+        _refuse_existing(path, overwrite, folder=False)
     start = load_start(config)
     sets = (real_images(config, start.model.image_size), fake_images(config, start))
     for note in (*sets[0].notes, *sets[1].notes):
@@ -143,7 +145,7 @@ def finetune(
         InputError: an input cannot be used, training diverged, or the output exists.
     """
     target = Path(config.finetune.save)
-    _refuse_existing(target, overwrite)
+    _refuse_existing(target, overwrite, folder=True)
     start = load_start(config)
     settings = config.finetune
     reward = _training_reward(config, start.device, preference)
@@ -169,36 +171,74 @@ def finetune(
     return True
 
 
-def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> RunFolder:
-    """Hold the fine-tuned DDPM against the one it started from, on seeds that neither training nor its watch used.
+@dataclass(frozen=True)
+class Evaluation:
+    """The images of the starting and of the fine-tuned DDPM, equal seeds in equal rows.
 
-    Writes metrics.jsonl and samples/before_after.png to a run folder, which is returned.
+    Attributes:
+        before: of the starting DDPM.
+        after: of the fine-tuned one.
+        real: real images that no classifier was trained on.
+        metrics: `COMPARISON_METRICS`.
+    """
+
+    before: Judged
+    after: Judged
+    real: Judged
+    metrics: dict[str, float]
+
+
+def compare(config: DDPMConfig, preference: PreferenceReward) -> Evaluation:
+    """Hold the fine-tuned DDPM against the one it started from, on seeds that neither training nor its watch used.
 
     Raises:
         InputError: a model is missing, or the two DDPMs do not belong together.
     """
     start = load_start(config)
-    saved = Path(config.finetune.save)
-    if not saved.exists():
-        raise InputError(f"finetune.save={saved}: there is no fine-tuned DDPM; python -m scripts.finetune writes it")
-    tuned = load_pixel_diffusion(str(saved))
-    if tuned.image_size != start.model.image_size:
-        raise InputError(f"{saved} makes images of {tuned.image_size}, and path.ddpm of {start.model.image_size}")
+    tuned = _tuned(config, start)
     reward = _training_reward(config, start.device, preference)
     comparison = _comparison(config, start, reward, "eval")
-    now = comparison.judged(DenoisingPolicy(tuned.network.to(start.device), tuned, start.steps))
-    metrics = comparison.against_start(now)
+    after = comparison.judged(DenoisingPolicy(tuned.network.to(start.device), tuned, start.steps))
+    return Evaluation(comparison.start, after, comparison.real, comparison.against_start(after))
+
+
+def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> RunFolder:
+    """`compare`, with metrics.jsonl and samples/before_after.png written to a run folder, which is returned.
+
+    Raises:
+        InputError: as `compare`, or the run folder cannot be written.
+    """
+    found = compare(config, preference)
     folder = RunFolder.create(config.path.runs, EVALUATE)
     write_atomically(folder.config, to_yaml(config).encode())
-    write_atomically(folder.metrics, (json.dumps({"step": 0, **metrics}) + "\n").encode())
+    write_atomically(folder.metrics, (json.dumps({"step": 0, **found.metrics}) + "\n").encode())
     picture = folder.samples / "before_after.png"
-    write_atomically(picture, _before_after(comparison.start.images, now.images, config.eval.shown))
-    say(f"{config.path.ddpm} -> {saved}, {config.eval.num_img} images of equal seeds:")
-    for line in comparison_lines(metrics):
+    write_atomically(picture, before_after(found.before.images, found.after.images, config.eval.shown))
+    say(f"{config.path.ddpm} -> {config.finetune.save}, {config.eval.num_img} images of equal seeds:")
+    for line in comparison_lines(found.metrics):
         say(line)
     say(f"picture: {picture}")
     say(f"numbers: {folder.metrics}")
     return folder
+
+
+def _tuned(config: DDPMConfig, start: Start) -> PixelDiffusion:
+    """The fine-tuned DDPM.
+
+    Raises:
+        InputError: there is none, or it does not belong to path.ddpm.
+    """
+    saved = Path(config.finetune.save)
+    if not saved.exists():
+        raise InputError(f"finetune.save={saved}: there is no fine-tuned DDPM; python -m scripts.finetune writes it")
+    tuned, model = load_pixel_diffusion(str(saved)), start.model
+    if tuned.image_size != model.image_size:
+        raise InputError(f"{saved} makes images of {tuned.image_size}, and path.ddpm of {model.image_size}")
+    if tuned.prediction_type != model.prediction_type or not torch.equal(tuned.alphas_cumprod, model.alphas_cumprod):
+        raise InputError(
+            f"{saved} has another noise schedule than path.ddpm={config.path.ddpm}: it was fine-tuned from another DDPM"
+        )
+    return tuned
 
 
 def _training_reward(config: DDPMConfig, device: torch.device, preference: PreferenceReward) -> ImageReward:
@@ -240,12 +280,22 @@ def _folder(config: DDPMConfig, job: str, resumed: Resumed | None) -> RunFolder:
     return RunFolder.create(config.path.runs, job) if resumed is None else resumed.folder
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
+def _refuse_existing(path: Path, overwrite: bool, *, folder: bool) -> None:
+    """Refuse an output that exists and may not be replaced: even --overwrite removes no folder of other things."""
+    if not path.exists():
+        return
+    if path.is_dir() != folder:
+        kinds = ("file", "folder") if folder else ("folder", "file")
+        raise InputError(f"{path}: is a {kinds[0]}, and a {kinds[1]} is to be written there; choose another path")
+    others = sorted({entry.name for entry in path.iterdir()} - DDPM_ENTRIES) if folder else []
+    if others:
+        named = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
+        raise InputError(f"{path}: is a folder that holds more than a DDPM ({named}); it is never replaced")
+    if not overwrite:
         raise InputError(f"{path}: exists already; --overwrite replaces it")
 
 
-def _before_after(before: Tensor, after: Tensor, number: int) -> bytes:
+def before_after(before: Tensor, after: Tensor, number: int) -> bytes:
     """A PNG file: the same seeds above and below each other."""
     rows = [list(to_pixels(images[:number])) for images in (before, after)]
     buffer = io.BytesIO()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from models.pixel_diffusion import to_images
 from training.ddpm.policy import DenoisingPolicy, episode_noise
@@ -65,8 +66,17 @@ def roll_out(
 
 @torch.no_grad()
 def sample_images(
-    policy: DenoisingPolicy, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device, batch_size: int
+    policy: DenoisingPolicy,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    device: torch.device,
+    batch_size: int,
+    doing: str | None = None,
 ) -> Tensor:
-    """Images [N, 3, H, W] in [0, 1] on the CPU, one a seed, `batch_size` at a time."""
+    """Images [N, 3, H, W] in [0, 1] on the CPU, one a seed, `batch_size` at a time.
+
+    `doing`: what a progress bar says; None: there is none.
+    """
     batches = [seeds[start : start + batch_size] for start in range(0, len(seeds), batch_size)]
-    return torch.cat([roll_out(policy, batch, shape, device).images.cpu() for batch in batches])
+    progress = tqdm(batches, desc=doing, unit="batch", disable=doing is None)
+    return torch.cat([roll_out(policy, batch, shape, device).images.cpu() for batch in progress])

@@ -116,14 +116,15 @@ class EpochRun:
         self._metrics = MetricsLog(folder.metrics)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; from that of the last epoch, only what comes after training is done.
 
         Raises:
-            InputError: the run is complete, or the checkpoint does not fit.
+            InputError: the run has gone further than it is to go, or the checkpoint does not fit.
         """
-        if state["step"] >= self.plan.epochs:
+        if state["step"] > self.plan.epochs:
             raise InputError(
-                f"{self.folder.path}: complete, {state['step']} of {self.plan.epochs} epochs; raise num_epochs"
+                f"{self.folder.path}: has gone through {state['step']} epochs, and num_epochs={self.plan.epochs} asks "
+                "for fewer; raise num_epochs, or resume from one of its earlier checkpoints"
             )
         self.trainer.load_state_dict(state["trainer"])
         moved = self._metrics.rewind(self.trainer.completed_steps)
