@@ -1,0 +1,245 @@
+"""Does fine-tuning a DDPM make it better? The second job for several seeds, judged by what was never trained on.
+
+    python -m benchmarks.ddpm_study --cfg configs/shapes.yaml --seeds 3 --output outputs/ddpm_study
+
+Every seed has a reward model, a judge, real images and a fine-tuning of its own. Writes table.md and before_after.png
+to the output folder. What is there already is kept: run the same command again to go on after an interrupt.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from errors import InputError, shows_input_errors
+from models.asset_table import ROOT
+from models.pictures import contact_sheet, to_pixels
+from models.shapes import verify
+from models.shapes.scenes import IMAGE_SIZE, SUPPORTED_NUMBERS_OF_OBJECTS
+from scripts.preference import preference_reward
+from training.checkpoint import list_checkpoints, read_tensors, write_tensors
+from training.command_line import SeveralPairs
+from training.configuration import to_yaml
+from training.ddpm.command import finish
+from training.ddpm.comparison import Judged
+from training.ddpm.config import RENDERED, SCHEMA, DDPMConfig, judge_file, reward_file
+from training.ddpm.jobs import FINETUNE, TRAIN_REWARD_MODEL, compare, finetune, train_reward_model
+from training.ddpm.run import Resumed, open_run
+from training.ppo.rewards import RewardHPS
+from training.snapshot import write_atomically
+from training.statistics import Interval, bootstrap_indices, frechet_resamples
+
+SHAPES_CLIP = ROOT / "weights" / "shapes_reward.pt"
+VERIFIED = 128  # images of each kind that the verifier looks at
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of numbers, or a set of features that a Frechet distance to real images is taken of."""
+
+    title: str
+    key: str
+    is_frechet: bool
+
+
+MEASURES = (
+    Measure("training reward", "reward", False),
+    Measure("judge, never trained against", "judge", False),
+    Measure("Fréchet distance, judge's features", "features", True),
+    Measure("Fréchet distance, features of the shapes CLIP", "clip", True),
+    Measure("share of images with nothing but whole shapes", "whole", False),
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What fine-tuning did to one measure in one run.
+
+    Attributes:
+        before: of the starting DDPM.
+        after: of the fine-tuned one.
+        real: of real images; None for a distance to them.
+        replicates: [R] float64, the difference over bootstrap draws of the images.
+    """
+
+    before: float
+    after: float
+    real: float | None
+    replicates: Tensor
+
+
+def pooled(changes: Sequence[Change], generator: torch.Generator) -> Interval:
+    """The mean difference of several runs with its 95% interval, by a bootstrap in two stages: runs, then their images.
+
+    Of one run it is the bootstrap over its images. Replicates are laid about their estimate: a Frechet distance of
+    resampled rows is biased upwards.
+    """
+    estimates = torch.tensor([change.after - change.before for change in changes], dtype=torch.float64)  # [n]
+    spread = torch.stack([change.replicates - change.replicates.mean() for change in changes])  # [n, R]
+    draws = spread.shape[1]
+    runs = torch.randint(len(changes), (draws, len(changes)), generator=generator)
+    images = torch.randint(draws, (draws, len(changes)), generator=generator)
+    means = (estimates[runs] + spread[runs, images]).mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(estimates.mean().item(), low, high)
+
+
+def change_of(measure: Measure, measured: Mapping[str, Any]) -> Change:
+    """Read one measure out of what `run_seed` kept."""
+    before, after, real = (measured[name][measure.key].double() for name in ("before", "after", "real"))
+    generator = torch.Generator().manual_seed(0)
+    if not measure.is_frechet:
+        indices = bootstrap_indices(len(before), generator)
+        differences = (after - before)[indices].mean(1)
+        return Change(before.mean().item(), after.mean().item(), real.mean().item(), differences)
+    number = min(len(before), len(real))
+    indices = bootstrap_indices(number, generator)
+    now, start = (frechet_resamples(features[:number], real[:number], indices) for features in (after, before))
+    return Change(start.estimate, now.estimate, None, now.replicates - start.replicates)
+
+
+def whole_shapes(images: Tensor) -> Tensor:
+    """1 where the exact verifier knows every object of an image [N, 3, H, W], and there are one to three; else 0."""
+    enlarged = functional.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
+
+    def is_whole(image: Tensor) -> bool:
+        _, found = verify.find_objects(image)
+        known = all(item.misfit <= verify.LARGEST_MISFIT for item in found)
+        return known and len(found) in SUPPORTED_NUMBERS_OF_OBJECTS
+
+    return torch.tensor([float(is_whole(image)) for image in enlarged])
+
+
+def kept(judged: Judged, witness: Callable[[Tensor], Tensor] | None, shown: int) -> dict[str, Tensor]:
+    """What the report needs of some images; `witness` gives the features of the shapes CLIP, in that world only."""
+    values = {
+        "reward": judged.reward,
+        "judge": judged.judge,
+        "features": judged.features,
+        "pictures": torch.from_numpy(to_pixels(judged.images[:shown])),
+    }
+    if witness is not None:
+        values |= {"clip": witness(judged.images), "whole": whole_shapes(judged.images[:VERIFIED])}
+    return values
+
+
+def shapes_witness(config: DDPMConfig) -> Callable[[Tensor], Tensor] | None:
+    """Unit-length features by the shapes world's CLIP, which knows nothing of this job; None in another world."""
+    if config.path.real_img != RENDERED:
+        return None
+    model = RewardHPS(SHAPES_CLIP, device="cpu", batch_size=config.eval.batch_size)
+    return lambda images: functional.normalize(model.image_features(images), dim=1)
+
+
+def begun(runs: Path, job: str) -> Resumed | None:
+    """The newest run of a job that has a checkpoint."""
+    with_checkpoints = [run for run in sorted(runs.glob(f"*-{job}")) if list_checkpoints(run / "checkpoints")]
+    return open_run(with_checkpoints[-1], job, ()) if with_checkpoints else None
+
+
+def seed_config(cfg: Path, overrides: Sequence[str], seed: int, folder: Path) -> DDPMConfig:
+    """The configuration of one seed: everything that it writes lies in `folder`.
+
+    Raises:
+        InputError: it has faults, or the folder belongs to another configuration.
+    """
+    own = [
+        f"seed={seed}",
+        f"path.runs={folder / 'runs'}",
+        f"train_reward.save={folder / 'reward.pt'}",
+        f"finetune.save={folder / 'tuned'}",
+        "path.rm=null",
+        "path.judge=null",
+    ]
+    config = SCHEMA.load(cfg, [*overrides, *own]).config
+    written, text = folder / "config.yaml", to_yaml(config)
+    if written.exists() and written.read_text() != text:
+        raise InputError(f"{folder}: was made with another configuration ({written}); choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(written, text.encode())
+    return config
+
+
+def run_seed(config: DDPMConfig, folder: Path) -> dict[str, Any]:
+    """Train, fine-tune and measure one seed, as far as that has not been done yet."""
+    runs, results = Path(config.path.runs), folder / "measured.pt"
+    if not (reward_file(config).exists() and judge_file(config).exists()):
+        finish(train_reward_model(config, begun(runs, TRAIN_REWARD_MODEL), overwrite=True, say=click.echo))
+    if not Path(config.finetune.save).exists():
+        finish(finetune(config, begun(runs, FINETUNE), preference_reward, overwrite=False, say=click.echo))
+    if not results.exists():
+        found, keep = compare(config, preference_reward), partial(kept, witness=shapes_witness(config))
+        parts = {"before": found.before, "after": found.after, "real": found.real}
+        write_tensors(results, {name: keep(judged, shown=config.eval.shown) for name, judged in parts.items()})
+    return read_tensors(results, "result of a study")
+
+
+def table(seeds: Sequence[int], measured: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The result as a Markdown table, line by line: start -> fine-tuned: difference [95% interval]."""
+    yield "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " | all seeds | real images |"
+    yield "|---" * (len(seeds) + 3) + "|"
+    for measure in MEASURES:
+        if measure.key not in measured[0]["before"]:
+            continue
+        changes = [change_of(measure, values) for values in measured]
+        cells = [_cell([change]) for change in changes] + [_cell(changes)]
+        real = [change.real for change in changes if change.real is not None]
+        yield f"| {measure.title} | {' | '.join(cells)} | {f'{sum(real) / len(real):.3f}' if real else ''} |"
+
+
+def _cell(changes: Sequence[Change]) -> str:
+    before, after = (sum(values) / len(changes) for values in zip(*((c.before, c.after) for c in changes), strict=True))
+    interval = pooled(changes, torch.Generator().manual_seed(0))
+    difference = f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return f"{before:.3f} → {after:.3f}: {f'**{difference}**' if interval.excludes_zero else difference}"
+
+
+def picture(seeds: Sequence[int], measured: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG file: for each seed the same noises before and after, and real images at the end."""
+    named = [
+        (f"seed {seed}, {name}", values[name]["pictures"])
+        for seed, values in zip(seeds, measured, strict=True)
+        for name in ("before", "after")
+    ]
+    named.append(("real", measured[0]["real"]["pictures"]))
+    rows = [[image.numpy() for image in pictures] for _, pictures in named]
+    buffer = io.BytesIO()
+    columns = [str(column) for column in range(len(rows[0]))]
+    contact_sheet(rows, [name for name, _ in named], columns).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+@click.command(cls=SeveralPairs, context_settings={"show_default": True})
+@click.option("--cfg", type=click.Path(path_type=Path), default=Path("configs/shapes.yaml"), help="Configuration.")
+@click.option("--override", "overrides", multiple=True, metavar="SECTION.KEY=VALUE ...", help="Of every seed.")
+@click.option("--seeds", "number", type=click.IntRange(min=1), default=3, help="Seeds 0, 1, ... up to this many.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("outputs/ddpm_study"), help="Folder.")
+@shows_input_errors
+def main(cfg: Path, overrides: tuple[str, ...], number: int, output: Path) -> None:
+    """Fine-tune and evaluate for several seeds, and write a table with intervals and a picture.
+
+    \b
+    python -m benchmarks.ddpm_study --cfg configs/shapes.yaml --seeds 3
+    python -m benchmarks.ddpm_study --output outputs/no_kl --override finetune.kl_coef=0
+    """
+    seeds = range(number)
+    folders = [output / f"seed-{seed}" for seed in seeds]
+    configs = [seed_config(cfg, overrides, seed, folder) for seed, folder in zip(seeds, folders, strict=True)]
+    measured = [run_seed(config, folder) for config, folder in zip(configs, folders, strict=True)]
+    text = "\n".join(table(seeds, measured)) + "\n"
+    write_atomically(output / "table.md", text.encode())
+    write_atomically(output / "before_after.png", picture(seeds, measured))
+    click.echo(f"{text}\nwritten to {output / 'table.md'} and {output / 'before_after.png'}")
+
+
+if __name__ == "__main__":
+    main()
