@@ -143,13 +143,18 @@ def test_fewer_rows_than_features_is_no_special_case():
     assert wide == pytest.approx(frechet_distance(a, b), rel=1e-6)
 
 
-def test_replicates_are_the_distances_of_the_resampled_rows():
-    a, b = normal(27, 25, 5), 1.5 * normal(28, 25, 5) + 0.4
+@pytest.mark.parametrize("width", [5, 60])  # more distinct rows than features, and fewer
+def test_replicates_are_the_distances_of_the_resampled_rows(width):
+    a, b = normal(27, 25, width), 1.5 * normal(28, 25, width) + 0.4
     indices = bootstrap_indices(25, seeded(29))
     resamples = frechet_resamples(a, b, indices)
     for row in (0, 1, 1999):
-        drawn = indices[row]
-        assert resamples.replicates[row].item() == pytest.approx(frechet_distance(a[drawn], b[drawn]), rel=1e-9)
+        drawn_a, drawn_b = a[indices[row]].numpy(), b[indices[row]].numpy()
+        # tr (C1 C2)^{1/2} by the eigenvalues of the product: other than sqrtm, it bears covariances without an inverse
+        roots = np.sqrt(scipy.linalg.eigvals(np.cov(drawn_a.T) @ np.cov(drawn_b.T)).real.clip(min=0))
+        traces = np.trace(np.cov(drawn_a.T) + np.cov(drawn_b.T))
+        expected = np.sum((drawn_a.mean(0) - drawn_b.mean(0)) ** 2) + traces - 2 * roots.sum()
+        assert resamples.replicates[row].item() == pytest.approx(expected, rel=1e-6 if width == 60 else 1e-9)
 
 
 def test_the_frechet_interval_covers_the_expected_distance_at_its_number_of_rows():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MINIMUM_RESAMPLES = 2000
-CHUNK_ELEMENTS = 2**24  # numbers that a vectorised step may hold at once: 128 MiB of float64
+CHUNK_ELEMENTS = 2**18  # numbers that a vectorised step may hold at once: 2 MiB of float64, which stay in a cache
 
 
 class Interval(NamedTuple):
@@ -73,34 +73,38 @@ def paired_difference_interval(values: Tensor, baseline: Tensor, indices: Tensor
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Frechet distance of two feature sets [N, D] and [M, D], each taken as a Gaussian (Heusel et al. 2017, eq. 6).
 
-    |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1^{1/2} C2 C1^{1/2})^{1/2}), covariances with the divisor N - 1. The root is
-    taken by symmetric eigen-decomposition in float64, so rank-deficient covariances (N <= D) are no special case. It is
-    >= 0, in squared feature units, and biased upwards for few rows: compare only distances made with equally many rows.
+    |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1^{1/2} C2 C1^{1/2})^{1/2}), covariances with the divisor N - 1, in float64.
+    With C1 = F1^T F1 and C2 = F2^T F2 the last trace is the sum of the singular values of F1 F2^T, so that
+    rank-deficient covariances (N <= D) are no special case. It is >= 0, in squared feature units, and biased upwards
+    for few rows: compare only distances made with equally many rows.
     """
-    first, second = _reduced(features, reference)
-    return _gaussian_distances(*_moments(first, _everything(first)), *_moments(second, _everything(second))).item()
+    first, second = (_counted_moments(rows[None], torch.ones(1, len(rows))) for rows in _reduced(features, reference))
+    return _gaussian_distances(first, second).item()
 
 
 def frechet_resamples(features: Tensor, reference: Tensor, indices: Tensor) -> FrechetResamples:
     """Bootstrap of `frechet_distance` for paired sets, both [N, D]: row i of each belongs to the same prompt.
 
     Both sets are resampled by the same `indices` [R, N]; so are those of another solver, whose replicates may
-    therefore be subtracted one by one (`frechet_difference_interval`).
+    therefore be subtracted one by one (`frechet_difference_interval`). A replicate takes the eigenvalues of a matrix
+    with min(U, D) rows, U the distinct rows that were drawn: some 0.63 N.
     """
     if features.shape != reference.shape:
         raise ValueError(f"paired sets need equal shapes, not {tuple(features.shape)} and {tuple(reference.shape)}")
     first, second = _reduced(features, reference)
     if indices.shape[1] != len(first):
         raise ValueError(f"the indices are for {indices.shape[1]} rows, the features have {len(first)}")
-    count, width = first.shape
-    counts = torch.zeros(len(indices), count, dtype=torch.float64)  # how often each row was drawn, [R, N]
-    counts.scatter_add_(1, indices, torch.ones_like(indices, dtype=torch.float64))
-    resamples_a_chunk = max(1, CHUNK_ELEMENTS // max(count * width, width * width))
-    replicates = [
-        _gaussian_distances(*_moments(first, chunk), *_moments(second, chunk))
-        for chunk in counts.split(resamples_a_chunk)
-    ]
-    return FrechetResamples(frechet_distance(features, reference), torch.cat(replicates))
+    counts = torch.zeros(indices.shape).scatter_add_(1, indices, torch.ones(indices.shape))  # of each row, [R, N]
+    distinct = (counts > 0).sum(dim=1)  # [R]
+    replicates = torch.empty(len(indices), dtype=torch.float64)
+    for number in distinct.unique().tolist():  # resamples with equally many distinct rows go together
+        together = (distinct == number).nonzero().flatten()
+        for chunk in together.split(max(1, CHUNK_ELEMENTS // (number * max(number, first.shape[1])))):
+            drawn = counts[chunk].nonzero()[:, 1].view(len(chunk), number)
+            often = counts[chunk].gather(1, drawn)
+            moments = (_counted_moments(rows[drawn], often) for rows in (first, second))
+            replicates[chunk] = _gaussian_distances(*moments)
+    return FrechetResamples(frechet_distance(features, reference), replicates)
 
 
 def frechet_interval(resamples: FrechetResamples, confidence: float = 0.95) -> Interval:
@@ -161,24 +165,28 @@ def _reduced(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return both[: len(features)], both[len(features) :]
 
 
-def _everything(features: Tensor) -> Tensor:
-    return torch.ones(1, len(features), dtype=features.dtype)
+class _Moments(NamedTuple):
+    """Means [R, D] and factors F [R, U, D] of the covariances F^T F."""
+
+    means: Tensor
+    factors: Tensor
 
 
-def _moments(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Means [R, D] and covariances [R, D, D] of `features` [N, D], each row counted `counts` [R, N] times."""
-    total = counts.sum(dim=1)  # [R]
-    means = counts @ features / total[:, None]
-    seconds = (counts[:, :, None] * features).mT @ features  # [R, D, D]
-    centred = seconds - total[:, None, None] * means[:, :, None] * means[:, None, :]
-    return means, centred / (total - 1)[:, None, None]
+def _counted_moments(rows: Tensor, counts: Tensor) -> _Moments:
+    """Moments of sets of `rows` [R, U, D], each row taken `counts` [R, U] times."""
+    counts = counts.double()[:, :, None]
+    total = counts.sum(dim=1, keepdim=True)  # [R, 1, 1]
+    means = (counts * rows).sum(dim=1, keepdim=True) / total  # [R, 1, D]
+    return _Moments(means[:, 0], (counts / (total - 1)).sqrt() * (rows - means))
 
 
-def _gaussian_distances(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
-    """Frechet distances [R] of Gaussians given by means [R, D] and covariances [R, D, D]."""
-    values, vectors = torch.linalg.eigh(covariance1)
-    root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT
-    product = root @ covariance2 @ root
-    coupling = torch.linalg.eigvalsh((product + product.mT) / 2).clamp(min=0).sqrt().sum(dim=1)
-    traces = (covariance1 + covariance2).diagonal(dim1=1, dim2=2).sum(dim=1)
-    return ((mean1 - mean2).square().sum(dim=1) + traces - 2 * coupling).clamp(min=0)
+def _gaussian_distances(first: _Moments, second: _Moments) -> Tensor:
+    """Frechet distances [R] of Gaussians."""
+    left = first.factors
+    if left.shape[1] > left.shape[2]:  # F^T F = R^T R: what is left of the rows when they are rotated together
+        left = torch.linalg.qr(left, mode="r").R
+    crossed = left @ second.factors.mT  # [R, min(U, D), V]
+    # Singular values by the eigenvalues of the smaller square: half the time, and good to 1e-8 of the largest.
+    coupling = torch.linalg.eigvalsh(crossed @ crossed.mT).clamp(min=0).sqrt().sum(dim=1)
+    traces = first.factors.square().sum(dim=(1, 2)) + second.factors.square().sum(dim=(1, 2))
+    return ((first.means - second.means).square().sum(dim=1) + traces - 2 * coupling).clamp(min=0)
