@@ -12,7 +12,16 @@ from models.shapes import scenes
 from models.shapes.data import cached_scenes, render_scenes
 from models.shapes.tokenizer import build_tokenizer
 from models.shapes.train_autoencoder import WINDOW, build_autoencoder, random_windows, reconstruction_terms
-from models.shapes.train_diffusion import build_network, build_scheduler, build_text_encoder, spread_timesteps, tokenize
+from models.shapes.train_diffusion import (
+    LayoutHead,
+    build_network,
+    build_scheduler,
+    build_text_encoder,
+    layout_of,
+    learn_layout,
+    spread_timesteps,
+    tokenize,
+)
 from models.shapes.train_reward import model_configuration, reward_terms
 from models.shapes.training_loop import TrainingOptions, fit, learning_rate_factor, step_generator
 
@@ -85,6 +94,28 @@ def test_scenes_are_rendered_alike_and_kept(tmp_path):
     assert first.captions == again.captions
     assert [file.suffix for file in tmp_path.iterdir()] == [".npz"]
     assert all(scenes.parse(caption).split() == "train" for caption in first.captions)
+
+
+def test_the_layout_is_the_mean_of_each_cell():
+    latents = torch.rand(2, 4, 16, 16)
+    assert torch.allclose(layout_of(latents)[1, 2, 3, 0], latents[1, 2, 12:, :4].mean())
+
+
+def test_the_text_encoder_learns_from_captions_alone_which_object_stands_where(tmp_path):
+    # Two captions of the same words: only their order tells which half is bright.
+    objects = ("a large red star", "a small blue ring")
+    captions = [f"{first} left of {second} on a white background" for first, second in (objects, objects[::-1])]
+    latents = torch.zeros(2, 4, 16, 16)
+    latents[0, :, :, :8], latents[1, :, :, 8:] = 1.0, 1.0
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    tokens = tokenize(tokenizer, captions)
+    model = nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "layout": LayoutHead()})
+    options = TrainingOptions(40, 1e-3, tmp_path / "layout.pt", warmup_steps=5, averaging_decay=0.5)
+    learn_layout(model, tokens, latents, options, seed=0, device="cpu")
+    with torch.no_grad():
+        guessed = model["layout"](model["text_encoder"](tokens).last_hidden_state)
+    assert torch.allclose(guessed, layout_of(latents), atol=0.2)
 
 
 def test_models_have_the_documented_shapes_and_sizes():
