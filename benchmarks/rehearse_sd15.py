@@ -3,20 +3,22 @@
     python -m benchmarks.rehearse_sd15 --folder scratch/rehearsal
 
 A copy of the checkout gets full-size assets of random numbers where the true ones belong, and the true commands run in
-it: distilled predictor (cold start), dry run, a few steps of RL, export, images. What comes out means nothing; that it
-comes out, how long it takes and how much memory it needs is what is seen.
+it: doctor, an undistilled predictor (cold start), dry run, a few steps of RL, export, images. What comes out means
+nothing; that it comes out, how long it takes and how much memory it needs is what is seen.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +27,7 @@ import click
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from benchmarks.compvis_layout import compvis_state_dict
@@ -34,10 +36,13 @@ from models.asset_table import COCO_PROMPTS, HPS, ROOT, SD15_CKPT, TOKENIZER
 from models.clip import clip_config, to_open_clip
 from models.devices import gigabytes, resolve_device
 from models.loading import read_json
+from training.run_folder import RunFolder, read_metrics, seconds_by_phase
 
 PIPELINE = "src/pipelines/sd15"
+CLIP_CONFIG = "src/pipelines/clip/ViT-H-14.json"
 NEEDED_DISK = 8 * 10**9
 LEFT_OUT = (".*", "__pycache__", "exps", "outputs", "runs", "scratch", "weights", "ms_coco", "*.safetensors")
+LOG = "rehearsal.log"
 CAPTIONS = (
     "A man riding a wave on top of a surfboard.",
     "A kitchen with a stove, a sink and a window.",
@@ -61,36 +66,60 @@ class Scale:
     overrides: tuple[str, ...]
 
 
-ON_CPU = Scale(2, 2, 2, 2, ("model.dtype=float32", "ppo.max_rows=8", "ppo.decode_chunk_size=1", "reward.batch_size=2"))
+ON_CPU = Scale(2, 2, 2, 2, ("model.dtype=float32", "ppo.max_rows=4", "ppo.decode_chunk_size=1", "reward.batch_size=1"))
 ON_GPU = Scale(11, 2, 3, 32, ())
 
 
 @dataclass(frozen=True)
 class Passed:
-    """A command that ended well: its seconds, and the most bytes of main memory that it held."""
+    """What went well: its seconds, and the most bytes of main memory that its process held."""
 
-    command: str
+    what: str
     seconds: float
     memory: int
 
 
 def copy_house(folder: Path) -> Path:
-    """The checkout's code and configurations, without weights and results, in `folder`."""
+    """The checkout's code and configurations, without weights and results, fresh in `folder`."""
     house = folder / "house"
-    shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns(*LEFT_OUT, folder.name))
+    if house.exists():
+        shutil.rmtree(house)
+    by_name, itself = shutil.ignore_patterns(*LEFT_OUT), folder.resolve()
+
+    def leave_out(directory: str, names: list[str]) -> set[str]:
+        return by_name(directory, names) | {name for name in names if Path(directory, name).resolve() == itself}
+
+    shutil.copytree(ROOT, house, ignore=leave_out)
     return house
 
 
-def write_assets(house: Path) -> Iterator[Path]:
-    """Write every asset of the job to its place, of the sizes that the house's configurations say; yields each."""
-    torch.manual_seed(0)
-    text_config = CLIPTextConfig.from_pretrained(house / PIPELINE / "text_encoder")
-    yield write_tokenizer((house / TOKENIZER[0].path).parent, text_config.vocab_size)
-    yield write_checkpoint(house / SD15_CKPT.path, random_stable_diffusion(house / PIPELINE, text_config))
-    yield write_checkpoint(house / HPS["v2.1"].path, random_open_clip(house / "src/pipelines/clip/ViT-H-14.json"))
-    prompts = house / COCO_PROMPTS.path
-    prompts.write_text("text\n" + "".join(f'"{caption}"\n' for caption in CAPTIONS))
-    yield prompts
+# ---------------------------------------------------------------------------------------------------------------------
+# Assets
+
+
+def write_assets(house: Path, store: Path) -> Iterator[Passed]:
+    """Put every asset of the job in its place, of the sizes that the house's configurations say; yields each.
+
+    The large ones are written to `store` and linked; one that is there already is not made again.
+    """
+    pipeline, clip_file = house / PIPELINE, house / CLIP_CONFIG
+    text_config = CLIPTextConfig.from_pretrained(pipeline / "text_encoder")
+    write_tokenizer((house / TOKENIZER[0].path).parent, text_config.vocab_size)
+    (house / COCO_PROMPTS.path).write_text("text\n" + "".join(f'"{caption}"\n' for caption in CAPTIONS))
+    makers: dict[str, tuple[list[Path], Callable[[], dict[str, Tensor]]]] = {
+        SD15_CKPT.path: (sorted(pipeline.glob("*/config.json")), lambda: random_stable_diffusion(pipeline)),
+        HPS["v2.1"].path: ([clip_file], lambda: random_open_clip(clip_file)),
+    }
+    for path, (configs, make) in makers.items():
+        start = perf_counter()
+        digest = hashlib.sha256(b"".join(config.read_bytes() for config in configs)).hexdigest()[:12]
+        stored = store / f"{digest}-{Path(path).name}"
+        is_there = stored.exists()
+        if not is_there:
+            write_checkpoint(stored, make())
+        (house / path).parent.mkdir(parents=True, exist_ok=True)
+        (house / path).symlink_to(stored.resolve())
+        yield Passed(f"{'found' if is_there else 'made'} {path}", perf_counter() - start, _own_peak())
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> Path:
@@ -110,52 +139,75 @@ def write_tokenizer(folder: Path, vocab_size: int) -> Path:
     return folder
 
 
-def random_stable_diffusion(configs: Path, text_config: CLIPTextConfig) -> dict[str, Tensor]:
-    """Fresh modules of these configurations, float32, under the names of the CompVis code."""
-    unet = UNet2DConditionModel.from_config(read_json(configs / "unet/config.json"))
-    vae = AutoencoderKL.from_config(read_json(configs / "vae/config.json"))
-    return compvis_state_dict(unet, vae, CLIPTextModel(text_config))
+def random_stable_diffusion(configs: Path) -> dict[str, Tensor]:
+    """Random modules of these configurations, float32, under the names of the CompVis code."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = _disturbed(UNet2DConditionModel.from_config(read_json(configs / "unet/config.json")))
+        vae = _disturbed(AutoencoderKL.from_config(read_json(configs / "vae/config.json")))
+        text_encoder = _disturbed(CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")))
+    return compvis_state_dict(unet, vae, text_encoder)
+
+
+def _disturbed(module: nn.Module) -> nn.Module:
+    """The module with norms and biases that differ: they start as ones and zeros, and a mix-up would not show."""
+    for parameter in module.requires_grad_(False).parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return module
 
 
 def random_open_clip(model_cfg: Path) -> dict[str, Tensor]:
     """Random weights of a CLIP of this configuration, float16, in open_clip's layout."""
     with torch.device("meta"):
         shapes = to_open_clip(CLIPModel(clip_config(read_json(model_cfg))))
-    return {name: _random_clip_tensor(name, tuple(tensor.shape)) for name, tensor in shapes.items()}
+    generator = torch.Generator().manual_seed(0)
+    return {name: _random_clip_tensor(name, tuple(tensor.shape), generator) for name, tensor in shapes.items()}
 
 
-def _random_clip_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+def _random_clip_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if name == "logit_scale":
         return torch.tensor(math.log(100), dtype=torch.float16)
-    if ".ln_" in name or name.startswith("ln_"):
-        return torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
-    return torch.randn(shape).mul_(0.02).half()
+    centre = float((".ln_" in name or name.startswith("ln_")) and name.endswith("weight"))
+    return torch.randn(shape, generator=generator).mul_(0.02).add_(centre).half()
 
 
-def write_checkpoint(path: Path, state: dict[str, Tensor]) -> Path:
-    """Write tensors as the published files hold them, under `state_dict`."""
+def write_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
+    """Write tensors as the published files hold them, under `state_dict`; the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": {name: tensor.detach() for name, tensor in state.items()}}, path)
-    return path
+    part = path.with_name(path.name + ".part")
+    torch.save({"state_dict": state}, part)
+    part.replace(path)
 
 
-def run(house: Path, *arguments: str) -> Passed:
-    """Run a command of the house in the house.
+def _own_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def run(house: Path, *arguments: str, status: int = 0) -> Passed:
+    """Run a command of the house in the house, without a hub; its output goes to the end of rehearsal.log.
 
     Raises:
-        InputError: it failed; the end of its output is shown.
+        InputError: it ended with another status; the end of its output is shown.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    start = perf_counter()
-    log = house / "rehearsal.log"
-    with log.open("w") as output:
-        environment = {**os.environ, "PATH": path}
-        with subprocess.Popen(arguments, cwd=house, stdout=output, stderr=output, env=environment) as process:
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
     command = " ".join(arguments)
-    if process.returncode:
-        ending = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    start = perf_counter()
+    with (house / LOG).open("a+") as log:
+        log.write(f"\n$ {command}\n")
+        log.flush()
+        before = log.tell()
+        with subprocess.Popen(arguments, cwd=house, stdout=log, stderr=log, env=environment) as process:
+            _, waited, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(waited)
+        log.seek(before)
+        ending = "\n".join(log.read().splitlines()[-20:])
+    if process.returncode != status:
         raise InputError(f"{command} ended with {process.returncode}:\n{ending}")
     return Passed(command, perf_counter() - start, usage.ru_maxrss * 1024)
 
@@ -163,6 +215,8 @@ def run(house: Path, *arguments: str) -> Passed:
 def run_commands(house: Path, scale: Scale, device: str) -> Iterator[Passed]:
     """The job's commands, one after another, in a house that has its assets; yields each as it ends."""
     python = "python"
+    # 1: it has to find that these are not the published files
+    yield run(house, python, "-m", "models.assets", "doctor", "sd15", "hpsv2", "coco-prompts", status=1)
     shape = ("--num_steps", str(scale.num_steps), "--num_points", str(scale.num_points))
     yield run(house, python, "train.py", "--dataset_name", "ms_coco", "--guidance_rate", "7.5", *shape, "--init-only")
     overrides = [
@@ -192,10 +246,24 @@ def _only(house: Path, pattern: str) -> str:
     return found[0]
 
 
-def describe(passed: Sequence[Passed]) -> list[str]:
-    """A line for each command, and their sum."""
-    lines = [f"{one.seconds:8.1f} s  {gigabytes(one.memory):>8}  {one.command}" for one in passed]
-    return [*lines, f"{sum(one.seconds for one in passed):8.1f} s  in all"]
+def step_phases(house: Path) -> dict[str, float]:
+    """Mean seconds of a step of the RL that ran in the house, by phase."""
+    return seconds_by_phase(read_metrics(RunFolder.open(house / _only(house, "exps/*-rehearsal")).metrics))
+
+
+def describe(passed: Sequence[Passed], phases: dict[str, float]) -> list[str]:
+    """A table: what was done, its seconds and peak memory; then where the time of a step of RL went."""
+    lines = [f"{one.seconds:9.1f}  {gigabytes(one.memory):>11}  {one.what}" for one in passed]
+    whole = sum(phases.values())
+    shares = [f"{seconds:9.1f}  {seconds / whole:>11.1%}  {phase}" for phase, seconds in phases.items()]
+    return [
+        f"{'seconds':>9}  {'peak memory':>11}  what",
+        *lines,
+        f"{sum(one.seconds for one in passed):9.1f}  {gigabytes(max(one.memory for one in passed)):>11}  in all",
+        "",
+        f"{'seconds':>9}  {'of a step':>11}  phase of RL",
+        *shares,
+    ]
 
 
 @click.command(epilog="Example:  python -m benchmarks.rehearse_sd15 --folder scratch/rehearsal")
@@ -204,7 +272,7 @@ def describe(passed: Sequence[Passed]) -> list[str]:
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("scratch/rehearsal"),
     show_default=True,
-    help="Scratch; about 7 GB, removed at the end.",
+    help="Scratch, about 7 GB; removed at the end. After a failure the same command goes on with what was made.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--keep", is_flag=True, help="Leave the folder.")
@@ -212,25 +280,37 @@ def describe(passed: Sequence[Passed]) -> list[str]:
 def main(folder: Path, device: str, keep: bool) -> None:
     """Rehearse the job at full size with random weights. Smallest settings on a CPU, usual ones on a GPU."""
     chosen = resolve_device(device)
-    if folder.exists():
-        raise InputError(f"{folder} is there already: remove it, or name another --folder")
-    folder.mkdir(parents=True)
-    free = shutil.disk_usage(folder).free
-    if free < NEEDED_DISK:
-        raise InputError(f"{folder} has {gigabytes(free)} free; {gigabytes(NEEDED_DISK)} are needed")
+    store = prepare_store(folder)
+    house = copy_house(folder)
+    passed = []
     try:
-        house = copy_house(folder)
-        for path in write_assets(house):
-            click.echo(f"made {path.relative_to(house)}")
-        passed = []
-        for one in run_commands(house, ON_CPU if chosen.type == "cpu" else ON_GPU, str(chosen)):
+        scale = ON_CPU if chosen.type == "cpu" else ON_GPU
+        for one in itertools.chain(write_assets(house, store), run_commands(house, scale, str(chosen))):
             passed.append(one)
-            click.echo(f"passed: {one.command}")
-        for line in describe(passed):
-            click.echo(line)
-    finally:
-        if not keep:
-            shutil.rmtree(folder)
+            click.echo(f"{one.seconds:.0f} s: {one.what}")
+    except InputError as error:
+        raise InputError(f"{error}\n{folder} is left as it is; the same command goes on with its assets.") from None
+    for line in describe(passed, step_phases(house)):
+        click.echo(line)
+    if not keep:
+        shutil.rmtree(folder)
+
+
+def prepare_store(folder: Path) -> Path:
+    """The place of the large assets in the rehearsal's folder, which is made if it is not there.
+
+    Raises:
+        InputError: the folder holds other things than a rehearsal, or the disk is too full.
+    """
+    store = folder / "assets"
+    if folder.exists() and any(folder.iterdir()) and not store.is_dir():
+        raise InputError(f"{folder} holds something else than a rehearsal: name another --folder")
+    store.mkdir(parents=True, exist_ok=True)
+    needed = NEEDED_DISK - sum(file.stat().st_size for file in store.iterdir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{folder} has {gigabytes(free)} free; {gigabytes(needed)} are needed")
+    return store
 
 
 if __name__ == "__main__":

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from benchmarks import rehearse_sd15
-from benchmarks.rehearse_sd15 import Scale, copy_house, run, run_commands, write_assets
+from benchmarks.rehearse_sd15 import (
+    Scale,
+    copy_house,
+    describe,
+    prepare_store,
+    run,
+    run_commands,
+    step_phases,
+    write_assets,
+    write_checkpoint,
+)
 from errors import InputError
 from models import clip
 from models.asset_table import COCO_PROMPTS, HPS, SD15_CKPT
+from models.checkpoints import read_state_dict
 from models.latent_diffusion import LatentDiffusion
 from models.loading import assemble_compvis, load_tokenizer, read_compvis, read_json
 from models.prompts import read_prompts
@@ -42,13 +55,14 @@ CLIP = {
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
     """A copy of the checkout whose configurations are those of a tiny Stable Diffusion, with its assets."""
-    house = copy_house(tmp_path_factory.mktemp("rehearsal"))
+    folder = tmp_path_factory.mktemp("rehearsal")
+    store, house = prepare_store(folder), copy_house(folder)
     pipeline = house / rehearse_sd15.PIPELINE
     tiny_unet().save_config(pipeline / "unet")
     tiny_vae().save_config(pipeline / "vae")
     (pipeline / "text_encoder" / "config.json").write_text(json.dumps(TEXT_ENCODER))
-    (house / "src/pipelines/clip/ViT-H-14.json").write_text(json.dumps(CLIP))
-    list(write_assets(house))
+    (house / rehearse_sd15.CLIP_CONFIG).write_text(json.dumps(CLIP))
+    list(write_assets(house, store))
     return house
 
 
@@ -61,9 +75,7 @@ def test_the_assets_are_in_the_true_formats(house):
     denoiser.validate_prompts(prompts)
     x = torch.ones(1, 4, 8, 8)
     assert denoiser.denoise(x, torch.tensor(1.0), denoiser.encode(prompts[:1])).isfinite().all()
-    model = clip.load_open_clip_checkpoint(
-        house / HPS["v2.1"].path, read_json(house / "src/pipelines/clip/ViT-H-14.json")
-    )
+    model = clip.load_open_clip_checkpoint(house / HPS["v2.1"].path, read_json(house / rehearse_sd15.CLIP_CONFIG))
     tokens = clip.tokenize(load_tokenizer(pipeline / "tokenizer"), prompts, 77)
     assert clip.text_features(model, tokens).isfinite().all()
 
@@ -79,17 +91,61 @@ def test_the_tokenizer_has_the_size_and_the_marks_of_clips(tmp_path):
         rehearse_sd15.write_tokenizer(tmp_path, 100)
 
 
+def test_what_was_made_is_not_made_again(house):
+    store = prepare_store(house.parent)
+    made = {file: file.stat().st_mtime_ns for file in store.iterdir()}
+    assert len(made) == 2
+    for path in (SD15_CKPT.path, HPS["v2.1"].path):
+        (house / path).unlink()
+    assert [one.what.split()[0] for one in write_assets(house, store)] == ["found", "found"]
+    assert {file: file.stat().st_mtime_ns for file in store.iterdir()} == made
+    assert (house / SD15_CKPT.path).stat().st_size > 10_000
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        write_checkpoint(tmp_path / "model.ckpt", {"weight": torch.ones(3), "wrong": lambda: None})
+    assert not (tmp_path / "model.ckpt").exists()
+    write_checkpoint(tmp_path / "model.ckpt", {"weight": torch.ones(3)})
+    assert torch.equal(read_state_dict(tmp_path / "model.ckpt")["weight"], torch.ones(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.ckpt"]
+
+
+def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    result = CliRunner().invoke(rehearse_sd15.main, ["--folder", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "holds something else than a rehearsal" in result.output
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_a_command_that_fails_is_shown(tmp_path):
-    with pytest.raises(InputError, match=r"ended with 3:\nno such luck"):
+    run(tmp_path, sys.executable, "-c", "print('before')")
+    with pytest.raises(InputError, match=r"ended with 3:\nno such luck$"):
         run(tmp_path, sys.executable, "-c", "print('no such luck'); raise SystemExit(3)")
-    passed = run(tmp_path, sys.executable, "-c", "print('x' * 10**6)")
+    passed = run(tmp_path, sys.executable, "-c", "print('x' * 10**6); raise SystemExit(3)", status=3)
     assert passed.seconds > 0
     assert passed.memory > 10**6
+    assert "before" in (tmp_path / rehearse_sd15.LOG).read_text()
 
 
 @pytest.mark.slow
 def test_the_true_commands_run_on_them(house):
-    scale = Scale(2, 2, 1, 2, ("model.dtype=float32",))
-    passed = list(run_commands(house, scale, "cpu"))
-    assert [one.command.split()[1] for one in passed] == ["train.py", "launch_rl.sh", "launch_rl.sh", "-m", "sample.py"]
+    passed = list(run_commands(house, Scale(2, 2, 1, 2, ("model.dtype=float32",)), "cpu"))
+    commands = [one.what.split()[1:3] for one in passed]
+    assert commands == [
+        ["-m", "models.assets"],
+        ["train.py", "--dataset_name"],
+        ["launch_rl.sh", "--device"],
+        ["launch_rl.sh", "--device"],
+        ["-m", "training.ppo.export_epd_predictor"],
+        ["sample.py", "--predictor_path"],
+    ]
+    log = (house / rehearse_sd15.LOG).read_text()
+    assert f"WRONG   {SD15_CKPT.path}" in log
+    assert "nothing was trained" in log
     assert list(house.glob("exps/*-rehearsal/export/*.pkl"))
+    phases = step_phases(house)
+    assert phases.keys() == {"text", "network", "solver", "decode", "reward", "update", "other"}
+    table = "\n".join(describe(passed, phases))
+    assert all(one.what in table for one in passed)
