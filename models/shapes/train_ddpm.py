@@ -1,7 +1,7 @@
 """Train the small unconditional DDPM of the shapes world: `python -m models.shapes.train_ddpm`.
 
 Writes `src/shapes_ddpm`, a diffusers pipeline folder of 32x32 images, in float16: what `configs/shapes.yaml` starts
-from. It is stopped early on purpose, so that fine-tuning it has something to gain. About 8 minutes on 2 cores; run the
+from. It is stopped early on purpose, so that fine-tuning it has something to gain. About 6 minutes on one core; run the
 same command again to resume.
 """
 
@@ -23,18 +23,19 @@ SIZE = 32  # pixels: half of the world's own, averaged down
 
 
 def build_network() -> UNet2DModel:
-    """An untrained denoising network for images [N, 3, 32, 32]: 1.6 million parameters.
+    """An untrained denoising network for images [N, 3, 32, 32]: 1.0 million parameters.
 
-    No attention: on a CPU it would take longer than all convolutions together.
+    Narrow where the maps are large, for a CPU's sake: 0.18 GFLOP an image. No attention either; the lowest maps have
+    4x4 pixels, so that every pixel knows of all others.
     """
     return UNet2DModel(
         sample_size=SIZE,
         in_channels=3,
         out_channels=3,
         layers_per_block=1,
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownBlock2D",) * 3,
-        up_block_types=("UpBlock2D",) * 3,
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownBlock2D",) * 4,
+        up_block_types=("UpBlock2D",) * 4,
         add_attention=False,
         norm_num_groups=8,
     )
@@ -67,7 +68,7 @@ def noise_error(network: UNet2DModel, clean: Tensor, alphas_cumprod: Tensor, gen
     return functional.mse_loss(network(noisy.to(device), timesteps.to(device)).sample, noise.to(device))
 
 
-@training_command(output="src/shapes_ddpm", steps=1500, images=10_000, batch=32, learning_rate=1e-3, seed=2)
+@training_command(output="src/shapes_ddpm", steps=1500, images=10_000, batch=32, learning_rate=1e-3, seed=100)
 def main(
     output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
 ) -> None:
