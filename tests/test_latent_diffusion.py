@@ -8,12 +8,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from errors import InputError
 from models import devices, load_denoiser
 from models.denoiser import Conditioning
 from models.latent_diffusion import LatentDiffusion
+from schedules import get_schedule
+from solvers import EPDTable, epd_sampler
 from tests import golden
 from tests.tiny_pipeline import TEXT_WIDTH, TOKEN_LIMIT, save_tiny_pipeline
 
@@ -304,15 +307,73 @@ def test_the_text_width_is_that_of_the_files(denoiser):
     assert denoiser.encode(PROMPTS).embeddings.shape == (2, TOKEN_LIMIT, TEXT_WIDTH)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "compiled"])
-def test_what_makes_a_gpu_faster_changes_no_estimate(folder, exact, layout):
-    fast = load_denoiser(folder, device="cpu", dtype=torch.float64)
+@pytest.mark.parametrize("layout", ["contiguous", "compiled"])
+def test_what_makes_it_faster_changes_no_estimate(folder, exact, layout):
+    other = load_denoiser(folder, device="cpu", dtype=torch.float64)
     if layout == "compiled":
-        fast.compile_network(backend="eager")
+        other.compile_network(backend="eager")
     else:
-        nn.Module.to(fast.unet, memory_format=torch.channels_last)
-        nn.Module.to(fast.vae, memory_format=torch.channels_last)
+        convolution = exact.unet.conv_out.weight
+        assert convolution.is_contiguous(memory_format=torch.channels_last)
+        assert not convolution.is_contiguous()
+        nn.Module.to(other.unet, memory_format=torch.contiguous_format)
+        nn.Module.to(other.vae, memory_format=torch.contiguous_format)
+        assert other.unet.conv_out.weight.is_contiguous()
     x, sigma = noise(4, 3.0), torch.tensor(3.0, dtype=torch.float64)
-    estimates = [model.denoise(x, sigma, model.encode(PROMPTS)) for model in (fast, exact)]
+    estimates = [model.denoise(x, sigma, model.encode(PROMPTS)) for model in (other, exact)]
     torch.testing.assert_close(*estimates, rtol=0, atol=1e-10)
-    torch.testing.assert_close(fast.decode(x), exact.decode(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(other.decode(x), exact.decode(x), rtol=0, atol=1e-6)
+
+
+class WaitsForTheDevice(TorchDispatchMode):
+    """Takes note of copies from the host to the meta device that the host would wait for on a CUDA device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default:
+            there = kwargs.get("device", args[0].device)
+            if args[0].device.type == "cpu" and there.type == "meta" and not kwargs.get("non_blocking"):
+                self.found.append(f"{list(args[0].shape)} {args[0].dtype}")
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_nothing_in_the_solver_loop_waits_for_the_device(folder, batched):
+    """The meta device stands for an accelerator: whoever asks it for a value fails there."""
+    denoiser = load_denoiser(folder, device="cpu", dtype=torch.float32)
+    conditioning = denoiser.encode(PROMPTS)
+    meta = torch.device("meta")
+    for module in (denoiser.unet, denoiser.vae):
+        module.to(meta)
+    denoiser.device = meta
+    conditioning = Conditioning(conditioning.embeddings.to(meta), conditioning.unconditional.to(meta), 7.5)
+    table = EPDTable(torch.tensor([[0.3, 0.6], [0.4, 0.8]]), torch.tensor([[0.5, 0.5], [0.6, 0.4]]))
+    sigmas = get_schedule("discrete", 3, denoiser.sigma_min, denoiser.sigma_max, denoiser=denoiser)
+    mode, calls = WaitsForTheDevice(), []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        if not calls:  # what is brought over once may be waited for
+            denoiser.denoise(x, sigma, conditioning)
+            denoiser.denoise(x, sigma.to(meta).expand(len(x)), conditioning)
+            mode.__enter__()
+        calls.append(x.device.type)
+        return denoiser.denoise(x, sigma, conditioning)
+
+    try:
+        with torch.no_grad():
+            latents = epd_sampler(
+                denoise, torch.empty(2, 4, 8, 8, device=meta), sigmas, table.expand(2) if batched else table
+            )
+            images = denoiser.decode(latents, 1)
+    finally:
+        mode.__exit__(None, None, None)
+    assert calls == ["meta"] * 4
+    assert images.shape == (2, 3, 16, 16)
+    assert mode.found == []
+    with mode:
+        torch.ones(2).to(meta)
+    assert mode.found == ["[2] torch.float32"]  # it would have been seen
