@@ -30,7 +30,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from errors import InputError
 from models.checkpoints import read_state_dict
-from models.devices import check_memory
+from models.devices import check_memory, to_device
 
 VIT_H_14 = Path(__file__).resolve().parent.parent / "src" / "pipelines" / "clip" / "ViT-H-14.json"
 
@@ -359,8 +359,7 @@ def preprocess(images: Tensor, image_size: int) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [N, 3, H, W], not {list(images.shape)}")
     images = _centre_crop(_resize(images.float(), image_size), image_size)
-    mean = torch.tensor(IMAGE_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGE_STD, device=images.device)[:, None, None]
+    mean, std = (to_device(torch.tensor(part), images.device)[:, None, None] for part in (IMAGE_MEAN, IMAGE_STD))
     return (images - mean) / std
 
 

@@ -8,8 +8,13 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from errors import InputError
+
+MEMORY_OF_MACHINE = Path("/proc/meminfo")
+# Where a container sees its own control group.
+MEMORY_OF_CONTAINER = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
 
 DTYPES = {
     "float32": torch.float32,
@@ -58,6 +63,13 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; to a CUDA device through pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that may still be asked for, on the CPU without swapping; None where the system does not say."""
     if device.type == "cuda":
@@ -65,10 +77,27 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMORY_OF_MACHINE.read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    limits = [int(found[1]) * 1024] if found else []
+    limits += [left for folder in MEMORY_OF_CONTAINER if (left := _left_in(folder)) is not None]
+    return min(limits, default=None)
+
+
+def _left_in(container: Path) -> int | None:
+    """Bytes left below the memory limit of a control group, what it caches of files counted as free; None: no limit."""
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "inactive_file"),  # version 2
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+    ):
+        try:
+            allowed, taken = (int((container / name).read_text()) for name in (limit, used))
+            found = re.search(rf"^{cached} (\d+)$", (container / "memory.stat").read_text(), re.MULTILINE)
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        return max(0, allowed - taken + (int(found[1]) if found else 0))
+    return None
 
 
 def check_memory(what: str, needed: int, device: torch.device) -> None:

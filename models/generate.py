@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.denoiser import Denoiser
+from models.devices import to_device
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Solve = Callable[[Denoise, Tensor, Tensor], Tensor]
@@ -24,7 +25,7 @@ def initial_noise(
     the device and the batch, and no global random state is touched.
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) for seed in seeds]
-    return torch.stack(rows).to(device, dtype)
+    return to_device(torch.stack(rows).to(dtype), device)
 
 
 @torch.no_grad()
@@ -61,6 +62,6 @@ def generate(
             conditioning = denoiser.encode(prompts[batch], guidance_scale)
             noise = initial_noise(seeds[batch], denoiser.latent_shape, device=denoiser.device, dtype=dtype)
             denoise = partial(denoiser.denoise, conditioning=conditioning)
-            batches.append(solve(denoise, noise * sigmas[0].to(noise), sigmas))
+            batches.append(solve(denoise, noise * sigmas[0], sigmas))
             bar.update(len(noise))
     return torch.cat(batches)

@@ -210,8 +210,9 @@ class RLRunner:
 
         with self.clock.measure("solver"):
             noise = initial_noise(seeds, self.denoiser.latent_shape, device=device, dtype=self.dtype)
-            start = noise * self.sigmas[0].to(noise)
-            latents = epd_sampler(denoise, start, self.sigmas, table.to(device=device), afs=self.afs)
+            start = noise * self.sigmas[0]
+            # The tables stay on the host, where they are checked and multiplied out without a word to the device.
+            latents = epd_sampler(denoise, start, self.sigmas, table, afs=self.afs)
         with self.clock.measure("decode"):
             images = self.denoiser.decode(latents, self.decode_chunk_size)
             finite = latents.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)

@@ -11,7 +11,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from errors import InputError
 from models import clip
-from models.devices import check_memory
+from models.devices import check_memory, to_device
 
 
 class ClipScorer:
@@ -100,7 +100,7 @@ class ClipScorer:
         length = self.model.config.text_config.max_position_embeddings
         for start in range(0, len(unseen), self.batch_size):
             chunk = unseen[start : start + self.batch_size]
-            tokens = clip.tokenize(self.tokenizer, chunk, length).to(self.device)
+            tokens = to_device(clip.tokenize(self.tokenizer, chunk, length), self.device)
             with self._autocast():
                 features = clip.text_features(self.model, tokens).float()
             self._text_features |= dict(zip(chunk, features, strict=True))
