@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import click
+
+# How torch says on each kind of device that an allocation failed; where it is no MemoryError it is a RuntimeError.
+TOO_LITTLE_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|STATUS_ALLOC_FAILED")
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -17,15 +21,30 @@ class InputError(ValueError):
 
 
 def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorate a click command's body: an `InputError` becomes one clear message and exit status 2, no traceback."""
+    """Decorate a click command's body: an `InputError` becomes one clear message and exit status 2, no traceback.
+
+    So does too little memory, wherever it shows.
+    """
 
     @wraps(command)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
             return command(*args, **kwargs)
         except InputError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = 2
-            raise failure from None
+            raise _failure(str(error)) from None
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or TOO_LITTLE_MEMORY.search(str(error))):
+                raise
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise _failure(
+                "There is too little memory: end what else runs on the device, do less at once (a smaller batch), or "
+                f"use half precision. ({first_line})"
+            ) from None
 
     return wrapped
+
+
+def _failure(message: str) -> click.ClickException:
+    failure = click.ClickException(message)
+    failure.exit_code = 2
+    return failure

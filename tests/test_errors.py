@@ -1,0 +1,55 @@
+"""What a person sees of what goes wrong: a message and a status for what can be mended, otherwise a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from errors import InputError, shows_input_errors
+
+
+def outcome(body: Callable[[], object]) -> Result:
+    @click.command()
+    @shows_input_errors
+    def command() -> None:
+        body()
+
+    return CliRunner().invoke(command)
+
+
+def fail(error: Exception) -> Callable[[], None]:
+    def body() -> None:
+        raise error
+
+    return body
+
+
+def test_a_wrong_input_is_a_message_and_a_status():
+    result = outcome(fail(InputError("model.ckpt is empty")))
+    assert result.exit_code == 2
+    assert result.output == "Error: model.ckpt is empty\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda: torch.empty(10**15),  # as a CPU says it
+        fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...\nmore")),
+        fail(MemoryError()),
+    ],
+)
+def test_too_little_memory_is_explained(body):
+    result = outcome(body)
+    assert result.exit_code == 2
+    assert "There is too little memory" in result.output
+    assert "a smaller batch" in result.output
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("ours"), KeyError("ours")])
+def test_faults_of_our_own_keep_their_traceback(error):
+    assert outcome(fail(error)).exception is error
