@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +22,7 @@ BOOKKEEPING = re.compile(
     r"|numpy(\.core|\._core)?\.(multiarray\.scalar|multiarray\._reconstruct|dtype|ndarray)"
     r"|_codecs\.encode|typing\.Any"
 )
+TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
 UNREADABLE = (RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
@@ -36,6 +37,24 @@ class _StandIn:
     def __setstate__(self, _: Any) -> None: ...
 
 
+def check_checkpoint(path: Path) -> None:
+    """Look whether a file is what its suffix says, and whole, without reading its tensors.
+
+    Raises `InputError`, which says what the file is instead.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                return
+        except SafetensorError as error:
+            raise InputError(f"{path} is no readable safetensors file: {looks_like(path)} ({error}).") from error
+    if path.suffix not in TORCH_SUFFIXES:
+        raise InputError(f"{path}: a model file must end in .safetensors, .ckpt, .pt or .pth.")
+    # Only the zip format of torch >= 1.6: it can be mapped, and what it names can be listed before anything is built.
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is no readable torch checkpoint: {looks_like(path)}.")
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .ckpt, .pt or .pth file, by name, on the CPU, mapped from disk where possible.
 
@@ -43,24 +62,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     anything that is no such file, is cut off, or names objects that are neither tensors nor the bookkeeping of a
     training run.
     """
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".ckpt", ".pt", ".pth"):
-        return _read_ckpt(path)
-    raise InputError(f"{path}: a model file must end in .safetensors, .ckpt, .pt or .pth.")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is no readable safetensors file: {looks_like(path)} ({error}).") from error
+    check_checkpoint(path)
+    return load_file(path) if path.suffix == ".safetensors" else _read_ckpt(path)
 
 
 def _read_ckpt(path: Path) -> dict[str, Tensor]:
-    # Only the zip format of torch >= 1.6: it can be mapped, and what it names can be listed before anything is built.
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is no readable torch checkpoint: {looks_like(path)}.")
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except UNREADABLE as error:

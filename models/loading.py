@@ -43,7 +43,7 @@ def load_folder(folder: Path) -> Components:
 
     Raises `InputError` where the folder is no such pipeline, is of another family, or lacks files or weights.
     """
-    _check_pipeline_folder(folder)
+    check_pipeline_folder(folder)
     with quiet_and_repeatable():
         return _fitting(
             folder,
@@ -108,7 +108,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_pipeline_folder(folder: Path) -> None:
+def check_pipeline_folder(folder: Path) -> None:
+    """Raise `InputError` where the folder is no diffusers pipeline of this family, or lacks whole components."""
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is no diffusers pipeline, model_index.json is missing: {_what_is_in(folder)}.")
     index = read_json(folder / "model_index.json")

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from errors import InputError
 from models import asset_table
 from models.asset_table import AssetFile
+from models.checkpoints import check_checkpoint
 from models.denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -115,15 +116,23 @@ def load_denoiser(
 def check_assets(spec: str) -> None:
     """Load nothing; raise `InputError` where files of the registered model `spec` are missing.
 
-    The same error where `spec` is neither a registered name nor a path that exists.
+    The same error where `spec` is neither a registered name nor a path that exists, and where what is there is plainly
+    no model: cut off, a web page, a folder without a pipeline.
     """
+    from models.loading import check_pipeline_folder  # with diffusers, which takes seconds to import
+
     if spec in REGISTERED:
         model = REGISTERED[spec]
         found = any((SOURCE / asset.path).exists() for asset in model.weights)
         weights = [] if found else [", or ".join(str(asset) for asset in model.weights)]
         _check_nothing_missing(f"Model {spec}", [*weights, *_missing(model.companions)], model.remedy)
+        path = _first_present(model.weights)
     else:
-        locate(spec)
+        path = locate(spec)
+    if path.is_dir():
+        check_pipeline_folder(path)
+    else:
+        check_checkpoint(path)
 
 
 def locate(spec: str) -> Path:

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.compvis_layout import compvis_state_dict, unet_names, vae_names
 from errors import InputError
-from models import load_denoiser, registry
+from models import devices, load_denoiser, registry
 from models.checkpoints import read_state_dict
 from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.fingerprints import model_fingerprint
@@ -366,6 +366,26 @@ def test_wrong_single_files_are_explained(tmp_path, compvis, kind, says):
 
 
 @pytest.mark.parametrize(
+    "kind", ["html", "html as safetensors", "lfs pointer", "empty", "cut safetensors", "cut ckpt", "other suffix"]
+)
+def test_what_is_plainly_no_model_is_seen_without_loading_it(tmp_path, compvis, kind, monkeypatch):
+    file = single_file_of(tmp_path, kind, compvis)
+    with pytest.raises(InputError) as loaded:
+        load(file)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(InputError) as looked_at:
+        registry.check_assets(str(file))
+    assert str(looked_at.value) == str(loaded.value)
+
+
+def test_what_may_be_a_model_passes_the_look(tiny, compvis, tmp_path):
+    save_file(compvis, tmp_path / "tiny.safetensors")
+    torch.save(compvis, tmp_path / "tiny.ckpt")
+    for spec in (tiny, tmp_path / "tiny.safetensors", tmp_path / "tiny.ckpt"):
+        registry.check_assets(str(spec))
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "model.diffusion_model.out.2.bias",
@@ -388,8 +408,9 @@ def test_a_checkpoint_of_another_size_is_explained(compvis):
 
 
 def test_a_folder_that_is_no_pipeline_says_what_it_is(tiny, tmp_path):
-    with pytest.raises(InputError, match="single UNet2DConditionModel"):
-        load(tiny / "unet")
+    for attempt in (load, lambda folder: registry.check_assets(str(folder))):
+        with pytest.raises(InputError, match="single UNet2DConditionModel"):
+            attempt(tiny / "unet")
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match=r"model_index.json is missing.*notes.txt"):
         load(tmp_path)
@@ -511,6 +532,38 @@ def test_devices_that_are_not_there_are_refused(name, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(InputError, match=name):
         resolve_device(name)
+
+
+MEMORY_V2 = {
+    "memory.max": "1000000\n",
+    "memory.current": "400000\n",
+    "memory.stat": "anon 5\ninactive_file 100000\nactive_file 7\n",
+}
+MEMORY_V1 = {
+    "memory.limit_in_bytes": "1000000\n",
+    "memory.usage_in_bytes": "400000\n",
+    "memory.stat": "inactive_file 1\ntotal_inactive_file 100000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        (MEMORY_V2, 700_000),
+        (MEMORY_V1, 700_000),
+        ({**MEMORY_V2, "memory.current": "2000000\n"}, 0),
+        ({**MEMORY_V2, "memory.max": "max\n"}, 8_192_000),
+        ({**MEMORY_V2, "memory.max": "9223372036854771712\n"}, 8_192_000),
+        ({}, 8_192_000),
+    ],
+)
+def test_free_memory_is_that_of_the_container_where_it_is_less(files, free, tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal:       16000 kB\nMemAvailable:    8000 kB\n")
+    monkeypatch.setattr(devices, "MEMORY_OF_MACHINE", tmp_path / "meminfo")
+    monkeypatch.setattr(devices, "MEMORY_OF_CONTAINER", (tmp_path / "nowhere", tmp_path))
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert devices.free_memory(torch.device("cpu")) == free
 
 
 def test_dtypes_by_name():

@@ -12,6 +12,7 @@ from transformers import CLIPModel
 
 from errors import InputError
 from models import asset_table, clip
+from models.checkpoints import check_checkpoint
 from models.loading import load_tokenizer, read_json
 from training.ppo.rewards.clip_scorer import ClipScorer
 
@@ -47,6 +48,7 @@ def find_reward_files(weights_path: str | Path, tokenizer_folder: str | Path | N
     weights = Path(weights_path)
     if not weights.is_file():
         raise InputError(_missing_weights(weights))
+    check_checkpoint(weights)
     described = weights.with_suffix(".json")
     assumed = not described.is_file()
     if assumed:
