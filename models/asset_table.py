@@ -106,7 +106,8 @@ HPS = {
     "v2.1": AssetFile(
         "weights/HPS_v2.1_compressed.pt",
         HubFile("xswu/HPSv2", "HPS_v2.1_compressed.pt", _HPS_REVISION),
-        digest="sha256:c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
+        1_972_490_005,
+        "sha256:c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
     ),
     "v2.0": AssetFile(
         "weights/HPS_v2_compressed.pt",
@@ -211,16 +212,20 @@ def fault_of(asset: AssetFile, path: Path, pinned: str | None) -> str | None:
     """What is wrong with the file at `path` as this asset, held against the digest `pinned`; None where it is right."""
     size = path.stat().st_size
     if asset.size not in (None, size):
-        return f"it has {size} bytes instead of {asset.size}: {looks_like(path)}"
+        return f"it has {size} bytes instead of {asset.size}: {_identified(path)}"
     if pinned is None:
         return None
     algorithm, _, expected = pinned.partition(":")
     found = digest_of(path, algorithm)
     if found == expected:
         return None
+    return f"its {algorithm.upper()} is {found} instead of {expected}: {_identified(path)}"
+
+
+def _identified(path: Path) -> str:
+    """What a file in the place of another is: one of the table's, or what it looks like."""
     other = published_name(path)
-    what = f"it is {other}" if other else looks_like(path)
-    return f"its {algorithm.upper()} is {found} instead of {expected}: {what}"
+    return f"it is {other}" if other else looks_like(path)
 
 
 def published_name(path: Path) -> str | None:

@@ -161,6 +161,14 @@ def test_a_wrong_file_in_the_place_is_neither_used_nor_deleted(hub, target):
     assert hub.requests == []
 
 
+def test_one_published_file_in_the_place_of_another_is_named(target, monkeypatch):
+    other = AssetFile("weights/other.bin", HUB_FILE, digest=f"md5:{hashlib.md5(BODY[:-1]).hexdigest()}")
+    monkeypatch.setitem(asset_table.BUNDLES, "other", Bundle("", "", (other,)))
+    target.parent.mkdir()
+    target.write_bytes(BODY[:-1])
+    assert f"{len(BODY) - 1} bytes instead of {len(BODY)}: it is other.bin. Move it away" in refusal(PINNED, target)
+
+
 # --- refused, missing, unreachable
 
 
