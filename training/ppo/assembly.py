@@ -24,8 +24,8 @@ from training.ppo.cold_start import prepare_table
 from training.ppo.config import Config, apply_snapshot
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch, VerifierPanel
 from training.ppo.policy import EPDParamPolicy
-from training.ppo.ppo_trainer import PPOTrainer
-from training.ppo.rewards import Reward, RewardHPS, build_reward, find_reward_files
+from training.ppo.ppo_trainer import PPOTrainer, Trainer
+from training.ppo.rewards import Reward, build_reward, find_reward_files, load_reward
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptStream
 from training.sampling import MODEL_OF_DATASET, Predictor, load_predictor
@@ -96,7 +96,7 @@ class Parts:
     """The objects of a run; `judge` and `watch` are None where held-out evaluation is off."""
 
     denoiser: Denoiser
-    trainer: PPOTrainer
+    trainer: Trainer
     judge: HeldoutJudge | None
     watch: HeldoutWatch | None
 
@@ -290,7 +290,7 @@ def _panel(config: Config, device: torch.device) -> Reward | None:
         return None
     if config.logging.panel == VERIFIER:
         return VerifierPanel()
-    return RewardHPS(
+    return load_reward(
         config.logging.panel,
         device=device,
         batch_size=config.reward.batch_size,

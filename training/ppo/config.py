@@ -64,9 +64,13 @@ class ModelConfig:
 class RewardConfig:
     """The training reward."""
 
-    weights_path: str = knob("", "preference checkpoint in HPSv2.1's (open_clip) layout", required=True)
+    weights_path: str = knob(
+        "", "preference checkpoint in HPSv2.1's (open_clip) layout, or pickscore, clip_score, aesthetic", required=True
+    )
     mix: dict[str, float] = knob(  # noqa: RUF009 - a factory, see knob
-        {}, "further checkpoints of that layout -> weight beside weights_path's 1; each is standardised over the step"
+        {},
+        "further rewards (pickscore, clip_score, aesthetic or a checkpoint) -> weight beside weights_path's 1; each is "
+        "standardised by the running mean and deviation of all its scores so far",
     )
     batch_size: int = knob(16, "images per forward pass of the reward model, per device", at_least=1)
     enable_amp: bool = knob(False, "half precision in the reward model; CUDA only")
@@ -133,7 +137,7 @@ class LoggingConfig:
     )
     eval_seed: int = knob(0, "seed of the first held-out image; the next has the next seed", at_least=0)
     panel: str | None = knob(
-        None, "judge that is never trained on: `verifier` (shapes), or a checkpoint in open_clip layout; null: none"
+        None, "judge that is never trained on: verifier (shapes), or a reward as weights_path takes it; null: none"
     )
     stop_on_reward_hacking: bool = knob(False, "end the run when the held-out reward rises while the panel falls")
 

@@ -18,17 +18,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sample
 import training.ppo.training_run as training_run
 from errors import InputError
+from models import clip
 from training.checkpoint import step_path
 from training.command_line import spread
 from training.configuration import config_hash
 from training.interrupts import EXIT_INTERRUPTED
+from training.ppo import rewards
 from training.ppo.checkpoint import load_checkpoint
 from training.ppo.config import load_config
 from training.ppo.export_epd_predictor import main as export_command
 from training.ppo.heldout import HeldoutWatch
 from training.ppo.launch import main
 from training.ppo.ppo_trainer import METRICS, PPOTrainer
-from training.ppo.tests.tiny_world import START, write_world
+from training.ppo.tests.tiny_world import CLIP, START, write_world
 from training.run_folder import RunFolder, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -293,6 +295,22 @@ def test_rewards_that_are_not_finite_stop_the_run_with_one_message(config: Path,
         result = launch("--config", config, "--override", *overrides, extra)
         assert result.exit_code == 2
         assert message in result.output
+
+
+def test_the_panel_may_be_a_reward_that_goes_by_a_name(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with torch.random.fork_rng(devices=[]):
+        clip.new_clip(CLIP).save_pretrained(tmp_path / "weights" / "clip-vit-large-patch14")
+    monkeypatch.setattr(rewards, "ROOT", tmp_path)
+    monkeypatch.setattr(rewards, "DEFAULT_TOKENIZER", config.parent / "tokenizer")
+    overrides = [f"run.output_root={tmp_path / 'exps'}", "ppo.steps=1", "logging.panel=clip_score"]
+    result = launch("--config", config, "--override", *overrides)
+    assert result.exit_code == 0, result.output
+    folder = only_run(tmp_path / "exps")
+    state = load_checkpoint(step_path(folder.checkpoints, 1))
+    panel = state["watch"]["start"]["panel"]
+    assert panel.shape == (6,)
+    assert ((panel >= 0) & (panel <= 100)).all()  # a cosine in percent, not below 0 (Hessel et al., 2021)
+    assert read_metrics(folder.metrics)[0]["heldout/panel"] == pytest.approx(panel.double().mean().item())
 
 
 def test_hacking_stops_the_run_if_so_configured(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
