@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from training.checkpoint import newest_checkpoint
 from training.command_line import SeveralPairs
 from training.configuration import to_plain, to_yaml
 from training.interrupts import EXIT_INTERRUPTED
-from training.ppo.assembly import Start, build, costs, from_plain, make_fabric, path_faults, prepare, refuse
+from training.ppo.assembly import Parts, Start, build, costs, from_plain, make_fabric, path_faults, prepare, refuse
 from training.ppo.checkpoint import load_checkpoint
 from training.ppo.config import Config, load_config
 from training.ppo.report import write_report
@@ -72,11 +72,7 @@ def main(
     python -m training.ppo.launch --resume exps/<timestamp>-shapes
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    pairs = [
-        *overrides,
-        *([f"run.run_name={run_name}"] if run_name else []),
-        *([f"run.device={device}"] if device else []),
-    ]
+    pairs = with_options(overrides, run_name, device)
     if resume is None:
         job = Job(prepare(load_config(config_path or DEFAULT_CONFIG, pairs)), None, None)
     elif config_path is not None or run_name is not None:
@@ -89,6 +85,12 @@ def main(
         click.echo("dry run: every path is there; nothing was trained")
         return
     train(job)
+
+
+def with_options(overrides: Sequence[str], run_name: str | None, device: str | None) -> list[str]:
+    """The overrides, and after them what the options of their own say."""
+    options = {"run.run_name": run_name, "run.device": device}
+    return [*overrides, *(f"{key}={value}" for key, value in options.items() if value)]
 
 
 def resumed_job(source: Path, overrides: Sequence[str]) -> Job:
@@ -141,15 +143,21 @@ def changes(job: Job) -> list[str]:
     return [f"goes on after step {job.state['step']}", *lines]
 
 
-def train(job: Job) -> None:
-    """Run the job; ends the process with 130 where it was interrupted."""
+def train(job: Job, assemble: Callable[[Start, Fabric], Parts] = build, command: str = "training.ppo.launch") -> None:
+    """Run the job; ends the process with 130 where it was interrupted.
+
+    Args:
+        job: what to train.
+        assemble: puts the objects of the run together.
+        command: module that goes on with the run, for the message.
+    """
     config = job.start.config
     fabric = make_fabric(config)
     fabric.launch()
     if fabric.is_global_zero:
         describe(job)
     folder = _folder(job, config, fabric)
-    run = TrainingRun(job.start, build(job.start, fabric), folder, fabric)
+    run = TrainingRun(job.start, assemble(job.start, fabric), folder, fabric)
     if job.state is not None:
         run.load(job.state)
     ending = run.run()
@@ -161,7 +169,7 @@ def train(job: Job) -> None:
         click.echo("time: " + ", ".join(f"{phase} {seconds / whole:.1%}" for phase, seconds in spent.items()))
         click.echo(f"report: {folder.report}")
         if run.step < config.ppo.steps:
-            click.echo(f"go on: python -m training.ppo.launch --resume {folder.path}")
+            click.echo(f"go on: python -m {command} --resume {folder.path}")
         click.echo(f"export: python -m training.ppo.export_epd_predictor {folder.path}")
     if ending == INTERRUPTED:
         sys.exit(EXIT_INTERRUPTED)

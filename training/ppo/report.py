@@ -287,6 +287,7 @@ def _diagnostics(steps: Sequence[Row]) -> str:
             METRICS[name],
         )
         for name in DIAGNOSTICS
+        if name in steps[0]
     ]
     spread = [
         Curve(label, numbers, [row[f"reward_{label}_variance"] for row in steps]) for label in ("within", "between")

@@ -28,6 +28,15 @@ from training.run_folder import MetricsLog, RunFolder
 
 log = logging.getLogger(__name__)
 
+SHOWN = {
+    "kl": "KL {:.3f}",
+    "entropy": "entropy {:.2f}",
+    "clip_fraction": "clipped {:.0%}",
+    "effective_sample_share": "effective samples {:.0%}",
+    "step_size": "step size {:.3f}",
+}
+"""Metrics of the console's line beside reward and time, and how they are written, where a step has them."""
+
 FINISHED, INTERRUPTED, HACKED = "finished", "interrupted", "stopped for suspected reward hacking"
 
 
@@ -124,8 +133,11 @@ class TrainingRun:
         """Go on from a checkpoint.
 
         Raises:
-            InputError: it belongs to other prompts or rewards, or was made without held-out evaluation.
+            InputError: it belongs to another kind of search, to other prompts or rewards, or was made without held-out
+                evaluation.
         """
+        if state["trainer"].keys() != self.trainer.state_dict().keys():
+            raise InputError("the checkpoint is of another kind of search: resume it by the command that made it")
         self.trainer.load_state_dict(state["trainer"])
         if self.watch is not None and state["watch"] is None:
             raise InputError(
@@ -249,13 +261,15 @@ def console_line(row: Mapping[str, float], steps: int) -> str:
     """One line about a step."""
     seconds = row["seconds/step"]
     network = row.get("seconds/network", 0.0) / seconds if seconds else 0.0
-    dropped = f"  dropped groups {row['dropped_groups']:.0f}" if row["dropped_groups"] else ""
-    return (
+    parts = [
         f"step {row['step']:>{len(str(steps))}.0f}/{steps}  reward {row['reward_mean']:.4f} "
-        f"[{row['reward_min']:.3f}, {row['reward_max']:.3f}]  KL {row['kl']:.3f}  entropy {row['entropy']:.2f}  "
-        f"clipped {row['clip_fraction']:.0%}  effective samples {row['effective_sample_share']:.0%}  "
-        f"{seconds:.1f} s ({network:.0%} network){dropped}"
-    )
+        f"[{row['reward_min']:.3f}, {row['reward_max']:.3f}]",
+        *(text.format(row[name]) for name, text in SHOWN.items() if name in row),
+        f"{seconds:.1f} s ({network:.0%} network)",
+    ]
+    if row["dropped_groups"]:
+        parts.append(f"dropped groups {row['dropped_groups']:.0f}")
+    return "  ".join(parts)
 
 
 def heldout_line(step: int, metrics: Mapping[str, float]) -> str:
