@@ -1,11 +1,13 @@
 """Scenes, captions, geometry and renderer of the shapes world."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CLIPTokenizer
 
 from errors import InputError
 from models.shapes import scenes
@@ -163,3 +165,10 @@ def test_every_word_is_one_token_and_the_longest_caption_fits():
     assert len(tokenizer(longest).input_ids) <= CONTEXT_LENGTH
     assert tokenizer.eos_token_id == len(tokenizer) - 1
     assert len(tokenizer("giraffe").input_ids) > 3
+
+
+def test_the_shipped_tokenizer_is_the_one_that_the_code_builds():
+    shipped = CLIPTokenizer.from_pretrained(Path(__file__).parents[1] / "src/shapes/tokenizer")
+    assert build_tokenizer().get_vocab() == shipped.get_vocab()
+    caption = "a small cyan ring left of a large gray square on a navy background"
+    assert build_tokenizer()(caption).input_ids == shipped(caption).input_ids

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from collections import Counter
+from itertools import pairwise
+
 from transformers import CLIPTokenizer
 
 from models.shapes.scenes import vocabulary
@@ -18,17 +20,32 @@ def build_tokenizer() -> CLIPTokenizer:
     Words outside the vocabulary fall apart into letters: they can be read, but mean nothing to the models. As in CLIP
     the end mark has the highest number, which is how the text towers find it.
     """
-    learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learned.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    learned.train_from_iterator(sorted(vocabulary()), trainer)
-    merges = [tuple(merge) for merge in _merges(learned)]
+    merges = learned_merges(vocabulary())
     pieces = [*PRINTABLE, *(letter + "</w>" for letter in PRINTABLE), *("".join(merge) for merge in merges), START, END]
     numbers = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=CONTEXT_LENGTH)
 
 
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
+def learned_merges(words: frozenset[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges (Sennrich et al., arXiv 1508.07909) until every word is one piece: the most frequent pair first.
 
-    return json.loads(tokenizer.to_str())["model"]["merges"]
+    Equally frequent pairs follow the alphabet. The trainer of the `tokenizers` library leaves their order to chance,
+    and with it the numbers of words: weights that were trained with one tokenizer would not fit the next.
+    """
+    split = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)]
+    merges = []
+    while pairs := Counter(pair for pieces in split for pair in pairwise(pieces)):
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        split = [_merged(pieces, merges[-1]) for pieces in split]
+    return merges
+
+
+def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pieces of a word after one merge, from the left."""
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
