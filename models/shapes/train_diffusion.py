@@ -172,7 +172,7 @@ def learn_layout(
     reader.load_state_dict(averaged.state_dict())
 
 
-@training_command(output="src/shapes", steps=5000, images=80_000, batch=64, learning_rate=6e-4, seed=1)
+@training_command(output="src/shapes", steps=12_000, images=80_000, batch=64, learning_rate=6e-4, seed=1)
 def main(
     output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
 ) -> None:
