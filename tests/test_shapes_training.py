@@ -10,14 +10,13 @@ from torch import nn
 from models.clip import new_clip
 from models.shapes import scenes
 from models.shapes.data import cached_scenes, render_scenes
+from models.shapes.layout import LayoutHead, layout_of
 from models.shapes.tokenizer import build_tokenizer
 from models.shapes.train_autoencoder import WINDOW, build_autoencoder, random_windows, reconstruction_terms
 from models.shapes.train_diffusion import (
-    LayoutHead,
     build_network,
     build_scheduler,
     build_text_encoder,
-    layout_of,
     learn_layout,
     spread_timesteps,
     tokenize,
@@ -110,7 +109,7 @@ def test_the_text_encoder_learns_from_captions_alone_which_object_stands_where(t
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     tokens = tokenize(tokenizer, captions)
-    model = nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "layout": LayoutHead()})
+    model = nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "layout": LayoutHead(128, channels=4)})
     options = TrainingOptions(40, 1e-3, tmp_path / "layout.pt", warmup_steps=5, averaging_decay=0.5)
     learn_layout(model, tokens, latents, options, seed=0, device="cpu")
     with torch.no_grad():

@@ -22,12 +22,12 @@ from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from models.shapes.data import cached_scenes
+from models.shapes.layout import LayoutHead, layout_of
 from models.shapes.scenes import to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
 
 TEXT_WIDTH = 128
-LAYOUT_CELLS = 4  # in each direction
 LAYOUT_STEPS = 1000
 LAYOUT_BATCH = 128
 LAYOUT_LEARNING_RATE = 1e-3
@@ -51,45 +51,6 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-
-
-class LayoutHead(nn.Module):
-    """Guesses from a caption's states [N, 32, 128] what stands where: a latent averaged over 4x4 cells [N, 4, 4, 4].
-
-    Text encoder and network alone do not learn in affordable time which of two objects stands left of the other: the
-    loss shows it at high noise only and weakly, and nothing can be gained from one of them before the other is right.
-    Here the same question is put to the text encoder without noise. The head is thrown away after training.
-    """
-
-    def __init__(self, heads: int = 4, depth: int = 2) -> None:
-        """`depth` layers, each of which lets every cell look at the text once."""
-        super().__init__()
-        self.cells = nn.Parameter(0.5 * torch.randn(LAYOUT_CELLS**2, TEXT_WIDTH))
-        self.attention = nn.ModuleList(nn.MultiheadAttention(TEXT_WIDTH, heads, batch_first=True) for _ in range(depth))
-        self.update = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(TEXT_WIDTH),
-                nn.Linear(TEXT_WIDTH, 2 * TEXT_WIDTH),
-                nn.GELU(),
-                nn.Linear(2 * TEXT_WIDTH, TEXT_WIDTH),
-            )
-            for _ in range(depth)
-        )
-        self.norm = nn.ModuleList(nn.LayerNorm(TEXT_WIDTH) for _ in range(depth))
-        self.colour = nn.Linear(TEXT_WIDTH, 4)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[N, 32, 128] -> [N, 4, 4, 4]."""
-        cells = self.cells.expand(len(states), -1, -1)  # [N, 16, 128]
-        for norm, attention, update in zip(self.norm, self.attention, self.update, strict=True):
-            cells = cells + attention(norm(cells), states, states, need_weights=True)[0]
-            cells = cells + update(cells)
-        return self.colour(cells).transpose(1, 2).unflatten(2, (LAYOUT_CELLS, LAYOUT_CELLS))
-
-
-def layout_of(latents: Tensor) -> Tensor:
-    """What the head is asked for: latents [N, 4, 16, 16] averaged over cells -> [N, 4, 4, 4]."""
-    return functional.avg_pool2d(latents, latents.shape[-1] // LAYOUT_CELLS)
 
 
 def build_network() -> UNet2DConditionModel:
@@ -184,7 +145,11 @@ def main(
     latents = cached_latents(scratch / "latents.pt", autoencoder, torch.from_numpy(rendered.images))
     tokens = tokenize(tokenizer, rendered.captions)
     empty = tokenize(tokenizer, [""])
-    parts = {"network": build_network(), "text_encoder": build_text_encoder(tokenizer), "layout": LayoutHead()}
+    parts = {
+        "network": build_network(),
+        "text_encoder": build_text_encoder(tokenizer),
+        "layout": LayoutHead(TEXT_WIDTH, channels=4),
+    }
     model = nn.ModuleDict(parts).to(device)
     # On a CPU the fused attention's backward pass takes longer than all convolutions together.
     model["network"].set_attn_processor(AttnProcessor())
@@ -208,6 +173,8 @@ def main(
             guessed = model["layout"](states[~dropped])
         errors = functional.mse_loss(predicted.float(), noise.to(device), reduction="none").mean(dim=(1, 2, 3))
         layout = functional.mse_loss(guessed.float(), layout_of(latents[rows[~dropped]]).to(device))
+        # The weight lies halfway between those of epsilon (1) and velocity (1 + sigma^2) prediction, for the reason of
+        # the timesteps' density: layout.
         weighted = (errors / signal[timesteps].to(device)).mean()
         return {"loss": weighted + LAYOUT_WEIGHT * layout, "epsilon": errors.mean(), "layout": layout}
 
