@@ -54,7 +54,7 @@ class Measure:
 MEASURES = (
     Measure("training reward", "reward", False),
     Measure("judge, never trained against", "judge", False),
-    Measure("Fréchet distance, judge's features", "features", True),
+    Measure("Fréchet distance, thumbnails of 4x4 pixels", "thumbnails", True),
     Measure("Fréchet distance, features of the shapes CLIP", "clip", True),
     Measure("share of images with nothing but whole shapes", "whole", False),
 )
@@ -124,7 +124,7 @@ def kept(judged: Judged, witness: Callable[[Tensor], Tensor] | None, shown: int)
     values = {
         "reward": judged.reward,
         "judge": judged.judge,
-        "features": judged.features,
+        "thumbnails": judged.thumbnails,
         "pictures": torch.from_numpy(to_pixels(judged.images[:shown])),
     }
     if witness is not None:

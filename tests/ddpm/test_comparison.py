@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from tests.ddpm.tiny_ddpm import SHAPE, tiny_model, tiny_policy
-from training.ddpm.comparison import COMPARISON_METRICS, Comparison, Judged, comparison_lines
+from training.ddpm.comparison import COMPARISON_METRICS, Comparison, Judged, comparison_lines, thumbnails_of
 from training.ddpm.reward_model import new_classifier
 from training.statistics import frechet_distance
 
@@ -45,14 +45,13 @@ def test_numbers_are_those_of_the_images(tmp_path):
     judge, _ = comparison(tmp_path)
     start = judge.start
     assert torch.allclose(start.reward, brightness(start.images))
-    features = judge._judge.features(start.images)
-    assert torch.allclose(start.features, features, atol=1e-5)
-    shifted = Judged(start.images, start.reward + 0.5, start.judge - 1.0, start.features + 3.0)
+    assert torch.allclose(start.thumbnails.mean(1), start.reward, atol=1e-6)  # means of equal parts
+    shifted = Judged(start.images, start.reward + 0.5, start.judge - 1.0, start.thumbnails + 3.0)
     metrics = judge.against_start(shifted)
     assert abs(metrics["heldout/reward_difference"] - 0.5) < 1e-6
     assert metrics["heldout/reward_difference_low"] > 0.499
     assert abs(metrics["heldout/judge_difference_high"] + 1.0) < 1e-5
-    expected = frechet_distance(shifted.features, judge.real.features[:16])
+    expected = frechet_distance(shifted.thumbnails, judge.real.thumbnails[:16])
     assert abs(metrics["heldout/frechet"] - expected) < 1e-6
     assert metrics["heldout/frechet_images"] == 16
     assert metrics["heldout/reward_real"] == brightness(judge.real.images).mean().item()
@@ -62,9 +61,27 @@ def test_numbers_are_those_of_the_images(tmp_path):
 def test_a_reward_that_rises_while_the_judge_falls_is_called_hacking(tmp_path):
     judge, _ = comparison(tmp_path)
     start = judge.start
-    hacked = judge.against_start(Judged(start.images, start.reward + 1, start.judge - 1, start.features))
+    hacked = judge.against_start(Judged(start.images, start.reward + 1, start.judge - 1, start.thumbnails))
     assert hacked["heldout/suspected_reward_hacking"]
     assert "REWARD HACKING" in comparison_lines(hacked)[-1]
-    honest = judge.against_start(Judged(start.images, start.reward + 1, start.judge + 1, start.features))
+    honest = judge.against_start(Judged(start.images, start.reward + 1, start.judge + 1, start.thumbnails))
     assert not honest["heldout/suspected_reward_hacking"]
     assert len(comparison_lines(honest)) == 3
+
+
+def test_a_ddpm_that_always_draws_the_same_is_called_hacking_even_if_both_classifiers_like_it(tmp_path):
+    """What happened in the shapes world with a KL weight of 0.001: all images black, judged more real than before."""
+    judge, _ = comparison(tmp_path)
+    start = judge.start
+    black = torch.zeros_like(start.images)
+    collapsed = judge.against_start(Judged(black, start.reward + 5, start.judge + 5, thumbnails_of(black)))
+    assert collapsed["heldout/frechet_difference_low"] > 0
+    assert collapsed["heldout/suspected_reward_hacking"]
+
+
+def test_a_thumbnail_is_made_of_means():
+    image = torch.zeros(1, 3, 8, 8)
+    image[0, 1, :2, 2:4] = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    expected = torch.zeros(3, 4, 4)
+    expected[1, 0, 1] = 0.75
+    assert torch.equal(thumbnails_of(image), expected.flatten()[None])

@@ -36,8 +36,8 @@ def test_the_interval_of_several_runs_shows_how_they_differ():
 
 
 def test_a_change_is_that_of_the_values():
-    side = {"reward": torch.tensor([1.0, 2.0, 3.0]), "features": torch.randn(3, 2, generator=generator())}
-    far = {"reward": side["reward"] + 0.5, "features": side["features"] + torch.tensor([3.0, 4.0])}
+    side = {"reward": torch.tensor([1.0, 2.0, 3.0]), "thumbnails": torch.randn(3, 2, generator=generator())}
+    far = {"reward": side["reward"] + 0.5, "thumbnails": side["thumbnails"] + torch.tensor([3.0, 4.0])}
     measured = {"before": side, "after": far, "real": side}
     found = change_of(REWARD, measured)
     assert (found.before, found.after, found.real) == pytest.approx((2.0, 2.5, 2.0))

@@ -1,6 +1,9 @@
 """Is a fine-tuned DDPM better than its start? The same seeds for both, judged by what was never trained on.
 
 A training reward that rises while the judge falls, or while the images move away from the real ones, is reward hacking.
+The judge alone does not see all of it: it was trained on the same kinds of images as the reward model, and every image
+is judged by itself, so that both may like a DDPM that always draws the same. The Frechet distance sees whole sets, in
+features that no training made.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from training.ddpm.policy import DenoisingPolicy
-from training.ddpm.reward_model import RealFakeClassifier
 from training.ddpm.rollout import ImageReward, sample_images
 from training.statistics import (
     Interval,
@@ -22,10 +25,12 @@ from training.statistics import (
     paired_difference_interval,
 )
 
+THUMBNAIL = 4  # pixels
+
 COMPARISON_METRICS: Mapping[str, str] = {
     "heldout/reward": "mean training reward of the fine-tuned DDPM's images",
     "heldout/judge": "mean log-odds of being real, by the judge that is never trained against",
-    "heldout/frechet": "Frechet distance of the judge's features to those of real images; equally many of each",
+    "heldout/frechet": "Frechet distance to real images, of thumbnails of 4x4 pixels in [0, 1]; equally many of each",
     "heldout/frechet_images": "how many of each: the distance is biased upwards for few",
     "heldout/reward_real": "the same of real images: to go beyond is to go away from them",
     "heldout/judge_real": "the same of real images",
@@ -45,13 +50,18 @@ class Judged:
         images: [N, 3, H, W] in [0, 1], on the CPU; of a DDPM: row i of seed i.
         reward: [N], the training reward.
         judge: [N], log-odds of being real by the judge.
-        features: [N, D] of the judge.
+        thumbnails: [N, 48].
     """
 
     images: Tensor
     reward: Tensor
     judge: Tensor
-    features: Tensor
+    thumbnails: Tensor
+
+
+def thumbnails_of(images: Tensor) -> Tensor:
+    """Means [N, 3 * 4 * 4] over equal parts of images [N, 3, H, W]: colours and where they are, no detail."""
+    return functional.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)
 
 
 class Comparison:
@@ -60,7 +70,7 @@ class Comparison:
     def __init__(
         self,
         reward: ImageReward,
-        judge: RealFakeClassifier,
+        judge: ImageReward,
         real: Tensor,
         *,
         seeds: list[int],
@@ -96,11 +106,11 @@ class Comparison:
         indices = bootstrap_indices(len(now.reward), generator)
         reward = paired_difference_interval(now.reward, self.start.reward, indices)
         judge = paired_difference_interval(now.judge, self.start.judge, indices)
-        number = min(len(now.features), len(self.real.features))
+        number = min(len(now.thumbnails), len(self.real.thumbnails))
         rows = bootstrap_indices(number, generator)
         after, before = (
-            frechet_resamples(features[:number], self.real.features[:number], rows)
-            for features in (now.features, self.start.features)
+            frechet_resamples(thumbnails[:number], self.real.thumbnails[:number], rows)
+            for thumbnails in (now.thumbnails, self.start.thumbnails)
         )
         frechet = frechet_difference_interval(after, before)
         hacking = reward.low > 0 and (judge.high < 0 or frechet.low > 0)
@@ -119,7 +129,7 @@ class Comparison:
         """Judge images [N, 3, H, W] in [0, 1]."""
         parts = [part.to(self._device) for part in images.split(self._batch_size)]
         scores = (torch.cat([rate(part).cpu() for part in parts]) for rate in (self._reward, self._judge))
-        return Judged(images, *scores, torch.cat([self._judge.features(part).cpu() for part in parts]))
+        return Judged(images, *scores, thumbnails_of(images))
 
 
 def _described(name: str, now: float, start: float, difference: Interval) -> dict[str, float]:
