@@ -6,7 +6,7 @@ import torch
 
 from models.shapes import scenes
 from models.shapes.negatives import CORRUPTIONS, worse_images, wrong_scene
-from models.shapes.verify import connected_regions, find_objects, verify
+from models.shapes.verify import connected_regions, explain, find_objects, found_background, verify
 
 
 def drawn(seed, number_of_objects, split="heldout"):
@@ -80,6 +80,50 @@ def test_regions_are_connected_in_eight_directions_and_joined_where_boxes_overla
     mask[1, 10] = True
     assert sorted(int(region.sum()) for region in connected_regions(mask)) == [1, 2, 14]
     assert connected_regions(np.zeros((4, 4), dtype=bool)) == []
+
+
+@pytest.mark.parametrize("height", range(6))
+def test_stripes_are_stripes_at_any_height(height):
+    placement, background = scenes.Placement(30.0, 33.0, 11.0), np.array(scenes.BACKGROUNDS["gray"], dtype=float)
+    y, x = np.mgrid[:64, :64] + 0.5
+    across, down = x - placement.x, y - placement.y
+    distance = placement.radius * scenes.signed_distance("heart", across / placement.radius, down / placement.radius)
+    coverage, brightness = scenes.filled("striped", placement.radius, distance, down + height)
+    colour = brightness[..., None] * np.array(scenes.COLOURS["orange"])
+    image = torch.from_numpy((background + coverage[..., None] * (colour - background)) / 255).movedim(-1, 0)
+    assert verify(image, "a large striped orange heart on a gray background").correct
+    for fill in ("", "shaded "):
+        assert not verify(image, f"a large {fill}orange heart on a gray background").parts["object 1 fill"]
+
+
+@pytest.mark.parametrize("fill", scenes.FILLS)
+def test_the_misfit_is_the_root_mean_square_difference_to_the_drawing(fill):
+    scene = scenes.Scene((scenes.SceneObject("large", fill, "cyan", "heart"),), None, "beige")
+    random = np.random.default_rng(4)
+    pixels = scenes.draw(scene, scenes.place(scene, random)) + 8 * random.standard_normal((64, 64, 3))
+    _, background = found_background(pixels)
+    region = np.abs(pixels - background).max(axis=-1) > 60
+    found = explain(pixels, region, background)
+    assert found.item == scene.objects[0]
+    rows, columns = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
+    window = np.s_[rows[0] - 2 : rows[-1] + 3, columns[0] - 2 : columns[-1] + 3]
+    y, x = (np.mgrid[:64, :64] + 0.5)[:, *window]
+    coverage, brightness = scenes.coverage_and_brightness(found.item, found.placement, x, y)
+    colour = brightness[..., None] * np.array(scenes.COLOURS["cyan"])
+    drawing = background + coverage[..., None] * (colour - background)
+    assert found.misfit == pytest.approx(np.sqrt(np.mean((pixels[window] - drawing) ** 2)), rel=1e-9)
+
+
+def test_an_object_swallows_the_specks_in_its_box_and_no_others():
+    specks = np.zeros((64, 64), dtype=bool)
+    specks[::4, ::4] = True  # 256 regions of one pixel
+    specks[10:40, 5] = specks[40, 5:30] = True  # a hook whose box holds many
+    regions = connected_regions(specks)
+    assert np.array_equal(np.sum(regions, axis=0), specks)
+    whole = np.zeros_like(specks)
+    whole[10:41, 4:30] = specks[10:41, 4:30]  # those of column 4 touch the hook
+    assert np.array_equal(regions[0], whole)
+    assert {int(region.sum()) for region in regions[1:]} == {1}
 
 
 @pytest.mark.parametrize("kind", range(len(CORRUPTIONS)), ids=[f.__name__ for f in CORRUPTIONS])

@@ -325,17 +325,19 @@ POLYGONS: dict[str, np.ndarray] = {
 }
 
 
-def _polygon_distance(points: np.ndarray, vertices: np.ndarray) -> np.ndarray:
-    """Signed distance [...] of points [..., 2] to a closed polygon [V, 2]; negative inside (even-odd rule)."""
-    start, edge = vertices, np.roll(vertices, -1, axis=0) - vertices
-    offset = points[..., None, :] - start  # [..., V, 2]
-    position = np.clip((offset * edge).sum(-1) / (edge**2).sum(-1), 0.0, 1.0)
-    distance = np.linalg.norm(offset - position[..., None] * edge, axis=-1).min(axis=-1)
-    above = offset[..., 1] < 0
-    crosses = above != np.roll(above, -1, axis=-1)
-    side = edge[:, 0] * offset[..., 1] - edge[:, 1] * offset[..., 0]
-    inside = (crosses & ((side > 0) == (edge[:, 1] < 0))).sum(axis=-1) % 2 == 1
-    return np.where(inside, -distance, distance)
+def _polygon_distance(x: np.ndarray, y: np.ndarray, vertices: np.ndarray) -> np.ndarray:
+    """Signed distance of the points (x, y), any shape, to a closed polygon [V, 2]; negative inside (even-odd rule)."""
+    edges = np.roll(vertices, -1, axis=0) - vertices
+    edge_x, edge_y = edges[:, :1], edges[:, 1:]  # [V, 1]
+    offset_x, offset_y = x.ravel() - vertices[:, :1], y.ravel() - vertices[:, 1:]  # [V, P]
+    position = np.clip((offset_x * edge_x + offset_y * edge_y) / (edge_x**2 + edge_y**2), 0.0, 1.0)
+    squares = (offset_x - position * edge_x) ** 2 + (offset_y - position * edge_y) ** 2
+    distance = np.sqrt(squares.min(axis=0))
+    above = offset_y < 0
+    crosses = above != np.roll(above, -1, axis=0)
+    side = edge_x * offset_y - edge_y * offset_x
+    inside = (crosses & ((side > 0) == (edge_y < 0))).sum(axis=0) % 2 == 1
+    return np.where(inside, -distance, distance).reshape(x.shape)
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -346,7 +348,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.hypot(x, y) - 1.0
     if shape == "ring":
         return np.abs(np.hypot(x, y) - 0.76) - 0.24
-    return _polygon_distance(np.stack([x, y], axis=-1), POLYGONS[shape])
+    return _polygon_distance(x, y, POLYGONS[shape])
 
 
 def coverage_and_brightness(
@@ -362,15 +364,20 @@ def coverage_and_brightness(
     """
     across, down = x - placement.x, y - placement.y
     distance = placement.radius * signed_distance(item.shape, across / placement.radius, down / placement.radius)
+    return filled(item.fill, placement.radius, distance, down)
+
+
+def filled(fill: str, radius: float, distance: np.ndarray, down: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`coverage_and_brightness` from the signed distance to the outline and the height below the centre, in pixels."""
     brightness = np.ones_like(distance)
-    if item.fill == "outlined":
+    if fill == "outlined":
         distance = np.abs(distance + OUTLINE_WIDTH / 2) - OUTLINE_WIDTH / 2
-    elif item.fill == "striped":
+    elif fill == "striped":
         # Distance to the nearest bright stripe's edge, in pixels, softened over one pixel.
         phase = np.abs((down / STRIPE_PERIOD + 0.25) % 1.0 - 0.5) * STRIPE_PERIOD - STRIPE_PERIOD / 4
         brightness = DARKENING + (1 - DARKENING) * np.clip(0.5 + phase, 0.0, 1.0)
-    elif item.fill == "shaded":
-        brightness = 1 - (1 - DARKENING) * np.clip(0.5 + down / (2 * placement.radius), 0.0, 1.0)
+    elif fill == "shaded":
+        brightness = 1 - (1 - DARKENING) * np.clip(0.5 + down / (2 * radius), 0.0, 1.0)
     return np.clip(0.5 - distance, 0.0, 1.0), brightness
 
 

@@ -8,9 +8,11 @@ training reward, and how reward hacking is seen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, permutations
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +26,21 @@ from models.shapes.scenes import (
     NEVER_OUTLINED,
     SHAPES,
     SIZES,
+    STRIPE_PERIOD,
     Placement,
     Scene,
     SceneObject,
     coverage_and_brightness,
+    filled,
     parse,
+    signed_distance,
 )
 
 FOREGROUND_DISTANCE = 45.0  # of a pixel's colour to the background's, Euclidean in 0..255
 SMALLEST_REGION = 10  # pixels; smaller specks are no objects
 LARGEST_MISFIT = 34.0  # root mean square in 0..255 over an object's window: above it the region is no known object
+PALETTE = np.array(list(COLOURS.values()), dtype=float)  # [8, 3]
+STRIPE_HEIGHTS = range(round(STRIPE_PERIOD))  # pixels that stripes may stand higher than the renderer draws them
 SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius in pixels
 
 
@@ -71,16 +78,23 @@ def connected_regions(mask: np.ndarray) -> list[np.ndarray]:
     """Regions of a boolean mask [H, W] as masks, neighbours in eight directions, largest first; overlapping bounding
     boxes are joined.
     """
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:  # every pixel takes the largest label around it, until nothing changes
-        padded = np.pad(labels, 1)
-        height, width = mask.shape
-        windows = [padded[y : y + height, x : x + width] for y in range(3) for x in range(3)]
-        spread = np.where(mask, np.max(windows, axis=0), 0)
-        if np.array_equal(spread, labels):
-            break
-        labels = spread
-    regions = [labels == label for label in np.unique(labels[mask])]
+    height, width = mask.shape
+    steps = [y * (width + 2) + x for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    left = set(np.flatnonzero(np.pad(mask, 1)).tolist())
+    walks = []
+    while left:
+        walk = [left.pop()]
+        for pixel in walk:  # which grows meanwhile
+            for step in steps:
+                if pixel + step in left:
+                    left.remove(pixel + step)
+                    walk.append(pixel + step)
+        walks.append(walk)
+    regions = []
+    for walk in sorted(walks, key=max):
+        region = np.zeros((height + 2, width + 2), dtype=bool)
+        region.flat[walk] = True
+        regions.append(region[1:-1, 1:-1])
     return sorted(_joined(regions), key=lambda region: -region.sum())
 
 
@@ -90,15 +104,23 @@ def _box(region: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def _joined(regions: list[np.ndarray]) -> list[np.ndarray]:
     """Join regions whose boxes overlap: the pieces of one object, since objects keep a gap."""
-    for first in range(len(regions)):
-        for second in range(first + 1, len(regions)):
-            a, b = _box(regions[first]), _box(regions[second])
-            if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]:
-                rest = [region for index, region in enumerate(regions) if index not in (first, second)]
-                return _joined([*rest, regions[first] | regions[second]])
-    return regions
+    joined: list[np.ndarray] = []
+    boxes: list[tuple[int, int, int, int]] = []
+    for region in regions:
+        whole, box = region, _box(region)
+        while (met := next((index for index, other in enumerate(boxes) if _overlap(box, other)), None)) is not None:
+            whole = whole | joined.pop(met)
+            box = _box(whole)
+            del boxes[met]
+        joined.append(whole)
+        boxes.append(box)
+    return joined
 
 
 def found_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
@@ -127,6 +149,18 @@ def _fitted_placement(shape: str, box: tuple[int, int, int, int]) -> Placement:
     return Placement(x, y, radius)
 
 
+class _Window(NamedTuple):
+    """The P pixels about a region: their centres x, y [P], how they differ from the background [P, 3], the background
+    [3], and the region's box in pixels.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    difference: np.ndarray
+    background: np.ndarray
+    box: tuple[int, int, int, int]
+
+
 def explain(pixels: np.ndarray, region: np.ndarray, background: np.ndarray) -> FoundObject:
     """The drawing that fits a region best.
 
@@ -137,15 +171,19 @@ def explain(pixels: np.ndarray, region: np.ndarray, background: np.ndarray) -> F
     """
     box = _box(region)
     left, top = max(box[0] - 2, 0), max(box[1] - 2, 0)
-    window = pixels[top : box[3] + 2, left : box[2] + 2]
-    y, x = np.mgrid[top : top + window.shape[0], left : left + window.shape[1]] + 0.5
-    drawings = [_draw_fitted(shape, fill, box, change=0.0) for shape in SHAPES for fill in _fills(shape)]
+    shown = pixels[top : box[3] + 2, left : box[2] + 2]
+    y, x = np.mgrid[top : top + shown.shape[0], left : left + shown.shape[1]] + 0.5
+    window = _Window(x.ravel(), y.ravel(), (shown - background).reshape(-1, 3), background, box)
+    drawings = [found for shape in SHAPES for found in _fitted_drawings(window, shape, _fills(shape), change=0.0)]
     # The radius matters less than shape and fill: try other radii for the best few only.
-    likely = sorted((_compare_drawing(window, x, y, background, *drawing) for drawing in drawings), key=_misfit)[:5]
+    likely = sorted(drawings, key=_misfit)[:5]
     refined = [
-        _compare_drawing(window, x, y, background, *_draw_fitted(found.item.shape, found.item.fill, box, change))
-        for found in likely
+        found
+        for shape in {found.item.shape: None for found in likely}
         for change in (-0.7, -0.35, 0.35)  # soft edges make a region up to a pixel too wide
+        for found in _fitted_drawings(
+            window, shape, [found.item.fill for found in likely if found.item.shape == shape], change
+        )
     ]
     return min([*likely, *refined], key=_misfit)
 
@@ -158,32 +196,39 @@ def _fills(shape: str) -> tuple[str, ...]:
     return tuple(fill for fill in FILLS if fill != "outlined" or shape not in NEVER_OUTLINED)
 
 
-def _draw_fitted(shape: str, fill: str, box: tuple[int, int, int, int], change: float) -> tuple[SceneObject, Placement]:
-    """An object without a colour yet (red stands in), fitted into a box, its radius changed by `change` pixels."""
-    fitted = _fitted_placement(shape, box)
-    placement = Placement(fitted.x, fitted.y, fitted.radius + change)
-    size = "small" if placement.radius < SIZE_BORDER else "large"
-    return SceneObject(size, fill, "red", shape), placement
+def _fitted_drawings(window: _Window, shape: str, fills: Sequence[str], change: float) -> list[FoundObject]:
+    """A shape fitted into the window's box, its radius then changed by `change` pixels: one drawing for each fill, in
+    the colour and with the height of the stripes that bring it nearest to the window. (The renderer lays the middle of
+    a stripe through an object's centre; a caption does not say so, and stripes anywhere are stripes.)
 
-
-def _compare_drawing(
-    window: np.ndarray, x: np.ndarray, y: np.ndarray, background: np.ndarray, item: SceneObject, placement: Placement
-) -> FoundObject:
-    """A drawing in the colour that brings it nearest to the window [H, W, 3].
-
-    A pixel is drawn as a c + (1 - coverage) background, with a = coverage * brightness and the colour c, so the summed
-    square difference to the window is A |c|^2 - 2 c.B + C and needs no drawing per colour.
+    A pixel is drawn as a c + (1 - v) b, with its coverage v, a = v * brightness, the colour c and the background b. To
+    a pixel that differs from the background by d, the square differences sum up to A |c|^2 - 2 c.B + C, with A, B and C
+    the sums of a^2, a (d + v b) and |d + v b|^2: no drawing is needed for each colour.
     """
-    coverage, brightness = coverage_and_brightness(item, placement, x, y)
-    share = (coverage * brightness)[..., None]
-    rest = window - (1 - coverage)[..., None] * background
-    palette = np.array(list(COLOURS.values()), dtype=float)  # [8, 3]
-    squares = (
-        (share**2).sum() * (palette**2).sum(axis=1) - 2 * palette @ (share * rest).sum(axis=(0, 1)) + (rest**2).sum()
-    )
-    best = int(squares.argmin())
-    misfit = float(np.sqrt(max(squares[best], 0.0) / window.size))
-    return FoundObject(SceneObject(item.size, item.fill, list(COLOURS)[best], item.shape), placement, misfit)
+    placement = _fitted_placement(shape, window.box)
+    placement = Placement(placement.x, placement.y, placement.radius + change)
+    size = "small" if placement.radius < SIZE_BORDER else "large"
+    across, down = window.x - placement.x, window.y - placement.y
+    distance = placement.radius * signed_distance(shape, across / placement.radius, down / placement.radius)
+    variants = [(fill, height) for fill in fills for height in (STRIPE_HEIGHTS if fill == "striped" else (0,))]
+    drawn = [filled(fill, placement.radius, distance, down + height) for fill, height in variants]
+    coverage, brightness = map(np.stack, zip(*drawn, strict=True))
+    share = coverage * brightness  # [V, P]
+    products = share @ window.difference + (share * coverage).sum(axis=1)[:, None] * window.background  # B, [V, 3]
+    rest = (
+        (window.difference**2).sum()
+        + 2 * coverage @ (window.difference @ window.background)
+        + (coverage**2).sum(axis=1) * (window.background**2).sum()
+    )  # C, [V]
+    lengths = (PALETTE**2).sum(axis=1)  # [8]
+    squares = (share**2).sum(axis=1)[:, None] * lengths - 2 * products @ PALETTE.T + rest[:, None]  # [V, 8]
+    misfits = np.sqrt(squares.clip(min=0) / window.difference.size)
+    names, best = list(COLOURS), squares.argmin(axis=1)
+    drawings = [
+        FoundObject(SceneObject(size, fill, names[colour], shape), placement, float(misfits[row, colour]))
+        for row, ((fill, _), colour) in enumerate(zip(variants, best, strict=True))
+    ]
+    return [min((found for found in drawings if found.item.fill == fill), key=_misfit) for fill in fills]
 
 
 def find_objects(image: Tensor) -> tuple[str, list[FoundObject]]:
