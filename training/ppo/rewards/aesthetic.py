@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from errors import InputError
-from models import clip
 from models.checkpoints import read_state_dict
-from models.loading import load_tokenizer
-from training.ppo.rewards.clip_scorer import ClipScorer
+from training.ppo.rewards.folder_scorer import FolderScorer
 
 LAYERS = (0, 2, 4, 6, 7)
 WIDTHS = (1024, 128, 64, 16, 1)
 
 
-class AestheticScore(ClipScorer):
+class AestheticScore(FolderScorer):
     """How much people are expected to like an image, about 1 to 10, whatever its prompt."""
+
+    reward_name = "aesthetic"
 
     def __init__(
         self,
@@ -36,21 +36,15 @@ class AestheticScore(ClipScorer):
         batch_size: int = 16,
         amp_dtype: torch.dtype | None = None,
     ) -> None:
-        """Load the predictor and the CLIP model (config.json and model.safetensors); the rest as `ClipScorer`.
+        """Load the predictor and the CLIP model in its folder; the rest as `FolderScorer` takes it.
 
         Raises:
             InputError: a file is missing or malformed, they do not fit each other, or there is too little memory.
         """
-        model = clip.load_transformers_checkpoint(clip_folder)
         super().__init__(
-            "aesthetic",
-            model,
-            load_tokenizer(tokenizer_folder),
-            device=device,
-            batch_size=batch_size,
-            amp_dtype=amp_dtype,
+            clip_folder, tokenizer_folder=tokenizer_folder, device=device, batch_size=batch_size, amp_dtype=amp_dtype
         )
-        weight, bias = read_head(head, model.config.projection_dim)
+        weight, bias = read_head(head, self.model.config.projection_dim)
         self.weight, self.bias = weight.to(self.device), bias.to(self.device)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

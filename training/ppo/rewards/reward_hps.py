@@ -156,8 +156,8 @@ def _missing_weights(path: Path) -> str:
     version = _PUBLISHED.get(path.name)
     if version is None:
         return (
-            f"There are no reward weights at {path}. Set reward.weights_path to a checkpoint in open_clip's layout; "
-            "HPS v2.1 is fetched by: python download_hpsv2_weights.py --version v2.1"
+            f"There are no reward weights at {path}. Name a checkpoint in open_clip's layout (reward.weights_path of a "
+            "run, --reward of evaluate.py); HPS v2.1 is fetched by: python download_hpsv2_weights.py --version v2.1"
         )
     return (
         f"The reward weights {path} are missing ({path.name}, about 2 GB). "

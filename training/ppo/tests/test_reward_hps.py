@@ -160,7 +160,7 @@ def test_too_little_memory_is_said_before_it_runs_out(path, monkeypatch):
 
 
 def test_other_missing_weights_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"no reward weights at .*mine\.pt"):
+    with pytest.raises(InputError, match=r"no reward weights at .*mine\.pt\. .*weights_path .*--reward "):
         RewardHPS(tmp_path / "mine.pt")
 
 

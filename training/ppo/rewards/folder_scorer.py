@@ -1,0 +1,41 @@
+"""What the rewards share whose CLIP model lies in a folder, as transformers writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from models import clip
+from models.loading import load_tokenizer
+from training.ppo.rewards.clip_scorer import ClipScorer
+
+
+class FolderScorer(ClipScorer):
+    """A `ClipScorer` that is read from a folder; `reward_name` is the name of its kind."""
+
+    reward_name: ClassVar[str]
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokenizer_folder: Path,
+        device: torch.device | str = "cpu",
+        batch_size: int = 16,
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Load config.json and model.safetensors; the rest as `ClipScorer` takes it.
+
+        Raises:
+            InputError: a file is missing or malformed, or there is too little memory.
+        """
+        super().__init__(
+            self.reward_name,
+            clip.load_transformers_checkpoint(folder),
+            load_tokenizer(tokenizer_folder),
+            device=device,
+            batch_size=batch_size,
+            amp_dtype=amp_dtype,
+        )
