@@ -155,7 +155,11 @@ def _check_compvis(state: dict[str, Tensor], path: Path) -> None:
             "predicts epsilon or v: use its diffusers folder."
         )
     if kind != "v1":
-        raise InputError(f"{path} is a checkpoint of kind {kind!r}; a single file must be Stable Diffusion 1.x.")
+        family = "Stable Diffusion XL" if kind.startswith("xl_") else "another family"
+        raise InputError(
+            f"{path} is a checkpoint of {family} ({kind}); a single file must be Stable Diffusion 1.x:  "
+            "python -m models.assets fetch sd15"
+        )
     for prefix, part in (("first_stage_model.", "VAE"), ("cond_stage_model.transformer.", "text encoder")):
         if not any(name.startswith(prefix) for name in state):
             raise InputError(f"{path} holds a UNet but no {part} ({prefix}*); use the full checkpoint.")

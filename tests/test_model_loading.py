@@ -348,7 +348,7 @@ def state_of(kind: str, compvis: dict[str, Tensor]) -> dict[str, Tensor]:
         ("cut ckpt", "cut off"),
         ("other suffix", r"must end in \.safetensors"),
         ("list", "holds a list"),
-        ("sdxl", "xl_base"),
+        ("sdxl", r"of Stable Diffusion XL \(xl_base\).*fetch sd15"),
         ("sd2", "2.x"),
         ("inpainting", "inpainting"),
         ("unet part", "no VAE"),
