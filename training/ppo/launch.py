@@ -156,8 +156,9 @@ def train(job: Job, assemble: Callable[[Start, Fabric], Parts] = build, command:
     fabric.launch()
     if fabric.is_global_zero:
         describe(job)
+    assembled = assemble(job.start, fabric)  # before there is a folder: what cannot be loaded leaves none behind
     folder = _folder(job, config, fabric)
-    run = TrainingRun(job.start, assemble(job.start, fabric), folder, fabric)
+    run = TrainingRun(job.start, assembled, folder, fabric)
     if job.state is not None:
         run.load(job.state)
     ending = run.run()

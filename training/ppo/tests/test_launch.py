@@ -369,6 +369,15 @@ def test_contradicted_snapshot_at_launch(config: Path, tmp_path: Path):
     assert "note: model.guidance_rate=5.0 by --override" in overridden.output
 
 
+def test_a_model_that_cannot_be_loaded_leaves_no_run_behind(config: Path, tmp_path: Path):
+    torch.save({"lora_unet.lora_up.weight": torch.zeros(1)}, tmp_path / "other.ckpt")
+    overrides = [f"run.output_root={tmp_path / 'exps'}", f"model.model_path={tmp_path / 'other.ckpt'}"]
+    result = launch("--config", config, "--override", *overrides)
+    assert result.exit_code == 2
+    assert "it is a LoRA" in result.output
+    assert not (tmp_path / "exps").exists()
+
+
 def test_default_configuration_names_what_stable_diffusion_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)  # a folder without any asset
     monkeypatch.setattr("models.registry.SOURCE", tmp_path)
