@@ -40,7 +40,8 @@ FOREGROUND_DISTANCE = 45.0  # of a pixel's colour to the background's, Euclidean
 SMALLEST_REGION = 10  # pixels; smaller specks are no objects
 LARGEST_MISFIT = 34.0  # root mean square in 0..255 over an object's window: above it the region is no known object
 PALETTE = np.array(list(COLOURS.values()), dtype=float)  # [8, 3]
-STRIPE_HEIGHTS = range(round(STRIPE_PERIOD))  # pixels that stripes may stand higher than the renderer draws them
+# Pixels that stripes may stand higher than the renderer draws them, [6, 1].
+STRIPE_HEIGHTS = np.arange(round(STRIPE_PERIOD))[:, None]
 SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius in pixels
 
 
@@ -210,9 +211,13 @@ def _fitted_drawings(window: _Window, shape: str, fills: Sequence[str], change: 
     size = "small" if placement.radius < SIZE_BORDER else "large"
     across, down = window.x - placement.x, window.y - placement.y
     distance = placement.radius * signed_distance(shape, across / placement.radius, down / placement.radius)
-    variants = [(fill, height) for fill in fills for height in (STRIPE_HEIGHTS if fill == "striped" else (0,))]
-    drawn = [filled(fill, placement.radius, distance, down + height) for fill, height in variants]
-    coverage, brightness = map(np.stack, zip(*drawn, strict=True))
+    downs = [down + STRIPE_HEIGHTS if fill == "striped" else down[None] for fill in fills]  # each [heights, P]
+    variants = [fill for fill, heights in zip(fills, downs, strict=True) for _ in heights]
+    drawn = [
+        np.broadcast_arrays(*filled(fill, placement.radius, distance[None], heights))
+        for fill, heights in zip(fills, downs, strict=True)
+    ]
+    coverage, brightness = map(np.concatenate, zip(*drawn, strict=True))  # [V, P]
     share = coverage * brightness  # [V, P]
     products = share @ window.difference + (share * coverage).sum(axis=1)[:, None] * window.background  # B, [V, 3]
     rest = (
@@ -226,7 +231,7 @@ def _fitted_drawings(window: _Window, shape: str, fills: Sequence[str], change: 
     names, best = list(COLOURS), squares.argmin(axis=1)
     drawings = [
         FoundObject(SceneObject(size, fill, names[colour], shape), placement, float(misfits[row, colour]))
-        for row, ((fill, _), colour) in enumerate(zip(variants, best, strict=True))
+        for row, (fill, colour) in enumerate(zip(variants, best, strict=True))
     ]
     return [min((found for found in drawings if found.item.fill == fill), key=_misfit) for fill in fills]
 
