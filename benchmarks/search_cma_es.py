@@ -40,12 +40,12 @@ from training.ppo import algorithm
 from training.ppo.assembly import Parts, Start, build, make_policy, prepare
 from training.ppo.config import PPOConfig, load_config
 from training.ppo.launch import Job, resumed_job, train, with_options
-from training.ppo.policy import EPDParamPolicy
+from training.ppo.policy import HIDDEN_SIZE, EPDParamPolicy
 from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores, derived_seed
 
 MODULE = "benchmarks.search_cma_es"
 SIGMA0 = 1.0
-TOLERANCE = 1e-9  # of the policy's parameters, when they are set to a point of the search
+SATURATED = 20.0  # its hyperbolic tangent is 1 in float64
 
 
 def deviations(policy: EPDParamPolicy) -> Tensor:
@@ -65,19 +65,21 @@ def deviations(policy: EPDParamPolicy) -> Tensor:
 
 
 def move_mean(policy: EPDParamPolicy, residual: Tensor) -> None:
-    """Set the policy's last layer so that its parameters are the cold start's plus `residual` [S, P].
+    """Set the policy's network so that its parameters are the cold start's plus `residual` [S, P], to the last bit.
+
+    One hidden unit for each interval, saturated there and zero elsewhere, carries that interval's changes.
 
     Raises:
-        InputError: the table has more intervals than the policy's network can tell apart.
+        InputError: the table has more intervals than the network has hidden units.
     """
+    intervals = len(residual)
+    if intervals > HIDDEN_SIZE:
+        raise InputError(f"a policy can hold a table of at most {HIDDEN_SIZE} intervals, this one has {intervals}")
     with torch.no_grad():
-        hidden = policy.hidden(torch.eye(len(policy.base), dtype=policy.base.dtype)).tanh()  # [S, H]
-        policy.output.weight.copy_(torch.linalg.lstsq(hidden, residual).solution.T)
-        policy.output.bias.zero_()
-        if not torch.allclose(policy.output(hidden), residual, rtol=0, atol=TOLERANCE):
-            raise InputError(
-                f"a policy over {len(residual)} intervals cannot hold every table: its network is too narrow"
-            )
+        for part in policy.parameters():
+            part.zero_()
+        policy.hidden.weight[:intervals].fill_diagonal_(SATURATED)
+        policy.output.weight[:, :intervals] = residual.T
 
 
 class TableSearch:

@@ -84,7 +84,10 @@ def test_the_policy_holds_any_point_of_the_search():
     move_mean(policy, residual)
     found, wanted = policy().mean_table(), policy.distribution(residual).mean_table()
     for name in ("positions", "weights", "scale_time"):
-        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=1e-12)
+        assert torch.equal(getattr(found, name), getattr(wanted, name))
+    long = EPDParamPolicy(cold_start_table(65), concentration=20.0)
+    with pytest.raises(InputError, match="at most 64 intervals, this one has 65"):
+        move_mean(long, torch.zeros_like(long.base))
 
 
 def test_it_is_the_same_again_and_leaves_the_global_generator_alone():
