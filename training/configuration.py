@@ -74,7 +74,7 @@ def knob(
 ) -> Any:
     """A configuration field: its default, what it means with unit and scope, and the values it accepts."""
     metadata = {"meaning": meaning, "limits": Limits(required, at_least, above, at_most, below, choices)}
-    if isinstance(default, dict):
+    if isinstance(default, dict | list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -140,7 +140,7 @@ class Schema(Generic[Config]):
                 unsound.add(key)
                 where = origins.get(key, origin)
                 value = value_of(config, key)
-                shown = key if value == "" else f"{key}={value!r}"
+                shown = key if value in ("", {}, []) else f"{key}={value!r}"
                 faults.append(f"{where}: {shown} {complaint} ({self.knobs[key].metadata['meaning']})")
         # A pair is judged only where each of its values stands on its own.
         faults += [fault for keys, fault in self._disagreements(config) if unsound.isdisjoint(keys)]
