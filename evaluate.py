@@ -24,7 +24,8 @@ from solvers import num_steps_for
 from training.comparison import CLASSICAL_BASELINE, Comparison, Entry, parse_baseline
 from training.evaluation import REFERENCE_GRID, REFERENCE_SOLVER, REFERENCE_STEPS, Evaluation, Panel, Setting, Store
 from training.evaluation_report import Report
-from training.ppo.rewards import clip_scorer, find_reward_files, load_reward, reward_hps
+from training.ppo import rewards
+from training.ppo.rewards import find_reward_files, load_reward
 from training.sampling import (
     CLASSICAL,
     Grid,
@@ -102,7 +103,13 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
     help="Preference checkpoint, or pickscore, clip_score or aesthetic. "
     f"[{SHAPES_REWARD} for shapes, otherwise {USUAL_REWARD}]",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Images at once; raise it where the device has the memory.",
+)
 @click.option(
     "--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("outputs/evaluation"), show_default=True
 )
@@ -111,7 +118,7 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("outputs/evaluation-cache"),
     show_default=True,
-    help="Where measurements are kept.",
+    help="Where latents and measurements are kept; latents of Stable Diffusion take 64 kB an image and sampler.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the network.")
@@ -149,7 +156,7 @@ def main(
         raise InputError("--predictor_path is given, but --solvers has no epd: add it")
     weights = reward_path or (SHAPES_REWARD if model == SHAPES else USUAL_REWARD)
     find_reward_files(weights)
-    prompts = _prompts(prompt_file, number)
+    prompts = first_prompts(prompt_file, number)
     tables = _predictors(model, predictors, exps, budgets) if "epd" in names else []
 
     number_type = resolve_dtype(dtype)
@@ -159,7 +166,7 @@ def main(
     tables = _with_guidance(tables, scale, explicit=bool(predictors))
     plans = [
         *(predictor_plan(table, denoiser) for table in tables),
-        *(plan for name in classical for budget in budgets for plan in _classical_plans(name, budget, grids, denoiser)),
+        *(plan for name in classical for budget in budgets for plan in classical_plans(name, budget, grids, denoiser)),
     ]
     if not plans:
         raise InputError(
@@ -177,15 +184,22 @@ def main(
         dtype=torch.promote_types(number_type, torch.float32),
         previews=PREVIEWS,
     )
-    evaluation = Evaluation(denoiser, _panel(model, weights, denoiser, batch), setting, store)
-    click.echo(f"{len(plans)} samplers on {number} prompts of {prompt_file}, guidance {scale:g}; first the reference")
-    reference = evaluation.reference()
-    entries = [Entry(plan, evaluation.measure(plan)) for plan in tqdm(plans, unit="sampler")]
+    panel = judging_panel(model, weights, denoiser, batch)
+    click.echo(f"{len(plans)} samplers and the reference on {number} prompts of {prompt_file}, guidance {scale:g}")
+    with tqdm(unit="evaluation") as bar:
+        evaluation = Evaluation(denoiser, panel, setting, store, bar.update)
+        bar.reset(total=evaluation.evaluations_ahead(plans))
+        bar.set_description("reference")
+        reference = evaluation.reference()
+        entries = []
+        for plan in plans:
+            bar.set_description(f"{plan.label} {plan.grid}, NFE {plan.evaluations.parallel}")
+            entries.append(Entry(plan, evaluation.measure(plan)))
     real = _true_images(prompts, seed) if model == SHAPES else None
     target = reference.features
     if real is not None:
         target = evaluation.features(real, {"true images of": list(prompts), "seed": seed})
-    click.echo("taking intervals")
+    click.echo("taking intervals, about a second a solver")
     comparison = Comparison(entries, target, store, seed=seed)
     report = Report(
         comparison=comparison,
@@ -227,7 +241,8 @@ def _budgets(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def _prompts(file: Path, number: int) -> list[str]:
+def first_prompts(file: Path, number: int) -> list[str]:
+    """The first `number` different prompts of a file. Raises InputError where it has fewer."""
     prompts = list(dict.fromkeys(read_prompts(file)))
     if len(prompts) < number:
         raise InputError(f"{file}: has {len(prompts)} different prompts, --number {number} asks for more")
@@ -284,7 +299,8 @@ def _with_guidance(predictors: Sequence[Predictor], scale: float, *, explicit: b
     return kept
 
 
-def _classical_plans(name: str, budget: int, grids: Sequence[Grid], denoiser: Denoiser) -> list[Plan]:
+def classical_plans(name: str, budget: int, grids: Sequence[Grid], denoiser: Denoiser) -> list[Plan]:
+    """A classical solver on every grid, with `budget` parallel evaluations; none where it cannot spend so many."""
     solver, _ = parse_classical(name)
     try:
         num_steps = num_steps_for(solver, budget)
@@ -294,11 +310,12 @@ def _classical_plans(name: str, budget: int, grids: Sequence[Grid], denoiser: De
     return [classical_plan(name, num_steps, grid, denoiser) for grid in grids]
 
 
-def _panel(model: str, weights: Path, denoiser: Denoiser, batch: int) -> Panel:
+def judging_panel(model: str, weights: Path, denoiser: Denoiser, batch: int) -> Panel:
+    """What judges the images of a model: the reward `weights` and, in the shapes world, the verifier."""
     files = find_reward_files(weights)
     described = [files.weights, files.weights.with_suffix(".json"), files.tokenizer]
     judged_by = [path for path in described if path.exists()]
-    judged_by += [Path(module.__file__) for module in (reward_hps, clip_scorer, clip)]
+    judged_by += [Path(clip.__file__), *sorted(Path(rewards.__file__).parent.glob("*.py"))]
     if model == SHAPES:
         judged_by += [Path(scenes.__file__), Path(verify.__file__)]
     reward = load_reward(weights, device=denoiser.device, batch_size=batch)

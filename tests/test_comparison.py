@@ -208,6 +208,7 @@ def test_the_table_names_schedules_and_counts_explosions(report):
     assert ddim[6].strip().endswith("logsnr")
     assert ddim[-2].strip() == f"0 to 3/{ROWS}"
     assert all(METRICS[name].meaning in report.markdown() for name in report.comparison.metrics)
+    assert "(2000 resamples)" in report.markdown()
 
 
 def test_the_difference_table_says_what_was_compared_with_what(report):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -151,6 +152,36 @@ def test_every_solver_is_there_with_its_counts(evaluated):
     assert content["reference"]["latent_rms"]["estimate"] == 0
     assert {path.name for path in folder.glob("*.png")} == {"metrics.png", "grid-nfe02.png", "grid-nfe04.png"}
     assert np.array(Image.open(folder / "grid-nfe04.png")).std() > 1
+
+
+def test_the_bar_counts_what_the_network_is_asked_and_names_what_is_sampled(evaluated):
+    _, output = evaluated
+    for name in ("reference", "ddim logsnr, NFE 2", "epd-00002 discrete, NFE 4"):
+        assert name in output
+    done, expected = re.findall(r"(\d+)/(\d+) \[", output)[-1]
+    assert done == expected
+    # Of 6 prompts each: the reference, the table's 6, and three solvers with 2 and 4 evaluations at two schedules.
+    assert int(expected) == 6 * (STEPS + 6 + 3 * 2 * (2 + 4))
+
+
+def test_another_judge_needs_no_sampling(world, evaluated, tmp_path, monkeypatch):
+    folder, _ = evaluated
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        clip.save_open_clip_checkpoint(clip.new_clip(CLIP), tmp_path / "reward.pt")
+    (tmp_path / "tokenizer").symlink_to(world / "tokenizer")
+    (tmp_path / "reward.json").symlink_to(world / "reward.json")
+    monkeypatch.setattr(LatentDiffusion, "denoise", None)
+    result = run(
+        world, tmp_path / "out", *WITH_EPD, "--reward", tmp_path / "reward.pt", cache=folder / "cache", base=()
+    )
+    assert result.exit_code == 0, result.output
+    rewards = [
+        [float(line["estimate"]) for line in results(where) if line["metric"] == "reward"]
+        for where in (folder, tmp_path / "out")
+    ]
+    assert len(rewards[0]) == len(rewards[1])
+    assert rewards[0] != pytest.approx(rewards[1], rel=1e-3)
 
 
 def test_a_second_call_asks_the_model_nothing_and_finds_the_same(world, evaluated, monkeypatch):

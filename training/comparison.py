@@ -118,6 +118,11 @@ class Comparison:
         self._estimates: dict[tuple[str, str], float] = {}
         self._intervals: dict[tuple[str, str], Interval] = {}
 
+    @property
+    def resamples(self) -> int:
+        """How many bootstrap draws every interval is made of."""
+        return len(self._indices)
+
     @cached_property
     def rows(self) -> list[Row]:
         """All solvers by parallel NFE, in the order in which they were handed in."""

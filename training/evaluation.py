@@ -1,7 +1,8 @@
 """Samplers side by side: what each does to the same prompts and the same noise, measured once and kept on disk.
 
-A measurement is kept under the hash of everything that it depends on, down to the weights and the code that made it. A
-second run with the same settings reads it back, and one that was stopped goes on where it was.
+Latents and what is measured of them are kept apart, each under the hash of everything that it depends on, down to the
+weights and the code that made it. A second run with the same settings reads them back, one that was stopped goes on
+where it was, and another reward, verifier or metric judges the latents that are there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn import functional
 from errors import InputError
 from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
-from models.generate import generate
+from models.generate import Denoise, generate
 from models.pictures import to_pixels
 from training.networks import Plain
 from training.sampling import Grid, Plan, classical_plan
@@ -39,13 +40,14 @@ REFERENCE_LABEL = f"reference ({REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REF
 # Latents of images lie within some tens. What leaves this range has exploded, finite or not.
 LATENT_LIMIT = 1e4
 
-# Files whose change may change a measurement.
+# Files whose change may change latents, and what is measured of them.
 ROOT = Path(__file__).resolve().parent.parent
-CODE = [ROOT / "solvers.py", ROOT / "training" / "evaluation.py"]
-CODE += [
-    ROOT / "models" / f"{name}.py"
-    for name in ("denoiser", "generate", "latent_diffusion", "loading", "noise_levels", "pictures")
+SAMPLING_CODE = [ROOT / "solvers.py"]
+SAMPLING_CODE += [
+    ROOT / "models" / f"{name}.py" for name in ("denoiser", "generate", "latent_diffusion", "loading", "noise_levels")
 ]
+JUDGING_CODE = [ROOT / "training" / "evaluation.py", ROOT / "models" / "latent_diffusion.py"]
+JUDGING_CODE += [ROOT / "models" / "pictures.py"]
 
 
 class Metric(NamedTuple):
@@ -144,7 +146,7 @@ class Store:
 
     def fetch(self, description: Mapping[str, Plain], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What is kept under the description, or what `compute` gives, which is then kept."""
-        file = self.folder / f"{key_of(description)}.pt"
+        file = self._file(description)
         if file.is_file():
             try:
                 return torch.load(file, weights_only=True)
@@ -156,6 +158,13 @@ class Store:
         write_atomically(file, buffer.getvalue())
         return computed
 
+    def holds(self, description: Mapping[str, Plain]) -> bool:
+        """Whether something is kept under the description."""
+        return self._file(description).is_file()
+
+    def _file(self, description: Mapping[str, Plain]) -> Path:
+        return self.folder / f"{key_of(description)}.pt"
+
 
 def key_of(description: Mapping[str, Plain]) -> str:
     """The name of what a description describes: equal for equal descriptions, whatever the order of their keys."""
@@ -165,19 +174,38 @@ def key_of(description: Mapping[str, Plain]) -> str:
 class Evaluation:
     """Measures samplers of one model on one set of prompts and noises, against one reference."""
 
-    def __init__(self, denoiser: Denoiser, panel: Panel, setting: Setting, store: Store) -> None:
-        """Nothing is computed yet."""
+    def __init__(
+        self, denoiser: Denoiser, panel: Panel, setting: Setting, store: Store, advance: Callable[[int], object]
+    ) -> None:
+        """Nothing is computed yet. `advance` is told of network evaluations: of how many latents, at each call."""
         self.denoiser, self.panel, self.setting, self.store = denoiser, panel, setting, store
         self.reference_plan = classical_plan(REFERENCE_SOLVER, REFERENCE_STEPS + 1, REFERENCE_GRID, denoiser)
-        self._code = fingerprint(CODE)
+        self._advance = advance
+        self._sampling_code, self._judging_code = fingerprint(SAMPLING_CODE), fingerprint(JUDGING_CODE)
+
+    def evaluations_ahead(self, plans: Sequence[Plan]) -> int:
+        """How many latents the network will be asked about for the reference and these plans: none for what is kept."""
+        described = {key_of(self._described(plan)): plan for plan in (self.reference_plan, *plans)}
+        ahead = [plan for plan in described.values() if not self.store.holds(self._described(plan))]
+        return len(self.setting.prompts) * sum(plan.evaluations.total for plan in ahead)
 
     def measure(self, plan: Plan) -> Measured:
         """Everything about a sampler; from the store where it is there."""
-        return self._measured(plan, lambda: self._generated(plan))
+        description = {
+            "kind": "measured",
+            "latents": self._described(plan),
+            "reference": self._described(self.reference_plan),
+            "panel": self.panel.fingerprint,
+            "code": self._judging_code,
+            "previews": self.setting.previews,
+        }
+        kept = self.store.fetch(description, lambda: self._judged(self._latents(plan)))
+        values = {name: kept[name] for name in METRICS if name in kept}
+        return Measured(values, kept["features"], kept["exploded"], kept["previews"], key_of(description))
 
     def reference(self) -> Measured:
         """The reference measured as if it were a sampler; its distances to itself are 0."""
-        return self._measured(self.reference_plan, lambda: self._reference_latents)
+        return self.measure(self.reference_plan)
 
     def features(self, images: Tensor, described: Mapping[str, Plain]) -> Tensor:
         """Unit-length features [N, D] of other images [N, 3, H, W], kept under their description."""
@@ -185,27 +213,17 @@ class Evaluation:
             "kind": "features",
             "panel": self.panel.fingerprint,
             "images": dict(described),
-            "code": self._code,
+            "code": self._judging_code,
         }
         return self.store.fetch(description, lambda: {"features": self._unit_features(images)})["features"]
 
-    def _measured(self, plan: Plan, latents: Callable[[], Tensor]) -> Measured:
-        description = {
-            **self._described("measured", plan),
-            "reference": self._described("latents", self.reference_plan),
-            "panel": self.panel.fingerprint,
-            "previews": self.setting.previews,
-        }
-        kept = self.store.fetch(description, lambda: self._judged(latents()))
-        values = {name: kept[name] for name in METRICS if name in kept}
-        return Measured(values, kept["features"], kept["exploded"], kept["previews"], key_of(description))
-
-    def _described(self, kind: str, plan: Plan) -> dict[str, Plain]:
+    def _described(self, plan: Plan) -> dict[str, Plain]:
+        """All that a plan's latents depend on."""
         setting = self.setting
         return {
-            "kind": kind,
+            "kind": "latents",
             "model": setting.model_fingerprint,
-            "code": self._code,
+            "code": self._sampling_code,
             "device": self.denoiser.device.type,
             "dtype": str(setting.dtype),
             "prompts": list(setting.prompts),
@@ -216,11 +234,13 @@ class Evaluation:
             "settings": dict(plan.settings),
         }
 
+    def _latents(self, plan: Plan) -> Tensor:
+        kept = self.store.fetch(self._described(plan), lambda: {"latents": self._generated(plan).cpu()})
+        return kept["latents"].to(self.denoiser.device)
+
     @cached_property
     def _reference_latents(self) -> Tensor:
-        plan = self.reference_plan
-        kept = self.store.fetch(self._described("latents", plan), lambda: {"latents": self._generated(plan).cpu()})
-        return kept["latents"].to(self.denoiser.device)
+        return self._latents(self.reference_plan)
 
     @cached_property
     def _reference_pixels(self) -> Tensor:
@@ -229,12 +249,19 @@ class Evaluation:
         return torch.cat([self._decoded(chunk)[1] for chunk in latents.split(self.setting.batch_size)])
 
     def _generated(self, plan: Plan) -> Tensor:
+        def solve(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
+            def counted(latents: Tensor, sigma: Tensor) -> Tensor:
+                self._advance(len(latents))
+                return denoise(latents, sigma)
+
+            return plan.solve(counted, x, sigmas)
+
         setting = self.setting
         return generate(
             self.denoiser,
             setting.prompts,
             setting.seeds,
-            plan.solve,
+            solve,
             plan.sigmas,
             guidance_scale=setting.guidance_scale,
             batch_size=setting.batch_size,

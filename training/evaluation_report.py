@@ -62,11 +62,11 @@ class Report:
             "# Solvers side by side",
             "\n".join(settings),
             self.table(),
-            "In brackets: 95% bootstrap intervals over the prompts. Each metric of a classical solver stands at the "
-            "schedule (named) that is best for it on these very prompts, which favours the classical solvers. "
-            "Parallel NFE counts evaluations one after another, total NFE all of them; both before guidance, "
-            "which doubles them. Differences are taken between best schedules, prompt by prompt: better or worse where "
-            "the interval excludes 0, otherwise open.",
+            f"In brackets: 95% bootstrap intervals over the prompts ({self.comparison.resamples} resamples). "
+            "Each metric of a classical solver stands at the schedule (named) that is best for it on these very "
+            "prompts, which favours the classical solvers. Parallel NFE counts evaluations one after "
+            "another, total NFE all of them; both before guidance, which doubles them. Differences are taken between "
+            "best schedules, prompt by prompt: better or worse where the interval excludes 0, otherwise open.",
             "\n".join(meanings),
             *self.difference_tables(),
         ]
