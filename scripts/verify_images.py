@@ -23,8 +23,9 @@ from training.statistics import bootstrap_indices, mean_interval
 EXAMPLES = """
 \b
 Example:
-  python sample.py --model_path shapes --solver ddim --num-steps 51 --prompt-file src/prompts/shapes_heldout_1.csv
-  --outdir outputs/one python -m scripts.verify_images outputs/one
+  python sample.py --model_path shapes --prompt-file src/prompts/shapes_heldout_1.csv --outdir outputs/one
+      --solver ddim --num-steps 51
+  python -m scripts.verify_images outputs/one
 """
 
 
