@@ -12,7 +12,6 @@ from errors import InputError
 from training.ddpm.config import TrainRewardConfig
 from training.ddpm.data import shares
 from training.ddpm.reward_model import (
-    FEATURES,
     RealFakeClassifier,
     accuracy,
     calibration_error,
@@ -62,7 +61,6 @@ def test_a_classifier_comes_back_as_it_was_written(tmp_path, size):
     loaded = load_classifier(tmp_path / "reward.pt", "path.rm", CPU)
     with torch.no_grad():
         assert torch.equal(loaded(images), classifier(images))
-    assert loaded.features(images).shape == (3, FEATURES)
     assert not any(weight.requires_grad for weight in loaded.parameters())
 
 
@@ -95,11 +93,11 @@ def test_a_missing_a_foreign_and_a_misshapen_file_are_explained(tmp_path):
     save_classifier(tmp_path / "other.pt", classifier, {})
     state = torch.load(tmp_path / "other.pt")
     state["weights"]["extra.weight"] = state["weights"].pop("head.bias")
-    state["weights"]["to_features.bias"] = torch.zeros(5)
+    state["weights"]["head.weight"] = torch.zeros(5)
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(InputError) as caught:
         load_classifier(tmp_path / "other.pt", "path.rm", CPU)
-    for part in ("1 missing (head.bias)", "extra.weight", "1 of another shape (to_features.bias)"):
+    for part in ("1 missing (head.bias)", "extra.weight", "1 of another shape (head.weight)"):
         assert part in str(caught.value)
 
 
@@ -115,7 +113,7 @@ def two_kinds(number: int = 48):
 
 def test_both_classifiers_learn_what_is_real():
     trainer = RewardTrainer(*two_kinds(), SETTINGS, seed=0, device=CPU)
-    rows = [trainer.step() for _ in range(12)]
+    rows = [trainer.step() for _ in range(24)]
     for name in (REWARD, JUDGE):
         assert rows[-1][f"{name}/heldout_accuracy"] >= 0.85
         assert rows[-1][f"{name}/loss"] < rows[0][f"{name}/loss"]

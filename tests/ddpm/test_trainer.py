@@ -275,6 +275,8 @@ def test_advantages_typed_in_by_hand(model, baseline, expected):
     found = trainer._advantages(torch.tensor([1.0, 2.0, 3.0, 6.0]).double())
     deviation = math.sqrt(3.5)  # of the rewards about their mean 3
     assert found.tolist() == pytest.approx([value / deviation for value in expected])
+    raw = make_trainer(model, replace(SETTINGS, baseline=baseline, normalize_advantages=False))
+    assert raw._advantages(torch.tensor([1.0, 2.0, 3.0, 6.0]).double()).tolist() == pytest.approx(expected)
 
 
 def test_the_running_baseline_is_the_mean_of_earlier_epochs(model):

@@ -56,7 +56,15 @@ class FinetuneConfig:
         "subtracted from a reward: the mean of the epoch's others, a running mean of earlier epochs, or nothing",
         choices=("leave_one_out", "running", "none"),
     )
-    kl_coef: float = knob(0.0, "weight of KL(policy || starting DDPM), nats summed over the steps", at_least=0)
+    normalize_advantages: bool = knob(
+        True, "divide advantages by the deviation of the epoch's rewards; false: kl_coef is in the reward's own unit"
+    )
+    kl_coef: float = knob(
+        0.0,
+        "weight of KL(policy || starting DDPM), nats summed over the steps; with the classifier's log-odds, advantages "
+        "not normalised and weight 1, the best policy draws as the real images are distributed",
+        at_least=0,
+    )
     grad_clip: float = knob(1.0, "gradients are clipped to this Euclidean norm", above=0)
     lora_rank: int = knob(
         0, "train low-rank additions of this rank to convolutions and attention; 0: all weights", at_least=0

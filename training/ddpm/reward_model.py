@@ -16,19 +16,19 @@ from models.loading import check_keys
 from training.checkpoint import read_tensors, write_tensors
 
 FORMAT = 1
-FEATURES = 32
 SMALLEST_MAP = 4  # pixels, of the last layer's output
 MAKE_ONE = "python -m scripts.train_reward_model --cfg <the same configuration>  writes one"
 
 
 class RealFakeClassifier(nn.Module):
-    """Images to the log-odds of being real: strided convolutions down to 4 pixels, mean, 32 features, one number."""
+    """Images to the log-odds of being real: strided convolutions down to 4 pixels, their mean, a linear map.
+
+    A reward has to tell poor images from poorer ones, so nothing here levels out: no normalisation (with it, four in
+    five images of a poor DDPM got the same reward to within 0.1), and nothing bent after the mean.
+    """
 
     def __init__(self, image_size: tuple[int, int], width: int) -> None:
-        """`image_size`: (H, W) that images are brought to; `width`: channels of the first layer.
-
-        All channels are normalised together: in small groups plain colours would be wiped out.
-        """
+        """`image_size`: (H, W) that images are brought to; `width`: channels of the first layer."""
         super().__init__()
         self.image_size, self.width = image_size, width
         halvings = max(1, round(math.log2(min(image_size) / SMALLEST_MAP)))
@@ -36,22 +36,24 @@ class RealFakeClassifier(nn.Module):
         channels = 3
         for halving in range(halvings):
             wider = width * 2 ** min(halving, 3)
-            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.SiLU()]
-            layers += [nn.Conv2d(wider, wider, 3, padding=1), nn.GroupNorm(1, wider), nn.SiLU()]
+            layers += [_convolution(channels, wider, stride=2), nn.SiLU(), _convolution(wider, wider), nn.SiLU()]
             channels = wider
         self.body = nn.Sequential(*layers)
-        self.to_features = nn.Linear(channels, FEATURES)
-        self.head = nn.Linear(FEATURES, 1)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Features [N, 32] of images [N, 3, H, W] in [0, 1]; another size is resized."""
-        if images.shape[-2:] != self.image_size:
-            images = functional.interpolate(images, self.image_size, mode="bicubic", antialias=True)
-        return self.to_features(self.body(2 * images - 1).mean((2, 3)))
+        self.head = nn.Linear(channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-odds [N] of being real, of images [N, 3, H, W] in [0, 1]."""
-        return self.head(functional.silu(self.features(images))).squeeze(1)
+        """Log-odds [N] of being real, of images [N, 3, H, W] in [0, 1]; another size is resized."""
+        if images.shape[-2:] != self.image_size:
+            images = functional.interpolate(images, self.image_size, mode="bicubic", antialias=True)
+        return self.head(self.body(2 * images - 1).mean((2, 3))).squeeze(1)
+
+
+def _convolution(channels: int, wider: int, stride: int = 1) -> nn.Conv2d:
+    """3x3, with weights that keep the size of what passes through (arXiv 1502.01852, equation 10)."""
+    layer = nn.Conv2d(channels, wider, 3, stride=stride, padding=1)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def new_classifier(image_size: tuple[int, int], width: int, seed: int) -> RealFakeClassifier:

@@ -66,7 +66,8 @@ def accumulate_gradient(
     """Add the gradient of the loss over groups of episodes to the parameters' `.grad`.
 
     The loss is the mean over episodes of the clipped surrogate - summed over steps with one ratio each, or of the whole
-    trajectory's ratio - plus `kl_coef` times the KL divergence to `reference`, summed over the steps.
+    trajectory's ratio - plus `kl_coef` times the KL divergence to `reference`, summed over the steps (DPOK, arXiv
+    2305.16381, section 4.2: its gradient is taken at the states that were visited).
 
     Args:
         policy: its parameters get the gradient.
@@ -241,7 +242,7 @@ class DDPMTrainer:
         return rewards
 
     def _advantages(self, rewards: Tensor) -> Tensor:
-        """Rewards less the baseline, in units of the rewards' deviation; zeros where all rewards are equal."""
+        """Rewards less the baseline, normalised in units of the rewards' deviation; zeros where all are equal."""
         match self.settings.baseline:
             case "leave_one_out":
                 advantages = algorithm.leave_one_out_advantages(rewards, len(rewards))
@@ -253,7 +254,9 @@ class DDPMTrainer:
             case _:
                 advantages = rewards
         deviation = rewards.std(correction=0)
-        return advantages / deviation if deviation > SMALLEST_DEVIATION else torch.zeros_like(advantages)
+        if deviation <= SMALLEST_DEVIATION:
+            return torch.zeros_like(advantages)
+        return advantages / deviation if self.settings.normalize_advantages else advantages
 
     def _update(self, groups: Sequence[Episodes], advantages: Tensor) -> dict[str, float]:
         settings = self.settings
