@@ -8,13 +8,13 @@ from click.testing import CliRunner
 from torch import nn
 
 from models.pixel_diffusion import load_pixel_diffusion
-from models.shapes.train_ddpm import build_network, build_scheduler, main, noise_error, small_images
+from models.shapes.train_ddpm import build_network, build_scheduler, main, small_images, velocity_error
 
 LARGEST = 6_000_000  # bytes of the weights that are shipped
 
 
 class Oracle(nn.Module):
-    """Knows the clean images, and so the noise."""
+    """Knows the clean images, and so the noise and the velocity."""
 
     device = torch.device("cpu")
 
@@ -24,13 +24,14 @@ class Oracle(nn.Module):
 
     def forward(self, noisy, timesteps):
         alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
-        return SimpleNamespace(sample=(noisy - alpha.sqrt() * self.clean) / (1 - alpha).sqrt())
+        noise = (noisy - alpha.sqrt() * self.clean) / (1 - alpha).sqrt()
+        return SimpleNamespace(sample=alpha.sqrt() * noise - (1 - alpha).sqrt() * self.clean)
 
 
-def test_a_network_that_knows_the_noise_has_no_error():
+def test_a_network_that_knows_the_velocity_has_no_error():
     clean = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     alphas = build_scheduler().alphas_cumprod
-    error = noise_error(Oracle(clean, alphas), clean, alphas, torch.Generator().manual_seed(1))
+    error = velocity_error(Oracle(clean, alphas), clean, alphas, torch.Generator().manual_seed(1))
     assert error == pytest.approx(0.0, abs=1e-6)
 
 
@@ -47,5 +48,6 @@ def test_the_command_writes_a_ddpm_that_loads(tmp_path):
     model = load_pixel_diffusion(str(tmp_path / "ddpm"))
     assert model.image_size == (32, 32)
     assert model.clip_range == 1.0
+    assert model.prediction_type == "v_prediction"
     assert model.network.state_dict().keys() == build_network().state_dict().keys()
     assert (tmp_path / "ddpm" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < LARGEST
