@@ -97,7 +97,7 @@ Examples:
 )
 @click.option("--recompute", is_flag=True, help="Less memory for a third more time: for large models.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
-@click.option("--init-only", is_flag=True, help="Write the cold start (even positions, equal weights); train nothing.")
+@click.option("--init-only", is_flag=True, help="Write an untrained table near DDIM; train nothing.")
 @click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("exps"), show_default=True)
 @click.option("--resume", help="Go on with an interrupted run: its folder or its number in --outdir.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solvers import EPDTable
+from solvers import EPDTable, ddim_sampler, epd_sampler
 from tests import golden
-from training.networks import EPD_predictor
+from training.networks import EPD_predictor, near_euler_table
 
 
 def _double(rows):
@@ -172,3 +172,17 @@ def test_scales_agree_with_the_reference(name, bounds):
         torch.testing.assert_close(
             torch.ones_like(expected) if tensor is None else tensor, expected, rtol=1e-12, atol=0
         )
+
+
+@pytest.mark.parametrize("num_points", [1, 2, 5])
+def test_the_untrained_table_goes_nearly_where_ddim_goes_and_the_even_one_does_not(num_points):
+    sigmas = torch.tensor([14.6, 1.6, 0.03], dtype=torch.float64)
+    x = 14.6 * torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def denoise(x, sigma):  # of a narrow Gaussian pushed away from 0, as strong guidance does
+        return 3 * x / (1 + sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2)
+
+    wanted = ddim_sampler(denoise, x, sigmas)
+    near = epd_sampler(denoise, x, sigmas, near_euler_table(2, num_points))
+    even = epd_sampler(denoise, x, sigmas, EPD_predictor(num_steps=3, num_points=num_points).table())
+    assert (near - wanted).norm() < 0.25 * (even - wanted).norm()

@@ -90,8 +90,8 @@ def test_init_only_writes_the_cold_start_without_any_model(workplace):
         assert result.exit_code == 0, result.output
         assert f"0000{number}-shapes-5-8-epd-dpm2-9-discrete" in result.output
     table, metadata = load_snapshot(find_snapshot(1))
-    assert table.positions.flatten().tolist() == pytest.approx([0.25, 0.5, 0.75] * 4)
-    assert table.weights.flatten().tolist() == pytest.approx([1 / 3] * 12)
+    assert table.positions.flatten().tolist() == pytest.approx([0.05, 0.05 + 0.7 / 3, 0.05 + 1.4 / 3] * 4)
+    assert table.weights.flatten().tolist() == pytest.approx([0.75, 0.125, 0.125] * 4)
     assert table.scale_dir is table.scale_time is None
     assert metadata["schedule_type"] == "discrete"
     assert (metadata["guidance_type"], metadata["guidance_rate"]) == ("cfg", 7.5)  # as the model's own would be

@@ -16,7 +16,7 @@ import io
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from training.distillation import (
     teacher_schedule,
     teacher_trajectories,
 )
-from training.networks import EPD_predictor, Plain
+from training.networks import EPD_predictor, Plain, near_euler_table
 from training.snapshot import load_snapshot, save_snapshot, write_atomically
 
 OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teacher.pt", "training-state.pt"
@@ -163,10 +163,14 @@ def load_options(folder: Path) -> Options:
 
 
 def write_cold_start(folder: Path, options: Options) -> Path:
-    """A run without training: evenly spaced positions, equal weights, scales 1. Returns the snapshot."""
-    predictor = EPD_predictor(options.num_steps, options.num_points, options.scale_dir, options.scale_time)
+    """A run without training: `near_euler_table`, scales 1 where the options ask for scales. Returns the snapshot."""
+    table = near_euler_table(options.num_steps - 1, options.num_points)
+    ones = torch.ones_like(table.positions)
+    table = replace(
+        table, scale_dir=ones if options.scale_dir else None, scale_time=ones if options.scale_time else None
+    )
     _write_options(folder, options)
-    return save_snapshot(folder / "network-snapshot-000000.pkl", predictor.table(), options.metadata(None))
+    return save_snapshot(folder / "network-snapshot-000000.pkl", table, options.metadata(None))
 
 
 def distil(folder: Path, options: Options, denoiser: Denoiser, prompts: list[str]) -> Path:

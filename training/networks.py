@@ -40,6 +40,9 @@ PUBLIC_ATTRIBUTES: Mapping[str, Plain] = MappingProxyType(
 SCALE_BOUND_ROOM = 1.5
 SMALLEST_SCALE_BOUND = 0.01
 
+# Of `near_euler_table`: the first position of an interval and its weight, and where the positions would end.
+FIRST_POSITION, FIRST_WEIGHT, POSITIONS_END = 0.05, 0.75, 0.75
+
 # exp of this is far below what a float32 weight can show beside others that sum to 1.
 SMALLEST_WEIGHT = 1e-30
 
@@ -153,6 +156,20 @@ class EPD_predictor(nn.Module):
             if table.scale_time is not None:
                 predictor.scale_time_params.copy_(_scale_logit(table.scale_time, predictor.scale_time))
         return predictor
+
+
+def near_euler_table(num_intervals: int, num_points: int) -> EPDTable:
+    """An untrained table that does no harm, float64 [S, K]: most weight lies on a point beside the interval's start.
+
+    There the direction is nearly that of Euler's method (DDIM), so the table starts about where DDIM with as many
+    intervals stands; the other points share the rest of the weight, so that they can be learned. Evenly spaced points
+    of equal weights, the predictor's own cold start, throw the state far away where few intervals meet strong guidance.
+    """
+    places = torch.arange(num_points, dtype=torch.float64) / num_points
+    weights = torch.full((num_points,), (1 - FIRST_WEIGHT) / max(num_points - 1, 1), dtype=torch.float64)
+    weights[0] = FIRST_WEIGHT if num_points > 1 else 1.0
+    positions = FIRST_POSITION + (POSITIONS_END - FIRST_POSITION) * places
+    return EPDTable(positions.repeat(num_intervals, 1), weights.repeat(num_intervals, 1))
 
 
 def _scale(parameters: Tensor, bound: float) -> Tensor | None:
