@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 
 from errors import InputError
 from models import asset_table
 from models.asset_table import AssetFile
-from models.checkpoints import check_checkpoint
 from models.denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -98,15 +98,14 @@ def load_denoiser(
     # diffusers and transformers take seconds to import: only where a model is really loaded
     from models.latent_diffusion import LatentDiffusion
 
-    check_assets(str(spec))
-    if str(spec) in REGISTERED:
-        model = REGISTERED[str(spec)]
-        name, path, unknown_words = str(spec), _first_present(model.weights), model.unknown_words
-    else:
-        path, unknown_words = locate(str(spec)), None
-        name = path.stem if path.is_file() else Path(spec).resolve().name
+    path, model = _found(str(spec)), REGISTERED.get(str(spec))
+    own_name = path.stem if path.is_file() else Path(spec).resolve().name
     denoiser = LatentDiffusion(
-        name, _load_path(path), device=torch.device(device), dtype=dtype, unknown_words=unknown_words
+        str(spec) if model else own_name,
+        _load_path(path),
+        device=torch.device(device),
+        dtype=dtype,
+        unknown_words=model.unknown_words if model else None,
     )
     if compiled:
         denoiser.compile_network()
@@ -116,23 +115,28 @@ def load_denoiser(
 def check_assets(spec: str) -> None:
     """Load nothing; raise `InputError` where files of the registered model `spec` are missing.
 
-    The same error where `spec` is neither a registered name nor a path that exists, and where what is there is plainly
-    no model: cut off, a web page, a folder without a pipeline.
+    The same error where `spec` is neither a registered name nor a path that exists, and where what is there is no model
+    that can be used, as far as the names and shapes of its tensors tell: cut off, a web page, a folder without a
+    pipeline, a checkpoint of another family.
     """
     from models.loading import check_pipeline_folder  # with diffusers, which takes seconds to import
 
-    if spec in REGISTERED:
-        model = REGISTERED[spec]
-        found = any((SOURCE / asset.path).exists() for asset in model.weights)
-        weights = [] if found else [", or ".join(str(asset) for asset in model.weights)]
-        _check_nothing_missing(f"Model {spec}", [*weights, *_missing(model.companions)], model.remedy)
-        path = _first_present(model.weights)
-    else:
-        path = locate(spec)
+    path = _found(spec)
     if path.is_dir():
         check_pipeline_folder(path)
     else:
-        check_checkpoint(path)
+        _open_single_file(path)
+
+
+def _found(spec: str) -> Path:
+    """The file or folder with the model's weights; `InputError` where anything that it needs is not there."""
+    if spec not in REGISTERED:
+        return locate(spec)
+    model = REGISTERED[spec]
+    found = any((SOURCE / asset.path).exists() for asset in model.weights)
+    weights = [] if found else [", or ".join(str(asset) for asset in model.weights)]
+    _check_nothing_missing(f"Model {spec}", [*weights, *_missing(model.companions)], model.remedy)
+    return _first_present(model.weights)
 
 
 def locate(spec: str) -> Path:
@@ -154,13 +158,20 @@ def locate(spec: str) -> Path:
 
 
 def _load_path(path: Path) -> Components:
-    from models.loading import assemble_compvis, load_folder, read_compvis
+    from models.loading import assemble_compvis, load_folder
 
     if path.is_dir():
         return load_folder(path)
+    return assemble_compvis(_open_single_file(path), path, SOURCE / COMPVIS_CONFIGS)
+
+
+def _open_single_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a single file by name, mapped, not yet read; `InputError` also where its tokenizer is missing."""
+    from models.loading import read_compvis
+
     state = read_compvis(path)
     _check_nothing_missing(f"The tokenizer of {path}", _missing(TOKENIZER), FETCH_SD15)
-    return assemble_compvis(state, path, SOURCE / COMPVIS_CONFIGS)
+    return state
 
 
 def _first_present(assets: Sequence[Asset]) -> Path:

@@ -212,9 +212,10 @@ def test_only_what_is_missing_is_named(monkeypatch, tmp_path):
 def test_a_single_file_without_its_tokenizer_says_what_to_fetch(monkeypatch, compvis, tmp_path):
     monkeypatch.setattr(registry, "SOURCE", tmp_path / "src")
     save_file(compvis, tmp_path / "tiny.safetensors")
-    with pytest.raises(InputError, match=r"vocab\.json \(1059962 bytes\)") as error:
-        load(tmp_path / "tiny.safetensors")
-    assert "fetch sd15" in str(error.value)
+    for attempt in (load, lambda path: registry.check_assets(str(path))):
+        with pytest.raises(InputError, match=r"vocab\.json \(1059962 bytes\)") as error:
+            attempt(tmp_path / "tiny.safetensors")
+        assert "fetch sd15" in str(error.value)
 
 
 def test_a_registered_folder_that_is_missing_says_how_to_restore_it(monkeypatch, tmp_path):
@@ -365,20 +366,23 @@ def test_wrong_single_files_are_explained(tmp_path, compvis, kind, says):
     assert str(file) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "kind", ["html", "html as safetensors", "lfs pointer", "empty", "cut safetensors", "cut ckpt", "other suffix"]
-)
-def test_what_is_plainly_no_model_is_seen_without_loading_it(tmp_path, compvis, kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["html", "cut safetensors", "cut ckpt", "sdxl", "unet part", "diffusers unet"])
+def test_what_cannot_be_used_is_seen_without_loading_it(tmp_path, compvis, kind, monkeypatch):
     file = single_file_of(tmp_path, kind, compvis)
     with pytest.raises(InputError) as loaded:
         load(file)
-    monkeypatch.setattr(torch, "load", None)
+    monkeypatch.setattr(registry, "_load_path", None)
     with pytest.raises(InputError) as looked_at:
         registry.check_assets(str(file))
     assert str(looked_at.value) == str(loaded.value)
 
 
-def test_what_may_be_a_model_passes_the_look(tiny, compvis, tmp_path):
+def test_what_may_be_a_model_passes_the_look(tiny, compvis, tmp_path, monkeypatch):
+    tokenizer = tmp_path / "src/pipelines/sd15/tokenizer"
+    tokenizer.mkdir(parents=True)
+    for name in ("vocab.json", "merges.txt"):
+        (tokenizer / name).touch()
+    monkeypatch.setattr(registry, "SOURCE", tmp_path / "src")
     save_file(compvis, tmp_path / "tiny.safetensors")
     torch.save(compvis, tmp_path / "tiny.ckpt")
     for spec in (tiny, tmp_path / "tiny.safetensors", tmp_path / "tiny.ckpt"):

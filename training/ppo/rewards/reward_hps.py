@@ -43,12 +43,14 @@ def find_reward_files(weights_path: str | Path, tokenizer_folder: str | Path | N
         tokenizer_folder: used instead of the tokenizer named above.
 
     Raises:
-        InputError: weights, description or tokenizer are missing or malformed; says which command fetches them.
+        InputError: weights, description or tokenizer are missing or malformed, or the weights are one version of HPS
+            under the name of another; says which command fetches them.
     """
     weights = Path(weights_path)
     if not weights.is_file():
         raise InputError(_missing_weights(weights))
     check_checkpoint(weights)
+    _check_version(weights)
     described = weights.with_suffix(".json")
     assumed = not described.is_file()
     if assumed:
@@ -114,7 +116,6 @@ class RewardHPS(ClipScorer):
 
 
 def _load_model(files: RewardFiles) -> CLIPModel:
-    _check_version(files.weights)
     try:
         return clip.load_open_clip_checkpoint(files.weights, files.model_cfg)
     except InputError as error:

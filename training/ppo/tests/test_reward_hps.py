@@ -149,8 +149,9 @@ def test_one_version_of_hps_under_the_name_of_another_is_refused(tmp_path, monke
     RewardHPS(path)
     old = replace(HPS["v2.0"], digest="md5:" + hashlib.md5(path.read_bytes()).hexdigest())
     monkeypatch.setitem(asset_table.BUNDLES, "hpsv2.0", Bundle("", "", (old,)))
-    with pytest.raises(InputError, match=r"it is HPS_v2_compressed\.pt\. .*download_hpsv2_weights.py --version v2\.1"):
-        RewardHPS(path)
+    for attempt in (RewardHPS, find_reward_files):
+        with pytest.raises(InputError, match=r"it is HPS_v2_compressed\.pt\. .*hpsv2_weights.py --version v2\.1"):
+            attempt(path)
 
 
 def test_too_little_memory_is_said_before_it_runs_out(path, monkeypatch):
