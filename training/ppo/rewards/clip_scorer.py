@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from transformers import CLIPModel, CLIPTokenizer
 from errors import InputError
 from models import clip
 from models.devices import check_memory, to_device
+
+log = logging.getLogger(__name__)
 
 
 class ClipScorer:
@@ -82,15 +85,22 @@ class ClipScorer:
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        """Embed images [N, 3, H, W] in [0, 1]: [N, D] float32, projected but not normalised, on the reward's device."""
+        """Embed images [N, 3, H, W] in [0, 1]: [N, D] float32, projected but not normalised, on the reward's device.
+
+        Where the device's memory does not suffice for `batch_size` of them it is halved, for this and all later calls.
+        """
         if not images.is_floating_point():
             raise ValueError(f"images must be floating-point numbers in [0, 1], not {images.dtype}")
-        size = self.model.config.vision_config.image_size
-        features = []
-        for chunk in images.split(self.batch_size):
-            pixels = clip.preprocess(chunk.to(self.device, non_blocking=True), size)
-            with self._autocast():
-                features.append(clip.image_features(self.model, pixels).float())
+        features: list[Tensor] = []
+        start = 0
+        while start < len(images):
+            chunk = images[start : start + self.batch_size]
+            embedded = self._embed_if_it_fits(chunk)
+            if embedded is None:
+                self._halve(len(chunk))
+                continue
+            features.append(embedded)
+            start += len(chunk)
         return torch.cat(features)
 
     @torch.no_grad()
@@ -105,6 +115,27 @@ class ClipScorer:
                 features = clip.text_features(self.model, tokens).float()
             self._text_features |= dict(zip(chunk, features, strict=True))
         return torch.stack([self._text_features[prompt] for prompt in prompts])
+
+    def _embed_if_it_fits(self, images: Tensor) -> Tensor | None:
+        """Features of one batch, or None when the device ran out of memory: past the handler, what it held is free."""
+        try:
+            pixels = clip.preprocess(
+                images.to(self.device, non_blocking=True), self.model.config.vision_config.image_size
+            )
+            with self._autocast():
+                return clip.image_features(self.model, pixels).float()
+        except torch.OutOfMemoryError:
+            return None
+
+    def _halve(self, images: int) -> None:
+        """Remember that `images` at once were too many."""
+        if images == 1:
+            raise InputError(
+                f"The memory of {self.device} does not suffice for {self.name} to look at one image: free it, or use "
+                "another device."
+            )
+        self.batch_size = images // 2
+        log.warning("out of memory with %d images at once in %s: from now on %d", images, self.name, self.batch_size)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)

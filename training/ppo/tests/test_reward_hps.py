@@ -72,6 +72,36 @@ def test_a_score_does_not_depend_on_its_batch(path, images, order, batch_size):
     torch.testing.assert_close(scores, expected_scores(images)[order], rtol=0, atol=1e-5)
 
 
+def let_memory_hold(reward: RewardHPS, images: int) -> list[int]:
+    """Let the model run out of memory on more images at once; returns where the sizes of its batches go."""
+    seen: list[int] = []
+
+    def look(module: torch.nn.Module, positional: tuple[()], named: dict[str, torch.Tensor]) -> None:
+        seen.append(len(named["pixel_values"]))
+        if seen[-1] > images:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    reward.model.vision_model.register_forward_pre_hook(look, with_kwargs=True)
+    return seen
+
+
+def test_memory_that_does_not_suffice_halves_the_batch_and_remembers(path, images, caplog):
+    reward = RewardHPS(path, batch_size=16)
+    seen = let_memory_hold(reward, 2)
+    torch.testing.assert_close(reward.score(images, PROMPTS), expected_scores(images), rtol=0, atol=1e-5)
+    assert seen == [5, 2, 2, 1]
+    assert "out of memory with 5 images at once in tiny: from now on 2" in caplog.text
+    reward.score(images, PROMPTS)
+    assert seen[4:] == [2, 2, 1]
+
+
+def test_memory_that_does_not_suffice_for_one_image_is_a_clear_error(path, images):
+    reward = RewardHPS(path)
+    let_memory_hold(reward, 0)
+    with pytest.raises(InputError, match="The memory of cpu does not suffice for tiny to look at one image"):
+        reward.score(images, PROMPTS)
+
+
 def test_large_images_are_resized_as_preprocessing_does(path):
     images = torch.rand(2, 3, 80, 64, dtype=torch.float64)
     reward = RewardHPS(path)
