@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from models.clip import new_clip
 from models.shapes import scenes
 from models.shapes.data import cached_scenes, render_scenes
 from models.shapes.layout import LayoutHead, layout_of
@@ -21,7 +21,7 @@ from models.shapes.train_diffusion import (
     spread_timesteps,
     tokenize,
 )
-from models.shapes.train_reward import model_configuration, reward_terms
+from models.shapes.train_reward import RewardInTraining, model_configuration, reward_terms
 from models.shapes.training_loop import TrainingOptions, fit, learning_rate_factor, step_generator
 
 
@@ -117,6 +117,18 @@ def test_the_text_encoder_learns_from_captions_alone_which_object_stands_where(t
     assert torch.allclose(guessed, layout_of(latents), atol=0.2)
 
 
+def test_the_error_of_a_layout_is_zero_where_it_is_read_rightly_and_known_for_the_mirror_image():
+    model = RewardInTraining(model_configuration(len(build_tokenizer())))
+    images = torch.zeros(1, 3, 64, 64)
+    images[..., :32] = 1.0
+    features = functional.normalize(torch.ones(1, 128), dim=-1)
+    with torch.no_grad():
+        model.layouts["text"].weight.zero_()
+        model.layouts["text"].bias.copy_(layout_of(images).flatten())
+        assert model.layout_error("text", features, images) == 0
+        assert model.layout_error("text", features, images.flip(-1)) == 1
+
+
 def test_models_have_the_documented_shapes_and_sizes():
     tokenizer = build_tokenizer()
     tokens = tokenize(tokenizer, ["a large red star on a white background", ""])
@@ -138,7 +150,7 @@ def test_models_have_the_documented_shapes_and_sizes():
 
 def test_reward_terms_of_equals_are_those_of_chance():
     torch.manual_seed(0)
-    model = new_clip(model_configuration(len(build_tokenizer())))
+    model = RewardInTraining(model_configuration(len(build_tokenizer())))
     tokens = tokenize(build_tokenizer(), ["a large red star on a white background"] * 4)
     images = torch.rand(1, 3, 64, 64).expand(4, -1, -1, -1)
     with torch.no_grad():

@@ -64,7 +64,14 @@ def change_relation(scene: Scene, random: np.random.Generator) -> Scene:
     return replace(scene, relation=_other(names, scene.relation, random))
 
 
-CHANGES = (change_attribute, change_attribute, exchange_attribute, change_relation, change_background)
+CHANGES = (
+    change_attribute,
+    change_attribute,
+    exchange_attribute,
+    change_relation,
+    change_relation,
+    change_background,
+)
 
 
 def wrong_scene(scene: Scene, random: np.random.Generator) -> Scene:

@@ -3,8 +3,12 @@
 Writes `weights/shapes_reward.pt` in the checkpoint layout of open_clip, which is HPS v2.1's, with its configuration
 beside it in `weights/shapes_reward.json`. Three losses: images and captions of a batch find each other (Radford et
 al., arXiv 2103.00020), the true caption beats captions that are wrong in one respect, and a good image beats a worse
-one and that a still worse one, for the same caption (Bradley and Terry, as in HPS v2, arXiv 2306.09341). Run the same
-command again to resume.
+one and that a still worse one, for the same caption (Bradley and Terry, as in HPS v2, arXiv 2306.09341).
+
+These alone do not teach what stands where: a reward that was trained with them only told `a star left of a circle`
+from `a star right of a circle` at chance. So both towers learn first to say it: a linear map reads a coarse layout off
+either embedding, and goes on doing so beside the three losses. The text model starts from the diffusion model's (needs
+`src/shapes/text_encoder`, from `python -m models.shapes.train_diffusion`). Run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -17,12 +21,13 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTextModel
 
 from models.clip import image_features, new_clip, preprocess, save_open_clip_checkpoint, text_features, tokenize
 from models.shapes.data import cached_scenes
+from models.shapes.layout import CELLS, layout_of
 from models.shapes.negatives import CORRUPTIONS, worse_images, wrong_scene
 from models.shapes.scenes import IMAGE_SIZE, parse, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
@@ -30,28 +35,73 @@ from models.shapes.training_loop import TrainingOptions, fit, step_generator, tr
 
 WRONG_CAPTIONS = 2  # for each image
 COMPARED_SHARE = 0.5  # of the images whose corrupted copies are compared in a step
+LAYOUT_STEPS = 1500
+LAYOUT_BATCH = 64
+LAYOUT_LEARNING_RATE = 8e-4
+LAYOUT_WEIGHT = 50.0  # of the squared error of a layout of colours in [0, 1]
 
 
 def model_configuration(vocabulary_size: int) -> dict[str, Any]:
     """A small CLIP in open_clip's terms: 64 patches of 8x8 pixels."""
     return {
         "embed_dim": 128,
-        "quick_gelu": False,
+        "quick_gelu": True,  # as the diffusion model's text encoder
         "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
         "text_cfg": {
             "context_length": CONTEXT_LENGTH,
             "vocab_size": vocabulary_size,
             "width": 128,
             "heads": 4,
-            "layers": 2,
+            "layers": 4,
         },
     }
 
 
+class RewardInTraining(nn.Module):
+    """The reward and what is thrown away after training: two maps from an embedding to a layout of colours.
+
+    They are linear: a deeper head found its own use for the embedding and left what stands left or right out of it.
+    """
+
+    def __init__(self, configuration: dict[str, Any]) -> None:
+        """`configuration`: see `model_configuration`; fresh weights from torch's global generator."""
+        super().__init__()
+        width = configuration["embed_dim"]
+        self.clip: CLIPModel = new_clip(configuration)
+        self.layouts = nn.ModuleDict({name: nn.Linear(width, 3 * CELLS**2) for name in ("image", "text")})
+        # On a CPU the fused attention's backward pass is the slowest part of a step.
+        self.clip.set_attn_implementation("eager")
+
+    def layout_error(self, name: str, features: Tensor, images: Tensor) -> Tensor:
+        """Mean squared error of the layout of `images` [N, 3, 64, 64] as read off unit features [N, D], a scalar."""
+        read = self.layouts[name](features * features.shape[-1] ** 0.5)  # components of size 1
+        return functional.mse_loss(read, layout_of(images).flatten(1))
+
+
+def learn_layout(
+    model: RewardInTraining, pixels: Tensor, tokens: Tensor, options: TrainingOptions, *, seed: int, device: str
+) -> None:
+    """Train both towers to say what stands where; pixels uint8 [N, 64, 64, 3], tokens [N, L] of their captions."""
+
+    def loss(step: int) -> dict[str, Tensor]:
+        rows = torch.randint(len(pixels), (LAYOUT_BATCH,), generator=step_generator(seed, step))
+        images = to_tensor(pixels[rows].numpy()).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            seen = image_features(model.clip, preprocess(images, IMAGE_SIZE))
+            read = text_features(model.clip, tokens[rows].to(device))
+        image_layout = model.layout_error("image", functional.normalize(seen.float(), dim=-1), images)
+        text_layout = model.layout_error("text", functional.normalize(read.float(), dim=-1), images)
+        loss = LAYOUT_WEIGHT * (image_layout + text_layout)
+        return {"loss": loss, "image_layout": image_layout, "text_layout": text_layout}
+
+    averaged = fit(model, loss, options)
+    model.load_state_dict(averaged.state_dict())
+
+
 def reward_terms(
-    model: CLIPModel, images: Tensor, light: Tensor, heavy: Tensor, right: Tensor, wrong: Tensor
+    model: RewardInTraining, images: Tensor, light: Tensor, heavy: Tensor, right: Tensor, wrong: Tensor
 ) -> dict[str, Tensor]:
-    """The three losses and how often each comparison is right.
+    """The losses and how often each comparison is right.
 
     Args:
         model: in training.
@@ -64,10 +114,12 @@ def reward_terms(
     number, compared = len(images), len(light)
     with torch.autocast(images.device.type, torch.bfloat16):
         pixels = preprocess(torch.cat([images, light, heavy]), IMAGE_SIZE)
-        seen = image_features(model, pixels)
-        read = text_features(model, torch.cat([right, wrong]))
+        seen = image_features(model.clip, pixels)
+        read = text_features(model.clip, torch.cat([right, wrong]))
     seen, read = functional.normalize(seen.float(), dim=-1), functional.normalize(read.float(), dim=-1)
-    scale = model.logit_scale.exp().clamp(max=100)
+    image_layout = model.layout_error("image", seen[:number], images)
+    text_layout = model.layout_error("text", read[:number], images)
+    scale = model.clip.logit_scale.exp().clamp(max=100)
     good, light_seen, heavy_seen = seen.split([number, compared, compared])
     true, false = read[:number], read[number:].view(number, -1, read.shape[-1])
     logits = scale * good @ true.T  # [N, N]
@@ -81,9 +133,11 @@ def reward_terms(
     )
     order = functional.softplus(middle - best).mean() + functional.softplus(worst - middle).mean()
     return {
-        "loss": 0.5 * matching + order,
+        "loss": 0.5 * matching + order + LAYOUT_WEIGHT * (image_layout + text_layout),
         "matching": matching,
         "order": order,
+        "image_layout": image_layout,
+        "text_layout": text_layout,
         "true_caption_wins": (logits.diagonal() > others.amax(dim=1)).float().mean(),
         "good_beats_light": (best > middle).float().mean(),
         "light_beats_heavy": (middle > worst).float().mean(),
@@ -98,9 +152,17 @@ def reward_terms(
     default=Path("src/shapes/tokenizer"),
     help="Where its tokenizer is written.",
 )
+@click.option(
+    "--text-encoder",
+    "text_encoder_folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path("src/shapes/text_encoder"),
+    help="What its text model starts from.",
+)
 def main(
     output: Path,
     tokenizer_folder: Path,
+    text_encoder_folder: Path,
     scratch: Path,
     steps: int,
     images: int,
@@ -112,11 +174,15 @@ def main(
     """Train the reward and write its checkpoint, its configuration and its tokenizer."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tokenizer_folder)  # before use: it would write down how long its last text might be
     rendered = cached_scenes(scratch, "train", images, seed)
     pixels = torch.from_numpy(rendered.images)  # uint8 [N, 64, 64, 3]
     configuration = model_configuration(len(tokenizer))
-    model = new_clip(configuration).to(device)
-    model.set_attn_implementation("eager")  # on a CPU the fused attention's backward pass is the slowest part of a step
+    model = RewardInTraining(configuration).to(device)
+    model.clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(text_encoder_folder).state_dict())
+    tokens = tokenize(tokenizer, rendered.captions, CONTEXT_LENGTH)
+    layout_options = TrainingOptions(LAYOUT_STEPS, LAYOUT_LEARNING_RATE, scratch / "reward-layout.pt")
+    learn_layout(model, pixels, tokens, layout_options, seed=seed, device=device)
     compared = max(int(COMPARED_SHARE * batch), 1)
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -125,18 +191,17 @@ def main(
         good = to_tensor(pixels[rows].numpy())
         captions = [rendered.captions[row] for row in rows.tolist()]
         wrong = [wrong_scene(parse(text), random).caption() for text in captions for _ in range(WRONG_CAPTIONS)]
+        wrong_tokens = tokenize(tokenizer, wrong, CONTEXT_LENGTH)
         kind = torch.randint(len(CORRUPTIONS), (compared,), generator=generator)
         severities = torch.rand(2, compared, generator=generator).sort(dim=0).values
         light, heavy = (
             worse_images(good[:compared], severity, kind, good[-compared:], step_generator(seed + 1, step))
             for severity in (0.7 * severities[0], 0.3 + 0.7 * severities[1])
         )
-        right, wrong_tokens = (tokenize(tokenizer, texts, CONTEXT_LENGTH).to(device) for texts in (captions, wrong))
-        return reward_terms(model, good.to(device), light.to(device), heavy.to(device), right, wrong_tokens)
+        return reward_terms(model, *(part.to(device) for part in (good, light, heavy, tokens[rows], wrong_tokens)))
 
     averaged = fit(model, loss, TrainingOptions(steps, learning_rate, scratch / "reward.pt", weight_decay=0.05))
-    tokenizer.save_pretrained(tokenizer_folder)
-    save_open_clip_checkpoint(averaged, output)
+    save_open_clip_checkpoint(averaged.clip, output)
     description = {
         "model_cfg": configuration,
         "tokenizer": Path(os.path.relpath(tokenizer_folder, output.parent)).as_posix(),
