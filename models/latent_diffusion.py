@@ -198,12 +198,16 @@ def _frozen(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
 
 
 def _bytes_to_move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
-    """Memory that the module's weights will take on the device, less those that are there already."""
+    """Memory that the module's weights will take on the device, less those that are there already as they shall be."""
     return sum(
         weight.numel() * dtype.itemsize
         for weight in module.parameters()
-        if weight.device != device or weight.dtype != dtype
+        if weight.device != device or weight.dtype != dtype or _is_laid_out_anew(weight)
     )
+
+
+def _is_laid_out_anew(weight: Tensor) -> bool:
+    return weight.ndim == 4 and not weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:

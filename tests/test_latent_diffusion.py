@@ -17,6 +17,7 @@ from errors import InputError
 from models import devices, load_denoiser
 from models.denoiser import Conditioning
 from models.latent_diffusion import LatentDiffusion
+from models.loading import load_folder
 from schedules import get_schedule
 from solvers import EPDTable, epd_sampler
 from tests import golden
@@ -76,10 +77,16 @@ def test_estimate_and_network_inputs_agree_with_the_reference(folder, scale, nam
 
 
 def test_too_little_memory_is_said_before_it_runs_out(folder, monkeypatch):
-    monkeypatch.setattr(devices, "free_memory", lambda _: 100_000)
-    load_denoiser(folder, device="cpu", dtype=torch.float32)  # as it is in the files: nothing has to be moved
-    with pytest.raises(InputError, match=r"needs 0\.0 GB of memory on cpu, 0\.0 GB are free: .*bfloat16"):
-        load_denoiser(folder, device="cpu", dtype=torch.float64)
+    parts = load_folder(folder)
+    weights = [weight for part in (parts.unet, parts.vae, parts.text_encoder) for weight in part.parameters()]
+    # In float32, as in the files, only the convolutions' kernels change their layout; in float64 all is new.
+    kernels = sum(4 * weight.numel() for weight in weights if weight.ndim == 4 and weight.shape[2:] != (1, 1))
+    for dtype, needed in ((torch.float32, kernels), (torch.float64, 8 * sum(weight.numel() for weight in weights))):
+        monkeypatch.setattr(devices, "free_memory", lambda _, free=needed: free)
+        load_denoiser(folder, device="cpu", dtype=dtype)
+        monkeypatch.setattr(devices, "free_memory", lambda _, free=needed - 1: free)
+        with pytest.raises(InputError, match=r"needs 0\.0 GB of memory on cpu, 0\.0 GB are free: .*bfloat16"):
+            load_denoiser(folder, device="cpu", dtype=dtype)
 
 
 def test_properties_come_from_the_files(denoiser):
