@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from errors import InputError
-from training.ddpm.data import read_folder, render_images, shares, to_unit, under_noise
+from training.ddpm.data import augmented, faded, read_folder, render_images, shares, to_unit, under_noise
 
 KEY, SIZE = "path.real_img", (8, 8)
 
@@ -59,6 +60,14 @@ def test_the_centre_is_what_is_kept(tmp_path):
     image[:, 8:16] = 255
     Image.fromarray(image).save(tmp_path / "000.png")
     assert read(tmp_path).images[0].float().mean() > 250
+
+
+def test_images_of_16_bits_keep_their_greys(tmp_path):
+    write_images(tmp_path, 19)
+    greys = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1028  # 0, 4, 8, ... of 255
+    Image.fromarray(greys).save(tmp_path / "a16.png")
+    found = read(tmp_path)
+    assert torch.equal(found.images[-1], torch.from_numpy((greys // 257).astype(np.uint8)).expand(3, 8, 8))
 
 
 def test_broken_files_are_skipped_and_named(tmp_path):
@@ -112,8 +121,49 @@ def test_noise_is_really_there_and_stays_in_range():
     assert noisy.min() >= 0
     assert noisy.max() <= 1
     deviations = noisy.std((1, 2, 3))
-    assert deviations.min() > 0.08  # a fifth of a deviation of 0.5, less what clamping takes
+    assert 0.02 < deviations.min() < 0.03  # a twentieth of a deviation of 0.5
     assert deviations.max() > 0.3
+
+
+def test_faded_images_are_blends_with_a_colour_of_theirs():
+    images = torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = faded(images, torch.Generator().manual_seed(1))
+    contrast = (found.std((2, 3)) / images.std((2, 3))).mean(1)  # [N], what is left of each image
+    assert contrast.max() <= 0.5
+    assert contrast.min() < 0.05
+    left = contrast.view(-1, 1, 1, 1)
+    colours = ((found - left * images) / (1 - left)).flatten(2)  # [N, 3, H * W], the same everywhere
+    assert (colours - colours[..., :1]).abs().max() < 1e-5
+    assert ((images.flatten(2) - colours[..., :1]).abs().amax(1).amin(1) < 1e-5).all()
+
+
+@given(seed=st.integers(0, 2**31), height=st.integers(1, 4), width=st.integers(1, 4))
+def test_augmented_images_hold_the_same_numbers_or_their_negatives(seed, height, width):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(8, 3, height, width, generator=generator)
+    found = augmented(images, generator)
+    for before, after in zip(images, found, strict=True):
+        candidates = [turned for image in (before, 1 - before) for turned in _turned(image)]
+        assert any(torch.equal(after, candidate) for candidate in candidates)
+
+
+def _turned(image):
+    """Both mirrorings of an image [3, H, W] and all orders of its channels."""
+    for order in permutations(range(3)):
+        for dims in ((), (1,), (2,), (1, 2)):
+            yield image[list(order)].flip(dims)
+
+
+def test_every_augmentation_happens_to_about_half_of_the_images():
+    corner = torch.zeros(400, 3, 2, 2)
+    corner[:, 0, 0, 0] = 1.0  # red, above, on the left
+    found = augmented(corner, torch.Generator().manual_seed(0))
+    negative = found.mean((1, 2, 3)) > 0.5
+    found = torch.where(negative.view(-1, 1, 1, 1), 1 - found, found)
+    where = found.flatten(1).argmax(1)
+    counts = torch.bincount(where, minlength=12)  # channel, above or below, left or right
+    assert 150 < negative.sum() < 250
+    assert (counts > 15).all()
 
 
 def test_rendered_scenes_fit_the_ddpm_and_depend_on_the_seed():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,3 +135,15 @@ def test_a_resumed_training_is_the_one_that_never_stopped():
     for name, model in whole.classifiers.items():
         for one, other in zip(model.parameters(), resumed.classifiers[name].parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_with_augmentation_brightness_says_nothing(augment):
+    generator = torch.Generator().manual_seed(0)
+    dark = torch.randint(0, 60, (48, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    settings = replace(SETTINGS, augment=augment, num_noise=0)
+    trainer = RewardTrainer(shares(dark, 0.25, 0), shares(255 - dark, 0.25, 0), settings, seed=0, device=CPU)
+    for _ in range(8):
+        trainer.step()
+    loss = trainer.heldout(REWARD)["heldout_cross_entropy"]
+    assert loss > 0.6 if augment else loss < 0.2  # log 2 = 0.69 is a coin's

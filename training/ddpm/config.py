@@ -88,13 +88,22 @@ class TrainRewardConfig:
     """The reward model, and the judge beside it: two classifiers of real images against all else, on disjoint data."""
 
     num_img: int = knob(1000, "images of each kind, real and fake: the most that are taken from a folder", at_least=20)
-    num_noise: int = knob(500, "real images under noise of random strength, which count as not real", at_least=0)
+    num_noise: int = knob(
+        500,
+        "real images that count as not real: half under noise of random strength, half faded to one of their colours",
+        at_least=0,
+    )
     heldout_share: float = knob(0.2, "share of the images that no classifier is trained on", above=0, at_most=0.5)
     batch_size: int = knob(64, "images per update", at_least=2)
     num_workers: int = knob(2, "threads that read image files", at_least=1)
     lr: float = knob(1e-3, "AdamW's step size", above=0)
     label_smoothing: float = knob(
         0.1, "share of each label that is spread evenly over both classes", at_least=0, below=1
+    )
+    augment: bool = knob(
+        False,
+        "mirror every image of a batch, real or not, by chance either way, make it a negative, reorder its channels: "
+        "a classifier can then hardly go by brightness or hue, which a DDPM changes more easily than shapes",
     )
     num_epochs: int = knob(5, "passes over the images", at_least=1)
     width: int = knob(16, "channels of the first layer; they double with each layer, up to 8 times", at_least=8)

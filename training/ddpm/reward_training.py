@@ -11,7 +11,7 @@ from torch import Tensor
 
 from errors import InputError
 from training.ddpm.config import TrainRewardConfig
-from training.ddpm.data import Shares, to_unit, under_noise
+from training.ddpm.data import Shares, augmented, faded, to_unit, under_noise
 from training.ddpm.reward_model import (
     RealFakeClassifier,
     accuracy,
@@ -120,7 +120,8 @@ class RewardTrainer:
         model, optimizer = self.classifiers[name].train(), self._optimizers[name]
         losses = []
         for rows in torch.randperm(len(labels), generator=generator).split(self.settings.batch_size):
-            log_odds = model(images[rows].to(self.device))
+            batch = augmented(images[rows], generator) if self.settings.augment else images[rows]
+            log_odds = model(batch.to(self.device))
             loss = smoothed_loss(log_odds, labels[rows].to(self.device), self.settings.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
@@ -129,9 +130,10 @@ class RewardTrainer:
         return sum(losses) / len(losses)
 
     def _labelled(self, real: Tensor, fake: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images [M, 3, H, W] in [0, 1] and labels [M], 1 for real, 0 for fake and for what is under noise."""
+        """Images [M, 3, H, W] in [0, 1] and labels [M], 1 for real, 0 for all else."""
         rows = torch.randint(len(real), (round(self._noisy_share * len(real)),), generator=generator)
-        noisy = under_noise(to_unit(real[rows]), generator)
-        labels = torch.zeros(len(real) + len(fake) + len(noisy))
+        noisy, empty = to_unit(real[rows]).tensor_split(2)
+        spoiled = (under_noise(noisy, generator), faded(empty, generator))
+        labels = torch.zeros(len(real) + len(fake) + len(rows))
         labels[: len(real)] = 1.0
-        return torch.cat([to_unit(real), to_unit(fake), noisy]), labels
+        return torch.cat([to_unit(real), to_unit(fake), *spoiled]), labels
