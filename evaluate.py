@@ -28,6 +28,7 @@ from training.ppo import rewards
 from training.ppo.rewards import find_reward_files, load_reward
 from training.sampling import (
     CLASSICAL,
+    TRIED_SCHEDULES,
     Grid,
     Plan,
     Predictor,
@@ -64,7 +65,7 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
 @click.option("--nfe", default="4,6,8,12,20", show_default=True, help="Parallel evaluations, before guidance.")
 @click.option(
     "--schedules",
-    default="polynomial,logsnr,time_uniform,discrete",
+    default=",".join(TRIED_SCHEDULES),
     show_default=True,
     help="Tried for every classical solver, NAME or NAME:RHO; each metric is reported at the best.",
 )

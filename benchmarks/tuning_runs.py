@@ -22,7 +22,7 @@ from training.interrupts import Interrupts
 from training.ppo.assembly import Start, prepare
 from training.ppo.config import Config, load_config
 from training.run_folder import RunFolder
-from training.sampling import CLASSICAL, load_predictor, parse_classical, parse_grid
+from training.sampling import CLASSICAL, TRIED_SCHEDULES, load_predictor, parse_classical, parse_grid
 
 PPO, CMA_ES = "ppo", "cma_es"
 COMMANDS: Mapping[str, str] = MappingProxyType({PPO: "training.ppo.launch", CMA_ES: search_cma_es.MODULE})
@@ -61,7 +61,7 @@ class Study:
     batch: int = knob(32, "held-out images made at once", at_least=1)
     solvers: list[str] = knob([*CLASSICAL], "classical solvers that the tables are compared with")  # noqa: RUF009
     schedules: list[str] = knob(  # noqa: RUF009
-        ["polynomial", "logsnr", "time_uniform", "discrete"],
+        [*TRIED_SCHEDULES],
         "schedules that each classical solver is tried at; it is reported at the best for each metric",
     )
     gain_share: float = knob(

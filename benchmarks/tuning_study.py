@@ -1,6 +1,6 @@
 """The figures of the main job: runs of several arms, seeds and starts, scored on held-out prompts, as tables.
 
-    python -m benchmarks.tuning_study benchmarks/studies/shapes_tables.yaml --output outputs/studies/shapes_tables
+    python -m benchmarks.tuning_study benchmarks/studies/shapes.yaml --output outputs/studies/shapes
 
 The runs are made one after another, each by the command that anybody would use. What is there already is kept: run the
 same command again to go on after an interrupt. Writes study.md, study.json and study.png to the output folder; the
@@ -299,8 +299,7 @@ def main(study_file: Path, output: Path | None, device: str | None, cache: Path)
     """Make the runs of a study, score their tables on held-out prompts, and print and write what was found.
 
     \b
-    python -m benchmarks.tuning_study benchmarks/studies/shapes_tables.yaml
-    python -m benchmarks.tuning_study benchmarks/studies/shapes_baselines.yaml --device cuda
+    python -m benchmarks.tuning_study benchmarks/studies/shapes.yaml --device cuda
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     study = SCHEMA.load(study_file).config

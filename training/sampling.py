@@ -23,6 +23,8 @@ from training.snapshot import find_snapshot, load_snapshot
 USUAL_RHO = {"polynomial": 7.0, "time_uniform": 1.0, "discrete": 1.0}
 
 CLASSICAL = tuple(name for name in SAMPLERS if name != "epd")
+# The grids that a classical solver is tried at: guided few-step sampling prefers smaller exponents than the usual 7.
+TRIED_SCHEDULES = ("polynomial:3", "polynomial:5", "polynomial", "logsnr", "time_uniform", "discrete")
 MULTISTEP_ORDERS = {"dpmpp": (1, 2, 3), "ipndm": (1, 2, 3, 4)}  # orders that can be asked for, the last is the default
 
 # Worlds that the public EPD code base calls by their data, and the model each stands for.
