@@ -99,15 +99,15 @@ def looks_like(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(512)
     if size == 0:
-        return "it is empty"
+        return "it is empty; fetch it again"
     if start.lstrip()[:1] == b"<":
         return "it is an HTML or XML page, saved in the place of the download; fetch it again"
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; run `git lfs pull`, or download the file itself"
     if start.startswith(b"PK\x03\x04"):
-        return f"it is a torch checkpoint (zip), cut off or misnamed, {size} bytes long"
+        return f"it is a torch checkpoint (zip), cut off or misnamed, {size} bytes long; fetch it again"
     if start[8:9] == b"{":
-        return f"it is a safetensors file, cut off or misnamed, {size} bytes long"
+        return f"it is a safetensors file, cut off or misnamed, {size} bytes long; fetch it again"
     if start.startswith(b"\x80"):
         return "it is a bare pickle, which is never read; get the .safetensors version"
     return f"its {size} bytes are in no known format"

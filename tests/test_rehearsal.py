@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 import sys
 from pathlib import Path
 
@@ -127,6 +128,15 @@ def test_a_command_that_fails_is_shown(tmp_path):
     assert passed.seconds > 0
     assert passed.memory > 10**6
     assert "before" in (tmp_path / rehearse_sd15.LOG).read_text()
+
+
+@pytest.mark.skipif(not rehearse_sd15.RESETS_PEAK.exists(), reason="this system has no way to forget a peak")
+def test_a_commands_memory_is_its_own(tmp_path):
+    torch.ones(10**8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert run(tmp_path, sys.executable, "-c", "").memory < before - 300 * 10**6
+    held = run(tmp_path, sys.executable, "-c", "held = bytearray(10**9)").memory
+    assert 10**9 < held < 1.2 * 10**9
 
 
 @pytest.mark.slow
