@@ -9,7 +9,10 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -332,6 +335,39 @@ def test_what_makes_it_faster_changes_no_estimate(folder, exact, layout):
     estimates = [model.denoise(x, sigma, model.encode(PROMPTS)) for model in (other, exact)]
     torch.testing.assert_close(*estimates, rtol=0, atol=1e-10)
     torch.testing.assert_close(other.decode(x), exact.decode(x), rtol=0, atol=1e-6)
+
+
+class CountsFusedAttention(TorchFunctionMode):
+    """Counts the calls of torch's own attention, which has one kernel for all of it on a GPU."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is functional.scaled_dot_product_attention
+        return function(*args, **(kwargs or {}))
+
+
+def test_all_attention_is_fused(folder):
+    denoiser = load_denoiser(folder, device="cpu", dtype=torch.float32)
+    with CountsFusedAttention() as in_text:
+        conditioning = denoiser.encode(PROMPTS[:1], 1.0)
+    with CountsFusedAttention() as in_network:
+        denoiser.denoise(noise(1, 1.0), torch.tensor(1.0), conditioning)
+    with CountsFusedAttention() as in_decoder:
+        denoiser.decode(noise(1, 1.0))
+    layers = [
+        sum(isinstance(part, Attention) for part in half.modules()) for half in (denoiser.unet, denoiser.vae.decoder)
+    ]
+    assert in_text.count == denoiser.text_encoder.config.num_hidden_layers
+    assert [in_network.count, in_decoder.count] == layers
+    assert min(layers) > 0
+
+
+def test_the_network_is_one_graph_to_the_compiler(denoiser):
+    """Of fixed shapes, without a step that the host would have to look into: what a CUDA graph needs."""
+    x, text = torch.zeros(2, *denoiser.latent_shape), denoiser.encode(PROMPTS[:2], 1.0).embeddings
+    found = torch._dynamo.explain(denoiser.unet)(x.to(denoiser.dtype), torch.ones(2), text, return_dict=False)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
 
 
 class WaitsForTheDevice(TorchDispatchMode):
