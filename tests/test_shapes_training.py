@@ -1,6 +1,7 @@
 """What the training commands of the shapes world share, and the parts of each that can be wrong without a long run."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from models.shapes.train_diffusion import (
     spread_timesteps,
     tokenize,
 )
-from models.shapes.train_reward import RewardInTraining, model_configuration, reward_terms
+from models.shapes.train_reward import RewardInTraining, model_configuration, reward_terms, told_apart
 from models.shapes.training_loop import TrainingOptions, fit, learning_rate_factor, step_generator
+from training.ppo.rewards.reward_hps import RewardHPS
 
 
 @pytest.fixture
@@ -127,6 +129,15 @@ def test_the_error_of_a_layout_is_zero_where_it_is_read_rightly_and_known_for_th
         model.layouts["text"].bias.copy_(layout_of(images).flatten())
         assert model.layout_error("text", features, images) == 0
         assert model.layout_error("text", features, images.flip(-1)) == 1
+
+
+def test_the_shipped_reward_tells_right_captions_from_wrong_ones_in_each_respect():
+    reward = RewardHPS(Path("weights/shapes_reward.pt"))
+    unseen = render_scenes("heldout", 200, seed=5, progress=False)
+    shares = told_apart(reward.model, reward.tokenizer, unseen, seed=0)
+    assert set(shares) == {"change_attribute", "exchange_attribute", "change_relation", "change_background"}
+    assert min(shares.values()) > 0.7  # chance is 0.5; of some hundred comparisons or more each
+    assert shares["change_background"] > 0.97
 
 
 def test_models_have_the_documented_shapes_and_sizes():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from models.clip import image_features, new_clip, preprocess, save_open_clip_checkpoint, text_features, tokenize
-from models.shapes.data import cached_scenes
+from models.shapes.data import RenderedScenes, cached_scenes
 from models.shapes.layout import CELLS, layout_of
-from models.shapes.negatives import CORRUPTIONS, worse_images, wrong_scene
+from models.shapes.negatives import CHANGES, CORRUPTIONS, worse_images, wrong_scene
 from models.shapes.scenes import IMAGE_SIZE, parse, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
 
 WRONG_CAPTIONS = 2  # for each image
 COMPARED_SHARE = 0.5  # of the images whose corrupted copies are compared in a step
+COMPARED_SCENES = 1000  # whose captions are compared with wrong ones after training
 LAYOUT_STEPS = 1500
 LAYOUT_BATCH = 64
 LAYOUT_LEARNING_RATE = 8e-4
@@ -144,6 +146,25 @@ def reward_terms(
     }
 
 
+@torch.no_grad()
+def told_apart(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: RenderedScenes, seed: int) -> dict[str, float]:
+    """How often an image's own caption scores higher than one that is wrong in one respect, by the kind of fault."""
+    random = np.random.default_rng(seed)
+    seen = functional.normalize(image_features(model, preprocess(to_tensor(scenes.images), IMAGE_SIZE)), dim=-1)
+
+    def scores(captions: Sequence[str]) -> Tensor:
+        tokens = tokenize(tokenizer, captions, CONTEXT_LENGTH)
+        return (seen * functional.normalize(text_features(model, tokens), dim=-1)).sum(-1)  # [N]
+
+    shares: dict[str, float] = {}
+    right = scores(scenes.captions)
+    for change in dict.fromkeys(CHANGES):
+        wrong = [change(parse(caption), random).caption() for caption in scenes.captions]
+        differs = torch.tensor([a != b for a, b in zip(wrong, scenes.captions, strict=True)])
+        shares[change.__name__] = (right > scores(wrong))[differs].float().mean().item()
+    return shares
+
+
 @training_command(output="weights/shapes_reward.pt", steps=3500, images=80_000, batch=48, learning_rate=1e-3, seed=1)
 @click.option(
     "--tokenizer",
@@ -208,6 +229,9 @@ def main(
     }
     output.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n")
     click.echo(f"wrote {output} and {output.with_suffix('.json')}")
+    unseen = cached_scenes(scratch, "validation", COMPARED_SCENES, seed)
+    for change, share in told_apart(averaged.clip.cpu().eval(), tokenizer, unseen, seed).items():
+        click.echo(f"unseen scenes, right caption preferred after {change}: {share:.3f}")
 
 
 if __name__ == "__main__":
