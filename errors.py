@@ -20,6 +20,11 @@ class InputError(ValueError):
     """Something that was handed in is wrong: the message says what, where (file, key, value), and what to do."""
 
 
+def is_too_little_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on whatever kind of device."""
+    return isinstance(error, MemoryError) or TOO_LITTLE_MEMORY.search(str(error)) is not None
+
+
 def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a click command's body: an `InputError` becomes one clear message and exit status 2, no traceback.
 
@@ -33,7 +38,7 @@ def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parame
         except InputError as error:
             raise _failure(str(error)) from None
         except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError) or TOO_LITTLE_MEMORY.search(str(error))):
+            if not is_too_little_memory(error):
                 raise
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise _failure(

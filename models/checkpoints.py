@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, is_too_little_memory
 
 # What Lightning writes beside the weights: settings and scalars of the training run, of no use here. Objects of these
 # types are read as empty stand-ins; the classes that a file names are never imported.
@@ -81,6 +81,8 @@ def _read_ckpt(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(_StandIn, name) for name in named]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
+        if is_too_little_memory(error):
+            raise
         raise InputError(f"{path} is no readable torch checkpoint: {error}") from error
     return _tensors_of(content, path)
 

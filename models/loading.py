@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from errors import InputError
+from errors import InputError, is_too_little_memory
 from models.checkpoints import read_state_dict
 from models.latent_diffusion import Components
 from models.noise_levels import NoiseLevels
@@ -139,6 +139,8 @@ def load_module(kind: type[Model], folder: Path) -> Model:
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except UNREADABLE as error:
+        if is_too_little_memory(error):
+            raise
         raise InputError(f"{folder} holds no readable {kind.__name__}: {_first_line(error)}") from error
     _check_report(kind, folder, report)
     return module
@@ -189,6 +191,8 @@ def _converted(
     try:
         report = module.load_state_dict(convert(state, config), strict=False, assign=True)
     except (KeyError, IndexError, AttributeError, RuntimeError) as error:
+        if is_too_little_memory(error):
+            raise
         # the first three: the converter finds other layers than it expects; the last: shapes that do not fit
         raise InputError(f"{path}: the weights do not fit a {kind.__name__} of {config_file}: {error}") from error
     check_keys(kind, path, report.missing_keys, report.unexpected_keys)
@@ -204,6 +208,8 @@ def _converted_text_encoder(state: dict[str, Tensor], config_folder: Path, path:
             None, config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except UNREADABLE as error:
+        if is_too_little_memory(error):
+            raise
         raise InputError(f"{path}: the weights do not fit a CLIPTextModel: {_first_line(error)}") from error
     _check_report(CLIPTextModel, path, report)
     return module

@@ -377,6 +377,20 @@ def test_what_cannot_be_used_is_seen_without_loading_it(tmp_path, compvis, kind,
     assert str(looked_at.value) == str(loaded.value)
 
 
+def test_too_little_memory_is_not_blamed_on_the_file(tiny, compvis, tmp_path, monkeypatch):
+    """As torch says it where the address space is limited (ulimit -v)."""
+    torch.save(compvis, tmp_path / "tiny.ckpt")
+
+    def fail(*_arguments, **_options):
+        raise RuntimeError("unable to mmap 4265362381 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", fail)
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", fail)
+    for path in (tiny, tmp_path / "tiny.ckpt"):
+        with pytest.raises(RuntimeError, match=r"^unable to mmap"):
+            load(path)
+
+
 def test_what_may_be_a_model_passes_the_look(tiny, compvis, tmp_path, monkeypatch):
     tokenizer = tmp_path / "src/pipelines/sd15/tokenizer"
     tokenizer.mkdir(parents=True)
