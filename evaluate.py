@@ -188,7 +188,7 @@ def main(
     panel = judging_panel(model, weights, denoiser, batch)
     click.echo(f"{len(plans)} samplers and the reference on {number} prompts of {prompt_file}, guidance {scale:g}")
     with tqdm(unit="evaluation") as bar:
-        evaluation = Evaluation(denoiser, panel, setting, store, bar.update)
+        evaluation = Evaluation(denoiser, panel, setting, store, bar.update, referenced=True)
         bar.reset(total=evaluation.evaluations_ahead(plans))
         bar.set_description("reference")
         reference = evaluation.reference()

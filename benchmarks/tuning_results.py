@@ -214,7 +214,7 @@ class Scorer:
             previews=PREVIEWS,
         )
         panel = judging_panel(spec, Path(config.reward.weights_path), self._denoiser, study.batch)
-        self._evaluation = Evaluation(self._denoiser, panel, setting, store, advance)
+        self._evaluation = Evaluation(self._denoiser, panel, setting, store, advance, referenced=False)
         self._study = study
 
     def plan(self, predictor: Predictor) -> Plan:

@@ -346,7 +346,6 @@ def studied(world: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -
         "sys.exit('no more memory') if 'logging.panel=null' in sys.argv else main()\n"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.evaluation.REFERENCE_STEPS", 20)
         patch.setattr(tuning_runs, "COMMANDS", {"ppo": "often", "cma_es": search_cma_es.MODULE})
         patch.setenv("PYTHONPATH", str(modules))
         result = study(whole_study(world, made.parent), made)

@@ -172,20 +172,32 @@ def key_of(description: Mapping[str, Plain]) -> str:
 
 
 class Evaluation:
-    """Measures samplers of one model on one set of prompts and noises, against one reference."""
+    """Measures samplers of one model on one set of prompts and noises, if wanted against one reference."""
 
     def __init__(
-        self, denoiser: Denoiser, panel: Panel, setting: Setting, store: Store, advance: Callable[[int], object]
+        self,
+        denoiser: Denoiser,
+        panel: Panel,
+        setting: Setting,
+        store: Store,
+        advance: Callable[[int], object],
+        *,
+        referenced: bool,
     ) -> None:
-        """Nothing is computed yet. `advance` is told of network evaluations: of how many latents, at each call."""
+        """Nothing is computed yet. `advance` is told of network evaluations: of how many latents, at each call.
+
+        Without a reference there are no distances to it, and its many evaluations are saved.
+        """
         self.denoiser, self.panel, self.setting, self.store = denoiser, panel, setting, store
-        self.reference_plan = classical_plan(REFERENCE_SOLVER, REFERENCE_STEPS + 1, REFERENCE_GRID, denoiser)
+        reference = classical_plan(REFERENCE_SOLVER, REFERENCE_STEPS + 1, REFERENCE_GRID, denoiser)
+        self.reference_plan = reference if referenced else None
         self._advance = advance
         self._sampling_code, self._judging_code = fingerprint(SAMPLING_CODE), fingerprint(JUDGING_CODE)
 
     def evaluations_ahead(self, plans: Sequence[Plan]) -> int:
         """How many latents the network will be asked about for the reference and these plans: none for what is kept."""
-        described = {key_of(self._described(plan)): plan for plan in (self.reference_plan, *plans)}
+        asked = plans if self.reference_plan is None else (self.reference_plan, *plans)
+        described = {key_of(self._described(plan)): plan for plan in asked}
         ahead = [plan for plan in described.values() if not self.store.holds(self._described(plan))]
         return len(self.setting.prompts) * sum(plan.evaluations.total for plan in ahead)
 
@@ -194,7 +206,7 @@ class Evaluation:
         description = {
             "kind": "measured",
             "latents": self._described(plan),
-            "reference": self._described(self.reference_plan),
+            "reference": None if self.reference_plan is None else self._described(self.reference_plan),
             "panel": self.panel.fingerprint,
             "code": self._judging_code,
             "previews": self.setting.previews,
@@ -205,7 +217,7 @@ class Evaluation:
 
     def reference(self) -> Measured:
         """The reference measured as if it were a sampler; its distances to itself are 0."""
-        return self.measure(self.reference_plan)
+        return self.measure(self._required_reference())
 
     def features(self, images: Tensor, described: Mapping[str, Plain]) -> Tensor:
         """Unit-length features [N, D] of other images [N, 3, H, W], kept under their description."""
@@ -238,15 +250,21 @@ class Evaluation:
         kept = self.store.fetch(self._described(plan), lambda: {"latents": self._generated(plan).cpu()})
         return kept["latents"].to(self.denoiser.device)
 
+    def _required_reference(self) -> Plan:
+        if self.reference_plan is None:
+            raise ValueError("this evaluation was made without a reference")
+        return self.reference_plan
+
     @cached_property
     def _reference_latents(self) -> Tensor:
-        return self._latents(self.reference_plan)
+        """[N, C, H, W], within the limit."""
+        return _bounded(self._latents(self._required_reference()))[0]
 
     @cached_property
     def _reference_pixels(self) -> Tensor:
         """uint8 [N, H, W, 3]"""
-        latents, _ = _bounded(self._reference_latents)
-        return torch.cat([self._decoded(chunk)[1] for chunk in latents.split(self.setting.batch_size)])
+        chunks = self._reference_latents.split(self.setting.batch_size)
+        return torch.cat([self._decoded(chunk)[1] for chunk in chunks])
 
     def _generated(self, plan: Plan) -> Tensor:
         def solve(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -272,17 +290,22 @@ class Evaluation:
     def _judged(self, latents: Tensor) -> dict[str, Tensor]:
         """Values [N] by metric, features, exploded and previews of latents [N, C, H, W]."""
         bounded, exploded = _bounded(latents)
-        reference, _ = _bounded(self._reference_latents)
         size = self.setting.batch_size
         parts = [self._judged_batch(bounded[start : start + size], start) for start in range(0, len(bounded), size)]
         judged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         pixels = judged.pop("pixels")
         return {
             **judged,
-            "latent_rms": _rms(bounded - reference),
-            "pixel_rms": _rms((pixels.float() - self._reference_pixels.float()) / 255),
+            **({} if self.reference_plan is None else self._distances(bounded, pixels)),
             "exploded": exploded.cpu(),
             "previews": pixels[: self.setting.previews].clone(),
+        }
+
+    def _distances(self, latents: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+        """To the reference of the same noise, [N] each, of latents within the limit and of their pixels as uint8."""
+        return {
+            "latent_rms": _rms(latents - self._reference_latents),
+            "pixel_rms": _rms((pixels.float() - self._reference_pixels.float()) / 255),
         }
 
     def _judged_batch(self, latents: Tensor, start: int) -> dict[str, Tensor]:
