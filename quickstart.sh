@@ -21,7 +21,7 @@ python sample.py --predictor_path "$run" --seeds 0-3 --grid --outdir "$run/sampl
     --prompt "a small blue ring left of a large shaded green heart on a gray background"
 
 echo "== 4/4  measuring it on held-out prompts"
-python evaluate.py --model shapes --solvers epd,ddim --nfe 4 --schedules polynomial \
+python evaluate.py --model shapes --solvers epd,ddim --nfe 4 --schedules polynomial:3,polynomial:5 \
     --predictor_path 1 --predictor_path "$run" --baseline epd-00001 --number 64 --outdir "$run/evaluation"
 
 echo
