@@ -15,7 +15,8 @@ from errors import InputError
 from models.loading import check_keys
 from training.checkpoint import read_tensors, write_tensors
 
-FORMAT = 1
+FORMAT = 2  # 1 saw the mean colour
+LARGEST_LOG_ODDS = 20.0  # of a frozen classifier: odds of 5e8, more than any number of images can tell
 SMALLEST_MAP = 4  # pixels, of the last layer's output
 MAKE_ONE = "python -m scripts.train_reward_model --cfg <the same configuration>  writes one"
 
@@ -24,7 +25,8 @@ class RealFakeClassifier(nn.Module):
     """Images to the log-odds of being real: strided convolutions down to 4 pixels, their mean, a linear map.
 
     A reward has to tell poor images from poorer ones, so nothing here levels out: no normalisation (with it, four in
-    five images of a poor DDPM got the same reward to within 0.1), and nothing bent after the mean.
+    five images of a poor DDPM got the same reward to within 0.1), and nothing bent after the mean. It does not see an
+    image's mean colour either: that is what a DDPM changes first for a reward, and no image is better for it.
     """
 
     def __init__(self, image_size: tuple[int, int], width: int) -> None:
@@ -42,10 +44,15 @@ class RealFakeClassifier(nn.Module):
         self.head = nn.Linear(channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-odds [N] of being real, of images [N, 3, H, W] in [0, 1]; another size is resized."""
+        """Log-odds [N] of being real, of images [N, 3, H, W] in [0, 1]; another size is resized.
+
+        Out of training they are clamped: a few images of pure noise, at -60, would else outweigh all others in a mean.
+        """
         if images.shape[-2:] != self.image_size:
             images = functional.interpolate(images, self.image_size, mode="bicubic", antialias=True)
-        return self.head(self.body(2 * images - 1).mean((2, 3))).squeeze(1)
+        centred = 2 * (images - images.mean((2, 3), keepdim=True))
+        log_odds = self.head(self.body(centred).mean((2, 3))).squeeze(1)
+        return log_odds if self.training else log_odds.clamp(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
 
 
 def _convolution(channels: int, wider: int, stride: int = 1) -> nn.Conv2d:
