@@ -61,7 +61,7 @@ class RunFolder:
         root = path.parent.parent if path.suffix == ".pt" else path
         folder = cls(root)
         if not folder.config.is_file():
-            raise InputError(f"{path}: no run of the RL job (there is no {folder.config})")
+            raise InputError(f"{path}: no folder of a run (there is no {folder.config})")
         return folder
 
     @property

@@ -139,7 +139,7 @@ def test_folder_opens_by_itself_and_by_a_checkpoint(tmp_path: Path):
     folder.config.write_text("run: {}\n")
     assert RunFolder.open(folder.path) == folder
     assert RunFolder.open(step_path(folder.checkpoints, 3)) == folder
-    with pytest.raises(InputError, match="no run of the RL job"):
+    with pytest.raises(InputError, match="no folder of a run"):
         RunFolder.open(tmp_path)
 
 

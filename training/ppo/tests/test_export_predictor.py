@@ -197,7 +197,7 @@ def test_policy_that_is_no_table_is_refused(folder: RunFolder, config: Path):
 
 
 def test_nothing_to_export(folder: RunFolder, tmp_path: Path):
-    assert "no run of the RL job" in export(tmp_path / "none").output
+    assert "no folder of a run" in export(tmp_path / "none").output
     best_path(folder.checkpoints).unlink()
     assert "no evaluation has beaten the starting table" in export(folder.path, "--best").output
     step_path(folder.checkpoints, 4).write_bytes(b"cut off")

@@ -189,7 +189,7 @@ def test_a_run_longer_than_planned_says_what_changed(finished: RunFolder, tmp_pa
 def test_resume_refuses(finished: RunFolder, config: Path, tmp_path: Path):
     assert "complete, 4 of 4 steps" in launch("--resume", finished.path).output
     assert "by --override only" in launch("--resume", finished.path, "--config", config).output
-    assert "no run of the RL job" in launch("--resume", tmp_path).output
+    assert "no folder of a run" in launch("--resume", tmp_path).output
     reshaped = launch("--resume", finished.path, "--override", "model.num_points=3", "ppo.steps=9")
     assert "cannot be changed" in reshaped.output
     assert reshaped.exit_code == 2
