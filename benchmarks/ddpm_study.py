@@ -2,15 +2,17 @@
 
     python -m benchmarks.ddpm_study --cfg configs/shapes.yaml --seeds 3 --output outputs/ddpm_study
 
-Every seed has a reward model, a judge, real images and a fine-tuning of its own. Writes table.md and before_after.png
-to the output folder. What is there already is kept: run the same command again to go on after an interrupt.
+Every seed has a reward model, a judge, real images and a fine-tuning of its own. Beside the steps that it was
+fine-tuned in, each DDPM is measured in five times as many: what else the same images could have been had for. Writes
+table.md and before_after.png to the output folder. What is there already is kept: run the same command again to go on
+after an interrupt.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,15 @@ from training.configuration import to_yaml
 from training.ddpm.command import finish
 from training.ddpm.comparison import Judged
 from training.ddpm.config import RENDERED, SCHEMA, DDPMConfig, judge_file, reward_file
-from training.ddpm.jobs import FINETUNE, TRAIN_REWARD_MODEL, compare, finetune, train_reward_model
+from training.ddpm.jobs import FINETUNE, TRAIN_REWARD_MODEL, compare, finetune, load_start, train_reward_model
 from training.ddpm.run import Resumed, open_run
 from training.ppo.rewards import RewardHPS
 from training.snapshot import write_atomically
-from training.statistics import Interval, bootstrap_indices, frechet_resamples
+from training.statistics import Interval, bootstrap_indices, frechet_distance, frechet_resamples
 
 SHAPES_CLIP = ROOT / "weights" / "shapes_reward.pt"
 VERIFIED = 128  # images of each kind that the verifier looks at
+MORE_STEPS = 5  # times the steps of the fine-tuning
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,11 @@ class Change:
     Attributes:
         before: of the starting DDPM.
         after: of the fine-tuned one.
-        real: of real images; None for a distance to them.
         replicates: [R] float64, the difference over bootstrap draws of the images.
     """
 
     before: float
     after: float
-    real: float | None
     replicates: Tensor
 
 
@@ -93,6 +94,15 @@ def pooled(changes: Sequence[Change], generator: torch.Generator) -> Interval:
     return Interval(estimates.mean().item(), low, high)
 
 
+def level_of(measure: Measure, measured: Mapping[str, Any], name: str) -> float | None:
+    """The measure of some images out of what `run_seed` kept; None for the distance of real ones to themselves."""
+    values, real = measured[name][measure.key].double(), measured["real"][measure.key].double()
+    if not measure.is_frechet:
+        return values.mean().item()
+    number = min(len(values), len(real))
+    return None if name == "real" else frechet_distance(values[:number], real[:number])
+
+
 def change_of(measure: Measure, measured: Mapping[str, Any]) -> Change:
     """Read one measure out of what `run_seed` kept."""
     before, after, real = (measured[name][measure.key].double() for name in ("before", "after", "real"))
@@ -100,11 +110,11 @@ def change_of(measure: Measure, measured: Mapping[str, Any]) -> Change:
     if not measure.is_frechet:
         indices = bootstrap_indices(len(before), generator)
         differences = (after - before)[indices].mean(1)
-        return Change(before.mean().item(), after.mean().item(), real.mean().item(), differences)
+        return Change(before.mean().item(), after.mean().item(), differences)
     number = min(len(before), len(real))
     indices = bootstrap_indices(number, generator)
     now, start = (frechet_resamples(features[:number], real[:number], indices) for features in (after, before))
-    return Change(start.estimate, now.estimate, None, now.replicates - start.replicates)
+    return Change(start.estimate, now.estimate, now.replicates - start.replicates)
 
 
 def whole_shapes(images: Tensor) -> Tensor:
@@ -169,6 +179,13 @@ def seed_config(cfg: Path, overrides: Sequence[str], seed: int, folder: Path) ->
     return config
 
 
+def in_more_steps(config: DDPMConfig) -> DDPMConfig:
+    """The configuration with `MORE_STEPS` times the DDIM steps, up to the DDPM's training steps."""
+    most = len(load_start(config).model.alphas_cumprod)
+    steps = min(MORE_STEPS * config.finetune.ddim_steps, most)
+    return replace(config, finetune=replace(config.finetune, ddim_steps=steps))
+
+
 def run_seed(config: DDPMConfig, folder: Path) -> dict[str, Any]:
     """Train, fine-tune and measure one seed, as far as that has not been done yet."""
     runs, results = Path(config.path.runs), folder / "measured.pt"
@@ -177,23 +194,36 @@ def run_seed(config: DDPMConfig, folder: Path) -> dict[str, Any]:
     if not Path(config.finetune.save).exists():
         finish(finetune(config, begun(runs, FINETUNE), preference_reward, overwrite=False, say=click.echo))
     if not results.exists():
-        found, keep = compare(config, preference_reward), partial(kept, witness=shapes_witness(config))
+        found, longer = (compare(each, preference_reward) for each in (config, in_more_steps(config)))
         parts = {"before": found.before, "after": found.after, "real": found.real}
+        parts |= {"before_longer": longer.before, "after_longer": longer.after}
+        keep = partial(kept, witness=shapes_witness(config))
         write_tensors(results, {name: keep(judged, shown=config.eval.shown) for name, judged in parts.items()})
     return read_tensors(results, "result of a study")
 
 
 def table(seeds: Sequence[int], measured: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The result as a Markdown table, line by line: start -> fine-tuned: difference [95% interval]."""
-    yield "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " | all seeds | real images |"
-    yield "|---" * (len(seeds) + 3) + "|"
+    levels = {
+        f"start, {MORE_STEPS} times the steps": "before_longer",
+        f"fine-tuned, {MORE_STEPS} times the steps": "after_longer",
+        "real images": "real",
+    }
+    titles = [*(f"seed {seed}" for seed in seeds), "all seeds", *levels]
+    yield f"| | {' | '.join(titles)} |"
+    yield "|---" * (len(titles) + 1) + "|"
     for measure in MEASURES:
         if measure.key not in measured[0]["before"]:
             continue
         changes = [change_of(measure, values) for values in measured]
         cells = [_cell([change]) for change in changes] + [_cell(changes)]
-        real = [change.real for change in changes if change.real is not None]
-        yield f"| {measure.title} | {' | '.join(cells)} | {f'{sum(real) / len(real):.3f}' if real else ''} |"
+        cells += [_level([level_of(measure, values, name) for values in measured]) for name in levels.values()]
+        yield f"| {measure.title} | {' | '.join(cells)} |"
+
+
+def _level(levels: Sequence[float | None]) -> str:
+    known = [level for level in levels if level is not None]
+    return f"{sum(known) / len(known):.3f}" if known else ""
 
 
 def _cell(changes: Sequence[Change]) -> str:

@@ -5,7 +5,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks.ddpm_study import MEASURES, Change, change_of, main, pooled, whole_shapes
+from benchmarks.ddpm_study import MEASURES, Change, change_of, level_of, main, pooled, whole_shapes
 from models.shapes.data import render_scenes
 from tests.ddpm.test_commands import SMOKE
 from tests.ddpm.tiny_ddpm import write_tiny_ddpm
@@ -18,7 +18,7 @@ def generator():
 
 
 def change(difference, replicates):
-    return Change(0.0, difference, None, torch.as_tensor(replicates, dtype=torch.float64))
+    return Change(0.0, difference, torch.as_tensor(replicates, dtype=torch.float64))
 
 
 def test_the_interval_of_one_run_is_that_of_its_images():
@@ -40,8 +40,11 @@ def test_a_change_is_that_of_the_values():
     far = {"reward": side["reward"] + 0.5, "thumbnails": side["thumbnails"] + torch.tensor([3.0, 4.0])}
     measured = {"before": side, "after": far, "real": side}
     found = change_of(REWARD, measured)
-    assert (found.before, found.after, found.real) == pytest.approx((2.0, 2.5, 2.0))
+    assert (found.before, found.after) == pytest.approx((2.0, 2.5))
+    assert [level_of(REWARD, measured, name) for name in measured] == pytest.approx([2.0, 2.5, 2.0])
     assert torch.allclose(found.replicates, torch.tensor(0.5).double())
+    assert level_of(FRECHET, measured, "after") == pytest.approx(25.0)
+    assert level_of(FRECHET, measured, "real") is None
     moved = change_of(FRECHET, measured)
     assert moved.before == pytest.approx(0.0, abs=1e-9)
     assert moved.after == pytest.approx(25.0)  # equal covariances: the squared distance of the means
