@@ -1,8 +1,8 @@
 """Train the small unconditional DDPM of the shapes world: `python -m models.shapes.train_ddpm`.
 
 Writes `src/shapes_ddpm`, a diffusers pipeline folder of 32x32 images, in float16: what `configs/shapes.yaml` starts
-from. It is stopped early on purpose, so that fine-tuning it has something to gain. About 6 minutes on one core; run the
-same command again to resume.
+from. It is small and stopped early on purpose, so that fine-tuning it has something to gain. About 17 minutes on one
+core; run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def velocity_error(network: UNet2DModel, clean: Tensor, alphas_cumprod: Tensor, 
     return functional.mse_loss(network(noisy.to(device), timesteps.to(device)).sample, velocity.to(device))
 
 
-@training_command(output="src/shapes_ddpm", steps=1500, images=10_000, batch=32, learning_rate=1e-3, seed=100)
+@training_command(output="src/shapes_ddpm", steps=5000, images=10_000, batch=32, learning_rate=1e-3, seed=100)
 def main(
     output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
 ) -> None:
