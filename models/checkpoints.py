@@ -23,7 +23,7 @@ BOOKKEEPING = re.compile(
     r"|_codecs\.encode|typing\.Any"
 )
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
-UNREADABLE = (RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
+UNREADABLE = (RuntimeError, ValueError, EOFError, IndexError, pickle.UnpicklingError)
 
 
 class _StandIn:
@@ -92,7 +92,7 @@ def _tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not the named tensors of a model.")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def looks_like(path: Path) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from errors import InputError
@@ -99,9 +100,11 @@ def save_pixel_diffusion(network: UNet2DModel, scheduler_config: Mapping[str, An
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise InputError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 def _folder(spec: str) -> Path:

@@ -16,7 +16,7 @@ from training.snapshot import write_atomically
 
 NAME = re.compile(r"policy-step(\d{6,})\.pt")
 BEST_NAME = "policy-best.pt"
-UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)

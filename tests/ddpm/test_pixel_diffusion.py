@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from safetensors import SafetensorError
 
 from errors import InputError
+from models.fingerprints import fingerprint
 from models.pixel_diffusion import load_pixel_diffusion, save_pixel_diffusion, to_images
 from tests.ddpm.tiny_ddpm import SHAPE, tiny_network, write_tiny_ddpm
 
@@ -103,6 +106,19 @@ def test_a_folder_that_cannot_be_written_is_an_error(folder, tmp_path):
     config = load_pixel_diffusion(str(folder)).scheduler_config
     with pytest.raises(InputError, match="cannot be written"):
         save_pixel_diffusion(tiny_network(), config, tmp_path / "file" / "ddpm")
+
+
+def test_a_full_disk_leaves_the_ddpm_that_was_there(folder, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")  # what the library raises for it
+
+    before = fingerprint([folder])
+    config = load_pixel_diffusion(str(folder)).scheduler_config
+    monkeypatch.setattr(UNet2DModel, "save_pretrained", full)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left"):
+        save_pixel_diffusion(tiny_network(seed=5), config, folder)
+    assert fingerprint([folder]) == before
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
 def test_samples_become_images_in_range():
