@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from itertools import permutations
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from errors import InputError
 from training.ddpm.data import augmented, faded, read_folder, render_images, shares, to_unit, under_noise
 
 KEY, SIZE = "path.real_img", (8, 8)
+ORIENTATION, RESOLUTION_UNIT = 0x0112, 0x0128  # EXIF tags
 
 
 def write_images(folder: Path, number: int = 20, size: tuple[int, int] = SIZE, colour=(10, 20, 30)) -> Path:
@@ -80,6 +82,23 @@ def test_broken_files_are_skipped_and_named(tmp_path):
     assert "2 files cannot be read and are skipped" in line
     assert "000.png" in line
     assert "zzz.jpg" in line
+
+
+def test_an_image_with_damaged_exif_data_is_kept_as_it_is(tmp_path):
+    write_images(tmp_path)
+    turned = Image.new("RGB", (8, 8), (200, 0, 0))
+    exif = turned.getexif()
+    exif[ORIENTATION], exif[RESOLUTION_UNIT] = 6, 2
+    turned.save(tmp_path / "zzz.jpg", exif=exif)
+    data, unit = (tmp_path / "zzz.jpg").read_bytes(), RESOLUTION_UNIT.to_bytes(2, "big")
+    damaged = data.replace(unit + b"\x00\x03", unit + b"\x00\x02")  # its type: a text instead of a number
+    assert damaged != data
+    (tmp_path / "zzz.jpg").write_bytes(damaged)
+    with Image.open(tmp_path / "zzz.jpg") as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    found = read(tmp_path)
+    assert len(found.images) == 21
+    assert found.images[-1].float().mean((1, 2)).tolist() == pytest.approx([200, 0, 0], abs=3)
 
 
 def test_folders_that_cannot_be_used_are_explained(tmp_path):

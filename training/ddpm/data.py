@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from errors import InputError
 from models.shapes.data import render_scenes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+DAMAGED_EXIF = (struct.error, ValueError, TypeError, KeyError, SyntaxError, ZeroDivisionError)
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
 SHOWN = 3  # file names in a message
 FEWEST = 20  # images that can be shared out and say something
@@ -92,11 +94,19 @@ def _decode(file: Path, size: tuple[int, int]) -> _Decoded | str:
         with Image.open(file) as image:
             was = (image.height, image.width)
             mode = image.mode
-            upright = ImageOps.exif_transpose(image)
-            fitted = ImageOps.fit(_to_rgb(upright), (size[1], size[0]), Image.Resampling.BICUBIC)
+            image.load()
+            fitted = ImageOps.fit(_to_rgb(_upright(image)), (size[1], size[0]), Image.Resampling.BICUBIC)
             return _Decoded(np.asarray(fitted), was, mode)
     except UNREADABLE as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say; as it is where these are damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except DAMAGED_EXIF:
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
