@@ -231,7 +231,7 @@ def _parse_overrides(overrides: Iterable[str], faults: list[str]) -> Iterator[tu
     for pair in overrides:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            faults.append(f"{OVERRIDE} {pair}: expected section.key=value, for example ppo.steps=200")
+            faults.append(f"{OVERRIDE} {pair}: expected section.key=value")
             continue
         try:
             # OmegaConf's YAML reads 7e-5 as a number, as everybody means it; plain YAML 1.1 reads a string.

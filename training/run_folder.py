@@ -47,7 +47,7 @@ class RunFolder:
             for part in (folder.config.parent, folder.logs, folder.checkpoints, folder.samples):
                 part.mkdir()
         except OSError as error:
-            raise InputError(f"{error.filename}: cannot be made ({error.strerror}); see run.output_root") from error
+            raise InputError(f"{error.filename}: cannot be made ({error.strerror})") from error
         return folder
 
     @classmethod

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from errors import InputError
 from training.checkpoint import CheckpointFormat, newest_checkpoint, step_path
-from training.configuration import config_hash, to_plain, to_yaml
+from training.configuration import config_hash, raise_all, to_plain, to_yaml, value_of
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.interrupts import Interrupts
 from training.run_folder import MetricsLog, RunFolder
@@ -23,6 +23,25 @@ from training.snapshot import write_atomically
 log = logging.getLogger(__name__)
 
 CHECKPOINT = CheckpointFormat("the DDPM job", 1, frozenset({"job", "step", "trainer", "config", "config_hash"}))
+
+
+FIXED = (
+    "seed",
+    "path.real_img",
+    "path.fake_img",
+    "path.ddpm",
+    "path.architecture",
+    "path.rm",
+    "path.preference",
+    "finetune.lora_rank",
+    "finetune.reward",
+    "finetune.prompt",
+    "train_reward.num_img",
+    "train_reward.num_noise",
+    "train_reward.heldout_share",
+    "train_reward.width",
+)
+"""What a resumed run must have as it began: what is trained, on which data, for which reward."""
 
 
 class EpochTrainer(Protocol):
@@ -80,13 +99,24 @@ def open_run(source: Path, job: str, overrides: tuple[str, ...]) -> Resumed:
     """Find a run by its folder or by one of its checkpoints.
 
     Raises:
-        InputError: there is none, it belongs to the other command, or its checkpoint is corrupt.
+        InputError: there is none, it belongs to the other command, its checkpoint is corrupt, or an override changes
+            what a run is made of (`FIXED`).
     """
     folder = RunFolder.open(source)
     state = CHECKPOINT.load(source if source.suffix == ".pt" else newest_checkpoint(folder.checkpoints))
     if state["job"] != job:
         raise InputError(f"{folder.path}: is a run of scripts.{state['job']}; resume it with that command")
-    return Resumed(SCHEMA.load(folder.config, overrides).config, folder, state)
+    config = SCHEMA.load(folder.config, overrides).config
+    before = SCHEMA.build(state["config"], str(folder.path)).config
+    raise_all(
+        [
+            f"{key}={value_of(config, key)!r}: the run in {folder.path} has {value_of(before, key)!r}, which cannot be "
+            "changed on the way; begin a new run"
+            for key in FIXED
+            if value_of(config, key) != value_of(before, key)
+        ]
+    )
+    return Resumed(config, folder, state)
 
 
 class EpochRun:
@@ -149,7 +179,7 @@ class EpochRun:
                     bar.update()
         finally:
             events.close()
-        if self.trainer.completed_steps % self.plan.save_interval:
+        if self.trainer.completed_steps == 0 or self.trainer.completed_steps % self.plan.save_interval:
             self._save()
         return self.trainer.completed_steps == epochs
 
