@@ -7,16 +7,16 @@ from torch import Tensor
 
 from training.ddpm.config import DDPMConfig
 from training.ddpm.rollout import ImageReward
-from training.ppo.rewards import RewardHPS
+from training.ppo.rewards import load_reward
 
 
 def preference_reward(config: DDPMConfig, device: torch.device) -> ImageReward:
-    """How well images show finetune.prompt, by the checkpoint at path.preference.
+    """How well images show finetune.prompt, by the reward that path.preference names.
 
     Raises:
-        InputError: the checkpoint is missing or malformed.
+        InputError: its files are missing or malformed.
     """
-    judge = RewardHPS(config.path.preference, device=device, batch_size=config.finetune.microbatch)
+    judge = load_reward(config.path.preference, device=device, batch_size=config.finetune.microbatch)
 
     def score(images: Tensor) -> Tensor:
         return judge.score(images, [config.finetune.prompt] * len(images))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,10 @@ from models.shapes.data import render_scenes
 from tests.ddpm.tiny_ddpm import tiny_overrides, write_tiny_ddpm
 from training.configuration import to_plain
 from training.ddpm.config import SCHEMA, judge_file, reward_file
+from training.ddpm.jobs import heldout_real_images
 from training.ddpm.reward_model import load_classifier
+from training.ddpm.run import EpochRun
+from training.interrupts import EXIT_INTERRUPTED
 from training.run_folder import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -182,6 +187,8 @@ def test_own_folders_of_images_are_used_as_they_are(done, tmp_path):
     [
         ("finetune", "finetune.eta=0", "DDIM is then deterministic"),
         ("finetune", "finetune.ddim_steps=101", "the DDPM has 100 training steps; use 2 to 100"),
+        ("finetune", "seed=9223372036854775808", "seed"),
+        ("finetune", "path.rm=.", "the reward model's path . names no file"),
         ("finetune", "device=gpu", "Unknown device 'gpu'. Known: auto, cpu, cuda"),
         ("finetune", "finetune.microbatch=3", "does not divide the 4 images"),
         ("finetune", "finetune.epochs=3", "unknown key finetune.epochs; did you mean finetune.num_epochs?"),
@@ -208,13 +215,79 @@ def test_a_run_never_saves_over_the_ddpm_it_starts_from(done):
     folder, _, _ = done
     for save in (folder / "start", folder / "start" / "unet", folder):
         assert "never overwritten" in fails("finetune", *smoke(folder, f"finetune.save={save}"), "--overwrite")
+    weights = folder / "start" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = fingerprint([folder / "start"])
+    for key in ("train_reward.save", "path.judge"):
+        said = fails("train_reward_model", *smoke(folder, f"{key}={weights}"), "--overwrite")
+        assert "never overwritten" in said
+        alone = fails("train_reward_model", *smoke(folder, f"path.ddpm={weights}", f"{key}={weights}"), "--overwrite")
+        assert "never overwritten" in alone
+    assert fingerprint([folder / "start"]) == before
 
 
-def test_the_preference_reward_of_the_main_job_is_asked_for_its_checkpoint(done, tmp_path):
+def test_a_ddpm_that_diverged_is_not_written(done, tmp_path):
     folder, _, _ = done
-    asked = ("finetune.reward=preference", f"path.preference={tmp_path / 'none.pt'}", "finetune.prompt='a red star'")
+    runs = f"path.runs={tmp_path / 'runs'}"
+    wild = (runs, "finetune.lr=1e30", "finetune.num_epochs=1", f"finetune.save={tmp_path / 'wild'}")
+    for interval in (0, 1):
+        said = fails("finetune", *smoke(folder, *wild, f"finetune.eval_interval={interval}"))
+        assert "not finite: the DDPM has diverged" in " ".join(said.split())
+        assert not (tmp_path / "wild").exists()
+
+
+def test_a_run_goes_on_with_what_it_began_with(done, tmp_path):
+    folder, _, _ = done
+    run = run_of(folder, "finetune")
+    other = write_tiny_ddpm(tmp_path / "other", beta_end=0.05)
+    for change in (f"path.ddpm={other}", "seed=1", "finetune.lora_rank=2"):
+        said = fails("finetune", "--resume", run, "--overwrite", "--override", change)
+        assert "cannot be changed on the way" in " ".join(said.split())
+    succeeds("finetune", "--resume", run, "--overwrite", "--override", "finetune.lr=2e-4")
+
+
+def test_an_interrupt_before_the_first_epoch_leaves_something_to_go_on_with(done, tmp_path, monkeypatch):
+    folder, _, _ = done
+    look = EpochRun._look
+
+    def interrupted(self, events):
+        os.kill(os.getpid(), signal.SIGINT)
+        return look(self, events)
+
+    own = (f"path.runs={tmp_path / 'runs'}", f"finetune.save={tmp_path / 'late'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochRun, "_look", interrupted)
+        stopped = call("finetune", *smoke(folder, *own))
+    assert stopped.exit_code == EXIT_INTERRUPTED, stopped.output
+    (run,) = (tmp_path / "runs").iterdir()
+    succeeds("finetune", "--resume", run)
+    late, tuned = (
+        load_pixel_diffusion(str(path)).network.state_dict() for path in (tmp_path / "late", folder / "tuned")
+    )
+    assert all(torch.equal(late[name], tuned[name]) for name in tuned)
+
+
+def test_every_seed_holds_the_same_images_of_a_folder_out(tmp_path):
+    """Or a reward model of one seed would have been trained on what another seed calls held out."""
+    (tmp_path / "real").mkdir()
+    for index in range(60):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / "real" / f"{index}.png")
+
+    def heldout(seed):
+        own = (f"path.real_img={tmp_path / 'real'}", "train_reward.num_img=50", f"seed={seed}")
+        return heldout_real_images(SCHEMA.load(SMOKE, own).config, (8, 8))
+
+    assert torch.equal(heldout(0), heldout(1))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [("none.pt", "There are no reward weights"), ("pickscore", "python -m models.assets fetch pickscore")],
+)
+def test_a_reward_of_the_main_job_is_asked_for_its_files(done, tmp_path, reward, message):
+    folder, _, _ = done
+    asked = ("finetune.reward=preference", f"path.preference={reward}", "finetune.prompt='a red star'")
     output = fails("finetune", *smoke(folder, *asked, f"finetune.save={tmp_path / 'new'}"))
-    assert "There are no reward weights" in output
+    assert message in output
 
 
 def test_a_command_without_a_configuration_says_so():

@@ -29,7 +29,7 @@ class Job:
 
 def common_options(command: Command) -> Command:
     """Add --cfg, --override and --device."""
-    command = click.option("--device", help="auto, cpu, cuda, cuda:N or mps (device).")(command)
+    command = click.option("--device", help="auto, cpu, cuda or cuda:N (device).")(command)
     command = click.option(
         "--override",
         "overrides",

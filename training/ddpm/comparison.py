@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from errors import InputError
 from training.ddpm.policy import DenoisingPolicy
 from training.ddpm.rollout import ImageReward, sample_images
 from training.statistics import (
@@ -62,6 +63,16 @@ class Judged:
 def thumbnails_of(images: Tensor) -> Tensor:
     """Means [N, 3 * 4 * 4] over equal parts of images [N, 3, H, W]: colours and where they are, no detail."""
     return functional.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise `InputError` where `values` [N, ...], named `what`, are not all finite."""
+    finite = values.isfinite().reshape(len(values), -1).all(1)
+    if not finite.all():
+        raise InputError(
+            f"{int((~finite).sum())} of {len(values)} {what} are not finite: the DDPM has diverged; fine-tune with a "
+            "lower finetune.lr"
+        )
 
 
 class Comparison:
@@ -126,10 +137,17 @@ class Comparison:
 
     @torch.no_grad()
     def _rated(self, images: Tensor) -> Judged:
-        """Judge images [N, 3, H, W] in [0, 1]."""
+        """Judge images [N, 3, H, W] in [0, 1].
+
+        Raises:
+            InputError: images or scores are not finite.
+        """
+        require_finite(images, "images")
         parts = [part.to(self._device) for part in images.split(self._batch_size)]
-        scores = (torch.cat([rate(part).cpu() for part in parts]) for rate in (self._reward, self._judge))
-        return Judged(images, *scores, thumbnails_of(images))
+        reward, judge = (torch.cat([rate(part).cpu() for part in parts]) for rate in (self._reward, self._judge))
+        require_finite(reward, "rewards")
+        require_finite(judge, "ratings of the judge")
+        return Judged(images, reward, judge, thumbnails_of(images))
 
 
 def _described(name: str, now: float, start: float, difference: Interval) -> dict[str, float]:

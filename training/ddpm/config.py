@@ -27,7 +27,11 @@ class PathConfig:
     )
     rm: str | None = knob(None, "reward model that is trained against; null: train_reward.save")
     judge: str | None = knob(None, "reward model that is never trained against; null: <rm>-judge beside path.rm")
-    preference: str | None = knob(None, "preference checkpoint in open_clip's layout, for finetune.reward=preference")
+    preference: str | None = knob(
+        None,
+        "for finetune.reward=preference, a reward of the main job: a checkpoint in open_clip's layout, pickscore, "
+        "clip_score or aesthetic",
+    )
     runs: str = knob("runs", "folder in which each command makes a folder of its own: tensorboard --logdir runs")
 
 
@@ -61,8 +65,8 @@ class FinetuneConfig:
     )
     kl_coef: float = knob(
         0.0,
-        "weight of KL(policy || starting DDPM), nats summed over the steps; with the classifier's log-odds, advantages "
-        "not normalised and weight 1, the best policy draws as the real images are distributed",
+        "weight of KL(policy || starting DDPM), nats summed over the steps; its gradient is taken at visited states: "
+        "what a step does to the KL of later ones is left out",
         at_least=0,
     )
     grad_clip: float = knob(1.0, "gradients are clipped to this Euclidean norm", above=0)
@@ -123,8 +127,8 @@ class EvalConfig:
 class DDPMConfig:
     """One configuration for train_reward_model, finetune and eval."""
 
-    seed: int = knob(0, "seed of everything that is random", at_least=0)
-    device: str = knob("auto", "auto, cpu, cuda, mps, or cuda:N")
+    seed: int = knob(0, "seed of everything that is random", at_least=0, below=2**63)
+    device: str = knob("auto", "auto, cpu, cuda, or cuda:N")
     path: PathConfig = field(default_factory=PathConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     train_reward: TrainRewardConfig = field(default_factory=TrainRewardConfig)
@@ -174,14 +178,32 @@ def _batch_disagreements(finetune: FinetuneConfig) -> Disagreements:
         )
 
 
+def _overlap(source: str | None, output: Path) -> bool:
+    """Whether to write `output` could change what is read from `source`."""
+    if source is None:
+        return False
+    start, saved = Path(source).resolve(), output.resolve()
+    return start == saved or start in saved.parents or saved in start.parents
+
+
 def _file_disagreements(config: DDPMConfig) -> Disagreements:
-    start, saved = Path(config.path.ddpm).resolve(), Path(config.finetune.save).resolve()
-    if start == saved or start in saved.parents or saved in start.parents:
-        yield (
-            {"path.ddpm", "finetune.save"},
-            f"finetune.save={config.finetune.save} and path.ddpm={config.path.ddpm} overlap: "
-            "the DDPM that a run starts from is never overwritten",
-        )
+    if not reward_file(config).name:
+        yield {"path.rm", "train_reward.save"}, f"the reward model's path {reward_file(config)} names no file"
+        return
+    written = {
+        "finetune.save": Path(config.finetune.save),
+        "train_reward.save": Path(config.train_reward.save),
+        "path.rm": reward_file(config),
+        "path.judge": judge_file(config),
+    }
+    for source in ("ddpm", "architecture"):
+        for key, output in written.items():
+            if _overlap(getattr(config.path, source), output):
+                yield (
+                    {f"path.{source}", key, "train_reward.save"},
+                    f"{key}={output} and path.{source}={getattr(config.path, source)} overlap: "
+                    "the DDPM that a run starts from is never overwritten",
+                )
     if judge_file(config).resolve() == reward_file(config).resolve():
         yield {"path.rm", "path.judge"}, "path.judge and path.rm are one file: a judge must never be trained against"
     if config.finetune.reward == PREFERENCE and not (config.path.preference and config.finetune.prompt):

@@ -16,7 +16,7 @@ from models.devices import resolve_device
 from models.pictures import contact_sheet, to_pixels
 from models.pixel_diffusion import PixelDiffusion, load_pixel_diffusion, save_pixel_diffusion
 from training.configuration import to_yaml
-from training.ddpm.comparison import Comparison, Judged, comparison_lines
+from training.ddpm.comparison import Comparison, Judged, comparison_lines, require_finite
 from training.ddpm.config import PREFERENCE, RENDERED, SAMPLED, DDPMConfig, judge_file, reward_file
 from training.ddpm.data import ImageSet, Shares, read_folder, render_images, shares, to_unit
 from training.ddpm.networks import merged, trained_copy
@@ -33,6 +33,7 @@ TRAIN_REWARD_MODEL, FINETUNE, EVALUATE = "train_reward_model", "finetune", "eval
 FASTEST_LAYOUT = torch.channels_last  # of the networks' convolutions: on 2 cores a step of training takes 12% less
 DDPM_ENTRIES = {"model_index.json", "scheduler", "unet"}  # of a folder that `save_pixel_diffusion` wrote
 SHOWN = 3  # names in a message
+FOLDER_SEED = 0  # with the run's own seed, what one run holds out would have trained another run's reward model
 
 Say = Callable[[str], None]
 PreferenceReward = Callable[[DDPMConfig, torch.device], ImageReward]
@@ -60,6 +61,8 @@ def load_start(config: DDPMConfig) -> Start:
         InputError: the DDPM or the device is not there, or has fewer training steps than finetune.ddim_steps.
     """
     device = resolve_device(config.device)
+    if device.type == "mps":
+        raise InputError("device=mps: log-probabilities are summed in float64, which this device lacks; use cpu")
     model = load_pixel_diffusion(config.path.ddpm, config.path.architecture)
     model.network.requires_grad_(False).to(device, memory_format=FASTEST_LAYOUT)
     steps = DDIMSteps(model.alphas_cumprod, config.finetune.ddim_steps, config.finetune.eta)
@@ -72,6 +75,11 @@ def real_images(config: DDPMConfig, size: tuple[int, int]) -> ImageSet:
     if config.path.real_img == RENDERED:
         return render_images(number, size, config.seed)
     return _folder_images(config, "path.real_img", config.path.real_img, size)
+
+
+def heldout_real_images(config: DDPMConfig, size: tuple[int, int]) -> Tensor:
+    """Real images [M, 3, H, W] in [0, 1] that neither classifier was trained on."""
+    return to_unit(_shares(config, real_images(config, size)).heldout)
 
 
 def fake_images(config: DDPMConfig, start: Start) -> ImageSet:
@@ -89,7 +97,7 @@ def fake_images(config: DDPMConfig, start: Start) -> ImageSet:
 
 def _folder_images(config: DDPMConfig, key: str, folder: str, size: tuple[int, int]) -> ImageSet:
     settings = config.train_reward
-    return read_folder(Path(folder), key, size, settings.num_img, threads=settings.num_workers, seed=config.seed)
+    return read_folder(Path(folder), key, size, settings.num_img, threads=settings.num_workers, seed=FOLDER_SEED)
 
 
 def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite: bool, say: Say) -> bool:
@@ -167,6 +175,9 @@ def finetune(
         run.load(resumed.state)
     if not run.run():
         return False
+    seeds = seeds_of("last look", config.seed, count=settings.microbatch)
+    drawn = sample_images(_policy_of_result(trainer, start), seeds, start.shape, start.device, settings.microbatch)
+    require_finite(drawn, "images of the fine-tuned DDPM")
     result = merged(trainer.result).to("cpu", memory_format=torch.contiguous_format)  # safetensors writes no other
     save_pixel_diffusion(result, start.model.scheduler_config, target)
     say(f"fine-tuned DDPM: {target}")
@@ -255,7 +266,7 @@ def _comparison(config: DDPMConfig, start: Start, reward: ImageReward, stream: s
     return Comparison(
         reward,
         judge,
-        to_unit(_shares(config, real_images(config, start.model.image_size)).heldout),
+        heldout_real_images(config, start.model.image_size),
         seeds=seeds_of(stream, config.seed, count=config.eval.num_img),
         shape=start.shape,
         batch_size=config.eval.batch_size,
@@ -264,11 +275,16 @@ def _comparison(config: DDPMConfig, start: Start, reward: ImageReward, stream: s
     )
 
 
+def _policy_of_result(trainer: DDPMTrainer, start: Start) -> DenoisingPolicy:
+    """The network that would be kept now, as a policy."""
+    return DenoisingPolicy(trainer.result, start.model, start.steps)
+
+
 def _watch(config: DDPMConfig, start: Start, trainer: DDPMTrainer, reward: ImageReward) -> Callable[[], Observation]:
     comparison = _comparison(config, start, reward, "watch")
 
     def observe() -> Observation:
-        now = comparison.judged(DenoisingPolicy(trainer.result, start.model, start.steps))
+        now = comparison.judged(_policy_of_result(trainer, start))
         metrics = comparison.against_start(now)
         return Observation(metrics, tuple(comparison_lines(metrics)), now.images[: config.eval.shown])
 
@@ -276,7 +292,9 @@ def _watch(config: DDPMConfig, start: Start, trainer: DDPMTrainer, reward: Image
 
 
 def _shares(config: DDPMConfig, images: ImageSet) -> Shares:
-    return shares(images.images, config.train_reward.heldout_share, config.seed)
+    """Who gets which images. Scenes are rendered anew for every seed; a folder is shared out alike for all of them."""
+    seed = config.seed if config.path.real_img == RENDERED else FOLDER_SEED
+    return shares(images.images, config.train_reward.heldout_share, seed)
 
 
 def _folder(config: DDPMConfig, job: str, resumed: Resumed | None) -> RunFolder:

@@ -24,7 +24,7 @@ from training.ddpm.rollout import seeds_of
 REWARD, JUDGE = "reward", "judge"
 REWARD_METRICS: Mapping[str, str] = {
     "<model>/loss": "smoothed cross-entropy in nats, mean over the epoch's updates; <model> is reward or judge",
-    "<model>/heldout_accuracy": "share of held-out images (real, fake, under noise) on the right side of even odds",
+    "<model>/heldout_accuracy": "share of held-out images (real, fake, spoiled) on the right side of even odds",
     "<model>/heldout_cross_entropy": "cross-entropy in nats on them, without smoothing",
     "<model>/heldout_calibration_error": "expected calibration error on them, in [0, 1]; 0 is best",
 }
@@ -46,7 +46,7 @@ class RewardTrainer:
         """Start with untrained classifiers.
 
         Args:
-            real: images of label 1; under noise their label is 0.
+            real: images of label 1; under noise or faded their label is 0.
             fake: images of label 0.
             settings: section `train_reward` of the configuration.
             seed: of the weights, the order and the noise.

@@ -33,8 +33,9 @@ METRICS: Mapping[str, str] = {
     "kl": "KL(policy || starting DDPM) in nats, summed over the steps, mean over the updates; only with a KL weight",
     "gradient_norm": "Euclidean norm of the gradient before clipping, mean over the updates",
     "first_pass_ratio_error": "largest |ratio - 1| of any step before the first update: 0, or something is wrong",
-    "clip_fraction": "share of ratios outside the clip range, mean over the updates",
-    "approximate_kl": "KL(rollout policy || policy) in nats of one ratio's actions, mean over the updates",
+    "clip_fraction": "share of ratios outside the clip range as an update finds them, mean over the updates; with one "
+    "update an epoch 0",
+    "approximate_kl": "KL(rollout policy || policy) in nats of one ratio's actions, likewise",
 }
 """Every metric of an epoch with its meaning; beside these `seconds/rollout`, `seconds/update` and `seconds/step`."""
 
@@ -208,7 +209,8 @@ class DDPMTrainer:
             self.policy.network.load_state_dict(state["network"])
         except RuntimeError as error:
             raise InputError(
-                f"the checkpoint's network is another one; resume with the run's path.ddpm and lora_rank: {error}"
+                "the checkpoint's network is another one than that of path.ddpm, which has changed since: "
+                f"{str(error).splitlines()[0]}"
             ) from error
         if (self.average is None) != (state["average"] is None):
             raise InputError(
@@ -237,7 +239,8 @@ class DDPMTrainer:
         if not rewards.isfinite().all():
             raise InputError(
                 f"epoch {self.completed_steps + 1}: {int((~rewards.isfinite()).sum())} of {len(rewards)} rewards are "
-                "not finite: the update before went too far; lower finetune.lr and resume from the last checkpoint"
+                "not finite: the update before went too far; lower finetune.lr, and resume from a "
+                "checkpoint, if there is one"
             )
         return rewards
 
@@ -282,7 +285,7 @@ class DDPMTrainer:
         if not norm.isfinite():
             raise InputError(
                 f"epoch {self.completed_steps + 1}: the norm of the gradient is {norm.item()}: the update before went "
-                "too far; lower finetune.lr or finetune.passes, and resume from the last checkpoint"
+                "too far; lower finetune.lr or finetune.passes, and resume from a checkpoint, if there is one"
             )
         self.optimizer.step()
         if self.average is not None:
