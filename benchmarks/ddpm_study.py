@@ -82,8 +82,8 @@ def pooled(changes: Sequence[Change], generator: torch.Generator) -> Interval:
     """The mean difference of several runs with its 95% interval, by a bootstrap in two stages: runs, then their images.
 
     Of one run it is the bootstrap over its images. Of a few it is too narrow: n runs drawn anew spread less than n new
-    runs would, by sqrt((n - 1) / n), and Student's tails are missing. Replicates are laid about their estimate: a Frechet
-    distance of resampled rows is biased upwards.
+    runs would, by sqrt((n - 1) / n), and Student's tails are missing. Replicates are laid about their estimate: a
+    Frechet distance of resampled rows is biased upwards.
     """
     estimates = torch.tensor([change.after - change.before for change in changes], dtype=torch.float64)  # [n]
     spread = torch.stack([change.replicates - change.replicates.mean() for change in changes])  # [n, R]
