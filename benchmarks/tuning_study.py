@@ -44,10 +44,9 @@ from benchmarks.tuning_results import (
     watched,
 )
 from benchmarks.tuning_runs import SCHEMA, Outcome, PlannedRun, Study, begun, carry_out, plan_runs, require_alike
-from errors import InputError, shows_input_errors
+from errors import EXIT_INTERRUPTED, InputError, shows_input_errors
 from training.configuration import to_plain
 from training.evaluation import Store
-from training.interrupts import EXIT_INTERRUPTED
 from training.ppo.figures import COLOURS, GRID
 from training.snapshot import write_atomically
 from training.statistics import Interval

@@ -12,7 +12,7 @@ from errors import InputError
 PROMPT_COLUMN = "text"
 MAXIMUM_SEED = 2**63 - 1
 MAXIMUM_SEEDS = 1_000_000  # a mistyped range must not fill the memory
-SEED_RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+SEED_RANGE = re.compile(r"(\d{1,30})(?:-(\d{1,30}))?", re.ASCII)  # Python refuses to read thousands of digits
 
 
 def read_prompts(path: str | Path) -> list[str]:

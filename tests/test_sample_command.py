@@ -20,6 +20,7 @@ from models.pictures import to_pixels
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable, epd_sampler
 from tests.tiny_pipeline import save_tiny_pipeline
+from training import image_folder
 from training.snapshot import save_snapshot
 
 TABLE = EPDTable(
@@ -154,6 +155,22 @@ def test_existing_images_are_replaced_and_no_other_file_is_left(pipeline, tmp_pa
         enlarged = image.repeat(8, axis=0).repeat(8, axis=1)
         found = [left for left in range(sheet.shape[1] - 127) if (sheet[-136:-8, left : left + 128] == enlarged).all()]
         assert len(found) == 1
+
+
+def test_after_an_interrupt_the_log_speaks_of_the_new_images_alone(pipeline, tmp_path, monkeypatch):
+    common = ("--model_path", pipeline, "--num-steps", "3", "--prompt", "a dog", "--seeds", "0-3", "--batch", "2")
+    assert run(*common, "--outdir", tmp_path, "--solver", "ddim").exit_code == 0
+    drawn, calls = image_folder._drawn, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return drawn(*arguments)
+
+    monkeypatch.setattr(image_folder, "_drawn", interrupted)
+    assert run(*common, "--outdir", tmp_path, "--solver", "heun").exit_code == 130
+    assert [(line["seed"], line["solver"]) for line in records(tmp_path)] == [(0, "heun"), (1, "heun")]
 
 
 def test_overrides_are_honoured_and_said(pipeline, predictor, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from errors import InputError
 from models.denoiser import Denoiser
 from models.generate import generate
 from models.pictures import contact_sheet, file_stem, png_text, to_pixels
@@ -64,12 +65,13 @@ class Job:
 def draw(job: Job, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Callable[[str], None]) -> list[ImageRecord]:
     """Draw every image of the job into `folder`, with images.jsonl and, if asked for, a contact sheet grid.png.
 
-    Files of the same names are replaced, each at once; images appear batch by batch. An image whose latents are not
-    finite is written as it decodes with zeros in their place, marked in its record and reported through `note`.
-    Raises InputError where a file cannot be written.
+    Files of the same names are replaced, each at once; images and their lines appear batch by batch. An image whose
+    latents are not finite is written as it decodes with zeros in their place, marked in its record and reported through
+    `note`. Raises InputError where a file cannot be written.
     """
     pairs = [(number, prompt, seed) for number, prompt in enumerate(job.prompts) for seed in job.seeds]
     records: list[ImageRecord] = []
+    _log(folder, [], mode="w")  # what it said of images that are replaced now
     kept: list[np.ndarray] = []
     with tqdm(total=len(pairs), unit="image") as bar:
         for start in range(0, len(pairs), job.batch_size):
@@ -78,16 +80,26 @@ def draw(job: Job, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Calla
             for (number, prompt, seed), image, is_finite in zip(batch, pixels, finite, strict=True):
                 records.append(_record(job, number, prompt, seed, finite=is_finite))
                 write_atomically(folder / records[-1].file, _png(image, records[-1]))
+            _log(folder, records[start:], mode="a")
             kept.extend(pixels if sheet else ())
             bar.update(len(batch))
-    lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
-    write_atomically(folder / LOG_NAME, lines.encode())
     if sheet:
         rows = [kept[start : start + len(job.seeds)] for start in range(0, len(kept), len(job.seeds))]
         write_sheet(folder / SHEET_NAME, rows, job.prompts, [f"seed {seed}" for seed in job.seeds])
     if lost := sum(not record.finite for record in records):
         note(f"{lost} of {len(records)} images are not finite: the solver exploded there (see `finite` in {LOG_NAME})")
     return records
+
+
+def _log(folder: Path, records: Sequence[ImageRecord], *, mode: str) -> None:
+    """Write records to images.jsonl, anew (mode w) or at its end (a)."""
+    lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOG_NAME).open(mode, encoding="utf-8") as file:
+            file.write(lines)
+    except OSError as error:
+        raise InputError(f"{folder / LOG_NAME}: cannot be written ({error.strerror})") from error
 
 
 def write_sheet(

@@ -9,7 +9,6 @@ from typing import Any
 from tqdm import tqdm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-EXIT_INTERRUPTED = 130
 
 
 class Interrupts:

@@ -11,10 +11,9 @@ from typing import TypeVar
 
 import click
 
-from errors import InputError
+from errors import EXIT_INTERRUPTED, InputError
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.ddpm.run import Resumed, open_run
-from training.interrupts import EXIT_INTERRUPTED
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
