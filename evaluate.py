@@ -48,7 +48,7 @@ EXAMPLES = """
 \b
 Examples:
   python evaluate.py --model shapes --solvers epd,ddim,heun,dpm2,dpmpp,ipndm --nfe 4,6,8,12,20
-  python evaluate.py --solvers epd,dpmpp,dpmpp:2 --nfe 4,8 --predictor_path 2 --baseline classical --baseline dpmpp@8
+  python evaluate.py --solvers epd,dpmpp,dpmpp:2 --nfe 4,8 --predictor_path 1 --baseline classical --baseline dpmpp@8
 
 Every measurement is kept: the same call again is quick, and one that was stopped goes on.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -122,7 +123,7 @@ def test_an_interrupted_run_resumes_by_its_number_and_ends_in_the_same_table(pip
         return step(refinement)
 
     monkeypatch.setattr(Refinement, "step", interrupted)
-    assert run(*small(pipeline)).exit_code == 1
+    assert run(*small(pipeline)).exit_code == 130
     monkeypatch.undo()
     monkeypatch.chdir(workplace)
     assert "contradicts" in refusal(run("--resume", 1, "--lr", 0.5))
@@ -133,6 +134,30 @@ def test_an_interrupted_run_resumes_by_its_number_and_ends_in_the_same_table(pip
     assert resumed.with_suffix(".json").read_bytes() == whole.with_suffix(".json").read_bytes()
     assert (resumed.parent / "stats.jsonl").read_bytes() == (whole.parent / "stats.jsonl").read_bytes()
     assert "finished" in refusal(run("--resume", 1))
+
+
+def test_a_run_whose_prompts_have_changed_is_not_resumed(pipeline, workplace, monkeypatch):
+    def interrupted(refinement):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Refinement, "step", interrupted)
+    assert run(*small(pipeline)).exit_code == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    Path("prompts.txt").write_text("something else\n")
+    assert "belongs to other prompts" in refusal(run("--resume", 0, "--device", "cpu"))
+
+
+def test_a_first_table_without_a_finite_loss_is_an_error(pipeline, workplace, monkeypatch):
+    monkeypatch.setattr(Refinement, "held_out_loss", lambda refinement: float("nan"))
+    assert "the held-out loss of the first table is nan" in refusal(run(*small(pipeline)))
+
+
+def test_an_untrained_table_is_finished_when_it_is_there(workplace):
+    assert run("--dataset_name", "shapes", "--num_steps", 3, "--init-only").exit_code == 0
+    before = find_snapshot(0).read_bytes()
+    assert "finished" in refusal(run("--resume", 0))
+    assert find_snapshot(0).read_bytes() == before
 
 
 @pytest.mark.parametrize(

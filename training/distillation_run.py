@@ -130,6 +130,7 @@ class Options:
             **{key: getattr(self, key) for key in (*keys, "scale_dir", "scale_time")},
             "guidance_type": "uncond" if guidance == 1 else "cfg",
             "guidance_rate": guidance,
+            **({"model_path": self.model_path} if self.model_path else {}),
             **known,
         }
 
@@ -225,6 +226,8 @@ def distil(folder: Path, options: Options, denoiser: Denoiser, prompts: list[str
 
 def is_finished(folder: Path, options: Options) -> bool:
     """Whether there is nothing left to do."""
+    if options.init_only:
+        return (folder / "network-snapshot-000000.pkl").exists()
     return _last_snapshot(folder, options).exists() and not (folder / STATE).exists()
 
 
@@ -266,9 +269,12 @@ def _taught(
 ) -> Trajectories:
     """The teacher's trajectories, from the file if they are there."""
     if file.exists():
-        return Trajectories(prompts, _load(file)["states"].to(task.denoiser.device))
+        state = _load(file)
+        if state.get("prompts") != prompts:
+            raise InputError(f"{file}: belongs to other prompts; the prompt file has changed since the run began")
+        return Trajectories(prompts, state["states"].to(task.denoiser.device))
     trajectories = teacher_trajectories(task, sampler, teacher_sigmas, prompts, seeds)
-    _save(file, {"states": trajectories.states.cpu()})
+    _save(file, {"states": trajectories.states.cpu(), "prompts": prompts})
     return trajectories
 
 
@@ -301,6 +307,10 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
         if refinement.done % UPDATES_PER_CHECK == 0 or refinement.done == refinement.updates:
             table, loss = refinement.predictor.table(), refinement.held_out_loss()
             line |= {"held_out": loss, "r": table.positions.tolist(), "w": table.weights.tolist()}
+            if not best and not math.isfinite(loss):
+                raise InputError(
+                    f"{folder}: the held-out loss of the first table is {loss}: the teacher or the search diverged"
+                )
             if loss < best_loss:
                 best_loss, best = loss, refinement.state_dict()["parameters"]
             bar.set_postfix(held_out=f"{loss:.4f}", best=f"{best_loss:.4f}")
