@@ -132,6 +132,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise InputError(f"{path}, line {number}: no JSON object ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise InputError(f"{path}, line {number}: no row of metrics: it needs a whole number `step`")
         rows.append(row)
     return rows
 

@@ -24,7 +24,16 @@ USUAL_RHO = {"polynomial": 7.0, "time_uniform": 1.0, "discrete": 1.0}
 
 CLASSICAL = tuple(name for name in SAMPLERS if name != "epd")
 # The grids that a classical solver is tried at: guided few-step sampling prefers smaller exponents than the usual 7.
-TRIED_SCHEDULES = ("polynomial:3", "polynomial:5", "polynomial", "logsnr", "time_uniform", "discrete")
+TRIED_SCHEDULES = (
+    "polynomial:3",
+    "polynomial:4",
+    "polynomial:5",
+    "polynomial:6",
+    "polynomial",
+    "logsnr",
+    "time_uniform",
+    "discrete",
+)
 MULTISTEP_ORDERS = {"dpmpp": (1, 2, 3), "ipndm": (1, 2, 3, 4)}  # orders that can be asked for, the last is the default
 
 # Worlds that the public EPD code base calls by their data, and the model each stands for.
@@ -87,8 +96,8 @@ class Predictor:
 
     @property
     def model(self) -> str | None:
-        """The registered model that it was made for; None where the file does not say."""
-        return MODEL_OF_DATASET.get(self.dataset_name, self.dataset_name)
+        """The model that it was made for, by name or path; None where the file does not say."""
+        return self._text("model_path") or MODEL_OF_DATASET.get(self.dataset_name, self.dataset_name)
 
     @property
     def guidance_scale(self) -> float | None:

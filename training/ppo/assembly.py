@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from errors import InputError
 from models.denoiser import Denoiser
@@ -240,11 +241,10 @@ def build(start: Start, fabric: Fabric) -> Parts:
         amp_dtype=_amp_dtype(config, fabric.device),
         tokenizer_folder=config.reward.cache_dir,
     )
-    low, high = start.predictor.sigma_range(denoiser)
-    model, ppo = config.model, config.ppo
+    ppo = config.ppo
     runner = RLRunner(
         denoiser,
-        get_schedule(model.schedule_type, model.num_steps, low, high, rho=model.schedule_rho, denoiser=denoiser),
+        _grid(start, denoiser),
         reward,
         group_size=ppo.rloo_k,
         shared_noise=ppo.shared_noise,
@@ -270,6 +270,23 @@ def build(start: Start, fabric: Fabric) -> Parts:
         preview_count=config.logging.preview_prompts,
     )
     return Parts(denoiser, trainer, judge, HeldoutWatch(reward))
+
+
+def _grid(start: Start, denoiser: Denoiser) -> Tensor:
+    """The sigmas [num_steps] of the run.
+
+    Raises:
+        InputError: the schedule does not suit the model, or the snapshot's range or exponent is none.
+    """
+    model = start.config.model
+    low, high = start.predictor.sigma_range(denoiser)
+    try:
+        return get_schedule(model.schedule_type, model.num_steps, low, high, rho=model.schedule_rho, denoiser=denoiser)
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"model.schedule_type={model.schedule_type}, model.schedule_rho={model.schedule_rho:g}, "
+            f"sigmas from {low:g} to {high:g} (of {start.predictor.file}): {error}"
+        ) from error
 
 
 def make_policy(start: Start) -> EPDParamPolicy:

@@ -111,13 +111,19 @@ def snapshot_metadata(export: Export) -> dict[str, Any]:
     """The starting snapshot's metadata with the settings that the table was tuned for."""
     model = export.start.config.model
     settled = {name: getattr(model, name) for name in SNAPSHOT_KEYS}
-    return {**export.start.predictor.metadata, **settled, "guidance_rate": guidance_scale(export.start.config)}
+    named = {"model_path": model.model_path} if model.model_path else {}
+    guidance = {"guidance_rate": guidance_scale(export.start.config)}
+    return {**export.start.predictor.metadata, **settled, **named, **guidance}
 
 
 def _chosen(folder: RunFolder, checkpoint: Path | None, *, best: bool) -> Path:
     if best and checkpoint is not None:
         raise InputError("--best and --checkpoint both name a checkpoint: give one of them")
     if checkpoint is not None:
+        if checkpoint.resolve().parent.parent != folder.path.resolve():
+            raise InputError(
+                f"--checkpoint {checkpoint}: is no checkpoint of {folder.path}; name the run that it is of"
+            )
         return checkpoint
     if not best:
         return newest_checkpoint(folder.checkpoints)

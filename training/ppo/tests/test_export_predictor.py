@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,15 @@ def test_best_and_named_checkpoints(folder: RunFolder):
     both = export(folder.path, "--best", "--checkpoint", step_path(folder.checkpoints, 2))
     assert both.exit_code == 2
     assert "give one of them" in both.output
+
+
+def test_a_checkpoint_of_another_run_is_not_exported(folder: RunFolder, tmp_path: Path):
+    other = tmp_path / "other" / "checkpoints"
+    other.mkdir(parents=True)
+    shutil.copy(step_path(folder.checkpoints, 4), other)
+    result = export(folder.path, "--checkpoint", step_path(other, 4))
+    assert result.exit_code == 2
+    assert "is no checkpoint of" in result.output
 
 
 def test_manifest_and_options_say_where_it_came_from(folder: RunFolder, config: Path):
