@@ -116,6 +116,27 @@ def best_path(folder: Path) -> Path:
     return folder / BEST_NAME
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Move the checkpoints after `step`, which a resumed run makes again, to `before-resume-at-stepXXXXXX` in `folder`.
+
+    So the newest and the best checkpoint are always those of the run that goes on.
+
+    Raises:
+        InputError: they cannot be moved.
+    """
+    later = [path for path in list_checkpoints(folder) if int(NAME.fullmatch(path.name)[1]) > step]
+    best = best_path(folder)
+    if best.exists() and read_tensors(best, "checkpoint")["step"] > step:
+        later.append(best)
+    aside = folder / f"before-resume-at-step{step:06d}"
+    try:
+        for path in later:
+            aside.mkdir(exist_ok=True)
+            path.replace(aside / path.name)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be moved ({error.strerror})") from error
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The numbered checkpoints of a folder, the largest step last."""
     found = [(int(match[1]), path) for path in folder.glob("policy-step*.pt") if (match := NAME.fullmatch(path.name))]

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -210,6 +210,25 @@ def to_yaml(config: Any) -> str:
 def config_hash(config: Any) -> str:
     """SHA-256 of the configuration's values, in hexadecimal."""
     return hashlib.sha256(json.dumps(to_plain(config), sort_keys=True).encode()).hexdigest()
+
+
+def refuse_changes(before: Any, now: Any, keys: Iterable[str], files: Collection[str], run: Path) -> None:
+    """Raise `InputError` where a resumed run would no longer be what it began as.
+
+    Args:
+        before: the configuration of the run's checkpoint.
+        now: that of the resumed run.
+        keys: dotted keys that must not change.
+        files: those of them that name files or folders, which may have moved: only their names must not change.
+        run: its folder, for the message.
+    """
+    changed = []
+    for key in keys:
+        old, new = value_of(before, key), value_of(now, key)
+        moved = key in files and old and new and Path(old).name == Path(new).name
+        if old != new and not moved:
+            changed.append(f"{key}={new!r}: the run in {run} has {old!r}, and goes on with that; begin a new run")
+    raise_all(changed)
 
 
 def raise_all(faults: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 import scripts.eval
 import scripts.finetune
 import scripts.train_reward_model
-from errors import InputError
+from errors import EXIT_INTERRUPTED, InputError
 from models.fingerprints import fingerprint
 from models.pixel_diffusion import load_pixel_diffusion
 from models.shapes.data import render_scenes
@@ -26,7 +26,6 @@ from training.ddpm.config import SCHEMA, judge_file, reward_file
 from training.ddpm.jobs import heldout_real_images
 from training.ddpm.reward_model import load_classifier
 from training.ddpm.run import EpochRun
-from training.interrupts import EXIT_INTERRUPTED
 from training.run_folder import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -241,7 +240,7 @@ def test_a_run_goes_on_with_what_it_began_with(done, tmp_path):
     other = write_tiny_ddpm(tmp_path / "other", beta_end=0.05)
     for change in (f"path.ddpm={other}", "seed=1", "finetune.lora_rank=2"):
         said = fails("finetune", "--resume", run, "--overwrite", "--override", change)
-        assert "cannot be changed on the way" in " ".join(said.split())
+        assert "and goes on with that; begin a new run" in " ".join(said.split())
     succeeds("finetune", "--resume", run, "--overwrite", "--override", "finetune.lr=2e-4")
 
 

@@ -13,8 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import InputError
-from training.checkpoint import CheckpointFormat, newest_checkpoint, step_path
-from training.configuration import config_hash, raise_all, to_plain, to_yaml, value_of
+from training.checkpoint import CheckpointFormat, newest_checkpoint, set_aside, step_path
+from training.configuration import config_hash, refuse_changes, to_plain, to_yaml
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.interrupts import Interrupts
 from training.run_folder import MetricsLog, RunFolder
@@ -25,14 +25,10 @@ log = logging.getLogger(__name__)
 CHECKPOINT = CheckpointFormat("the DDPM job", 1, frozenset({"job", "step", "trainer", "config", "config_hash"}))
 
 
+FIXED_FILES = ("path.real_img", "path.fake_img", "path.ddpm", "path.architecture", "path.rm", "path.preference")
 FIXED = (
+    *FIXED_FILES,
     "seed",
-    "path.real_img",
-    "path.fake_img",
-    "path.ddpm",
-    "path.architecture",
-    "path.rm",
-    "path.preference",
     "finetune.lora_rank",
     "finetune.reward",
     "finetune.prompt",
@@ -108,14 +104,7 @@ def open_run(source: Path, job: str, overrides: tuple[str, ...]) -> Resumed:
         raise InputError(f"{folder.path}: is a run of scripts.{state['job']}; resume it with that command")
     config = SCHEMA.load(folder.config, overrides).config
     before = SCHEMA.build(state["config"], str(folder.path)).config
-    raise_all(
-        [
-            f"{key}={value_of(config, key)!r}: the run in {folder.path} has {value_of(before, key)!r}, which cannot be "
-            "changed on the way; begin a new run"
-            for key in FIXED
-            if value_of(config, key) != value_of(before, key)
-        ]
-    )
+    refuse_changes(before, config, FIXED, FIXED_FILES, folder.path)
     return Resumed(config, folder, state)
 
 
@@ -158,6 +147,7 @@ class EpochRun:
             )
         self.trainer.load_state_dict(state["trainer"])
         moved = self._metrics.rewind(self.trainer.completed_steps)
+        set_aside(self.folder.checkpoints, self.trainer.completed_steps)
         if moved:
             log.warning("%d epochs are made again; their log is kept in %s", moved, self.folder.logs)
 

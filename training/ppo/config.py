@@ -25,7 +25,7 @@ class RunConfig:
 
     output_root: str = knob("exps", "folder in which the run's own folder is made")
     run_name: str = knob("ppo", "last part of the run folder's name")
-    seed: int = knob(0, "seed of the policy's draws, the initial noise and the prompt order", at_least=0)
+    seed: int = knob(0, "seed of the policy's draws, the initial noise and the prompt order", at_least=0, below=2**63)
     device: str = knob("auto", "auto, cpu, cuda, mps, or cuda:N; per process")
     num_devices: int = knob(1, "processes per node, one device each; the prompts are split among them", at_least=1)
     num_nodes: int = knob(1, "machines (nodes) of the run", at_least=1)
@@ -106,10 +106,11 @@ class PPOConfig:
     )
     train_scale_dir: bool = knob(False, "also draw scale_dir (log-normal) around the table's")
     train_scale_time: bool = knob(False, "also draw scale_time (log-normal) around the table's")
-    decode_rgb: bool = knob(True, "hand the reward decoded RGB images; every reward here needs them")
+    decode_rgb: bool = knob(True, "as public configurations have it: rewards score decoded RGB images; only true")
     max_rows: int | None = knob(
         None,
-        "most rows (images x points x guidance halves) in one network call, per device; null: by free memory",
+        "most rows (images x points x guidance halves) in one network call, per device; null: all on CUDA, else 64; "
+        "halved where memory does not suffice",
         at_least=1,
     )
     decode_chunk_size: int = knob(8, "latents decoded at once, per device", at_least=1)
@@ -135,7 +136,7 @@ class LoggingConfig:
     eval_count: int = knob(
         64, "held-out images per evaluation: prompts from the top of the file, one image each", at_least=2
     )
-    eval_seed: int = knob(0, "seed of the first held-out image; the next has the next seed", at_least=0)
+    eval_seed: int = knob(0, "seed of the first held-out image; the next has the next seed", at_least=0, below=2**62)
     panel: str | None = knob(
         None, "judge that is never trained on: verifier (shapes), or a reward as weights_path takes it; null: none"
     )
@@ -204,10 +205,32 @@ def apply_snapshot(
                 f"or insist with {OVERRIDE} {key}={ours}"
             )
     raise_all(faults)
+    if loaded.config.model.model_path is None and chosen["dataset_name"] == fixed["dataset_name"]:
+        chosen["model_path"] = metadata.get("model_path")
     return dataclasses.replace(loaded.config, model=dataclasses.replace(loaded.config.model, **chosen)), notes
 
 
 SHAPE_KEYS = ("num_steps", "num_points")
+FIXED_FILES = ("data.predictor_snapshot", "model.model_path", "reward.weights_path", "logging.eval_prompts")
+FIXED = (
+    *FIXED_FILES,
+    "run.seed",
+    "model.dataset_name",
+    "model.guidance_type",
+    "model.guidance_rate",
+    "model.schedule_type",
+    "model.schedule_rho",
+    "reward.mix",
+    "ppo.dirichlet_concentration",
+    "ppo.scale_std",
+    "ppo.train_scale_dir",
+    "ppo.train_scale_time",
+    "logging.eval_count",
+    "logging.eval_seed",
+    "logging.panel",
+)
+"""What a resumed run must have as it began: its start, its reward, and what its held-out scores are compared on."""
+
 SNAPSHOT_KEYS = ("dataset_name", "guidance_type", "guidance_rate", "schedule_type", "schedule_rho")
 
 

@@ -12,14 +12,13 @@ from typing import Any
 import click
 from lightning.fabric import Fabric
 
-from errors import InputError, shows_input_errors
+from errors import EXIT_INTERRUPTED, InputError, shows_input_errors
 from training.checkpoint import newest_checkpoint
 from training.command_line import SeveralPairs
-from training.configuration import to_plain, to_yaml
-from training.interrupts import EXIT_INTERRUPTED
+from training.configuration import refuse_changes, to_plain, to_yaml
 from training.ppo.assembly import Parts, Start, build, costs, from_plain, make_fabric, path_faults, prepare, refuse
 from training.ppo.checkpoint import load_checkpoint
-from training.ppo.config import Config, load_config
+from training.ppo.config import FIXED, FIXED_FILES, Config, build_config, load_config
 from training.ppo.report import write_report
 from training.ppo.training_run import INTERRUPTED, TrainingRun
 from training.run_folder import RunFolder, read_metrics, seconds_by_phase
@@ -98,12 +97,14 @@ def resumed_job(source: Path, overrides: Sequence[str]) -> Job:
 
     Raises:
         InputError: there is no such run, its checkpoint is corrupt (the one before is offered), it is complete, or a
-            file that it needs is gone.
+            file that it needs is gone, or an override changes what the run is made of (`FIXED`).
     """
     folder = RunFolder.open(source)
     state = load_checkpoint(source if source.suffix == ".pt" else newest_checkpoint(folder.checkpoints))
     config = load_config(folder.config, overrides).config
     start = from_plain(state["start"], config)
+    before = build_config(state["config"], str(folder.path)).config
+    refuse_changes(before, config, FIXED, FIXED_FILES, folder.path)
     shape = (start.table.num_steps, start.table.num_points)
     if (config.model.num_steps, config.model.num_points) != shape:
         raise InputError(

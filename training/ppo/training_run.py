@@ -16,7 +16,7 @@ from tqdm import tqdm
 from errors import InputError
 from models.pictures import png_text, to_pixels
 from solvers import EPDTable
-from training.checkpoint import best_path, step_path
+from training.checkpoint import best_path, set_aside, step_path
 from training.configuration import config_hash
 from training.configuration import to_plain as config_to_plain
 from training.interrupts import Interrupts
@@ -54,6 +54,7 @@ class RunWriter:
     def rewind(self, step: int) -> None:
         """Take back what was written about the steps after `step`; a copy stays."""
         moved = self._metrics.rewind(step)
+        set_aside(self.folder.checkpoints, step)
         if moved:
             log.warning("%d steps after step %d are made again; their log is kept in %s", moved, step, self.folder.logs)
 

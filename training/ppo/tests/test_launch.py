@@ -17,12 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sample
 import training.ppo.training_run as training_run
-from errors import InputError
+from errors import EXIT_INTERRUPTED, InputError
 from models import clip
-from training.checkpoint import step_path
+from training.checkpoint import best_path, newest_checkpoint, step_path
 from training.command_line import spread
 from training.configuration import config_hash
-from training.interrupts import EXIT_INTERRUPTED
 from training.ppo import rewards
 from training.ppo.checkpoint import load_checkpoint
 from training.ppo.config import load_config
@@ -141,10 +140,10 @@ def test_previews_tell_their_prompt_and_seed(finished: RunFolder):
 
 def test_replay_of_the_export_makes_the_images_of_the_run(finished: RunFolder, config: Path, tmp_path: Path):
     assert CliRunner().invoke(export_command, [str(finished.path)]).exit_code == 0
-    model = ["--model_path", str(config.parent / "model"), "--device", "cpu"]
     wanted = ["--predictor_path", str(finished.path), "--prompt", "v", "--seeds", "1", "--outdir", str(tmp_path)]
-    result = CliRunner().invoke(sample.main, [*wanted, *model])
+    result = CliRunner().invoke(sample.main, [*wanted, "--device", "cpu"])
     assert result.exit_code == 0, result.output
+    assert f"on {config.parent / 'model'}" in result.output  # the run's own model, not what dataset_name stands for
     (replayed,) = tmp_path.glob("*.png")
     with Image.open(replayed) as image, Image.open(finished.samples / "step000004-prompt01.png") as preview:
         difference = ImageChops.difference(image.convert("RGB"), preview.convert("RGB"))
@@ -184,6 +183,44 @@ def test_a_run_longer_than_planned_says_what_changed(finished: RunFolder, tmp_pa
     assert "ppo.steps=5; it was 4 up to step 4" in result.output
     assert load_config(folder.config).config.ppo.steps == 5
     assert [row["step"] for row in read_metrics(folder.metrics)] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "logging.eval_seed=77",
+        "logging.eval_count=4",
+        "logging.panel=null",
+        "model.guidance_rate=1.5",
+        "reward.weights_path=elsewhere/other.pt",
+        "data.predictor_snapshot=0",
+        "ppo.dirichlet_concentration=5",
+        "ppo.train_scale_dir=true",
+        "run.seed=9",
+    ],
+)
+def test_what_a_run_is_made_of_does_not_change_on_the_way(finished: RunFolder, change: str):
+    """The checkpoint's held-out scores would be compared with those of other prompts, models or rewards."""
+    result = launch("--resume", finished.path, "--override", "ppo.steps=5", change)
+    assert result.exit_code == 2
+    assert f"{change.split('=')[0]}=" in result.output
+    assert "begin a new run" in result.output
+
+
+def test_a_run_that_goes_back_leaves_nothing_of_the_other_way(finished: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    newest, best = step_path(folder.checkpoints, 4), best_path(folder.checkpoints)
+    shutil.copy(newest, best)
+    result = launch(
+        "--resume", step_path(folder.checkpoints, 2), "--override", "ppo.steps=3", "logging.save_interval=9"
+    )
+    assert result.exit_code == 0, result.output
+    assert newest_checkpoint(folder.checkpoints) == step_path(folder.checkpoints, 3)
+    aside = folder.checkpoints / "before-resume-at-step000002"
+    assert {newest.name, best.name} <= {path.name for path in aside.iterdir()}
+    assert not best.exists() or load_checkpoint(best)["step"] <= 3
+    assert "complete, 3 of 3 steps" in launch("--resume", folder.path).output
 
 
 def test_resume_refuses(finished: RunFolder, config: Path, tmp_path: Path):
