@@ -26,7 +26,7 @@ python sample.py --predictor_path "$run" --seeds 0-3 --grid --outdir "$run/sampl
     --prompt "a small blue ring left of a large shaded green heart on a gray background"
 
 echo "== 4/4  measuring them on held-out prompts"
-python evaluate.py --model shapes --solvers epd,ddim --nfe 4 --schedules polynomial:3,polynomial:5 \
+python evaluate.py --model shapes --solvers epd,ddim --nfe 4 --schedules polynomial:4,polynomial:5 \
     --predictor_path 0 --predictor_path 1 --predictor_path "${runs[0]}" --predictor_path "${runs[1]}" \
     --baseline epd-00001 --baseline epd-00000 --number 64 --outdir "$run/evaluation"
 

@@ -5,7 +5,7 @@ A run's folder `<number>-<dataset>-<num_steps>-<nfe>-<student>-<teacher>-<M>-<sc
     training_options.json              everything it was told
     network-snapshot-000000.{pkl,json} the table that the search found, or with --init-only the cold start
     network-snapshot-<n>.{pkl,json}    the table at the end, n the number of trajectories that updates have seen
-    stats.jsonl                        a JSON object for the search, one for each update, one for each held-out check
+    stats.jsonl                        a JSON object for the search, and one for each update, its held-out check in it
 
 and, until it is finished, teacher.pt (the teacher's states) and training-state.pt, from which `resume` goes on.
 """
