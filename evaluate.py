@@ -21,6 +21,7 @@ from models.pictures import to_pixels
 from models.prompts import read_prompts
 from models.shapes import scenes, verify
 from solvers import num_steps_for
+from training.command_line import Finite
 from training.comparison import CLASSICAL_BASELINE, Comparison, Entry, parse_baseline
 from training.evaluation import REFERENCE_GRID, REFERENCE_SOLVER, REFERENCE_STEPS, Evaluation, Panel, Setting, Store
 from training.evaluation_report import Report
@@ -96,7 +97,7 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
 @click.option(
     "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First noise seed; bootstrap seed."
 )
-@click.option("--guidance", type=click.FloatRange(min=0), help="Guidance scale. [the model's own]")
+@click.option("--guidance", type=Finite(min=0), help="Guidance scale. [the model's own]")
 @click.option(
     "--reward",
     "reward_path",

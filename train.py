@@ -17,6 +17,7 @@ from models.devices import resolve_device
 from models.prompts import read_prompts
 from schedules import SCHEDULES
 from solvers import SAMPLERS
+from training.command_line import Finite
 from training.distillation import SEARCHED_POSITIONS
 from training.distillation_run import Options, distil, is_finished, load_options, new_folder, write_cold_start
 from training.sampling import MODEL_OF_DATASET, USUAL_RHO
@@ -61,19 +62,15 @@ Examples:
 @click.option("--afs", type=bool, default=False, show_default=True, help="Estimate the student's first evaluation.")
 @click.option(
     "--scale_dir",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Finite(0, 1, max_open=True),
     default=0.0,
     show_default=True,
     help="Directions scale by 1 +- this.",
 )
-@click.option(
-    "--scale_time", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True, help="Times likewise."
-)
-@click.option("--guidance_rate", type=click.FloatRange(0), help="Guidance scale; 1 for none. [the model's own]")
+@click.option("--scale_time", type=Finite(0, 1, max_open=True), default=0.0, show_default=True, help="Times likewise.")
+@click.option("--guidance_rate", type=Finite(0), help="Guidance scale; 1 for none. [the model's own]")
 @click.option("--schedule_type", type=click.Choice(list(SCHEDULES)), default="discrete", show_default=True)
-@click.option(
-    "--schedule_rho", type=click.FloatRange(0, min_open=True), help="Exponent of the grid. [7 polynomial, otherwise 1]"
-)
+@click.option("--schedule_rho", type=Finite(0, min_open=True), help="Exponent of the grid. [7 polynomial, otherwise 1]")
 @click.option(
     "--trajectories",
     type=click.IntRange(2),
@@ -83,10 +80,8 @@ Examples:
 )
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Trajectories an update.")
 @click.option("--batch-gpu", type=click.IntRange(1), default=16, show_default=True, help="Trajectories at once.")
-@click.option(
-    "--total_kimg", type=click.FloatRange(0), default=1.6, show_default=True, help="Thousands of trajectories in all."
-)
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True, help="Adam's step size.")
+@click.option("--total_kimg", type=Finite(0), default=1.6, show_default=True, help="Thousands of trajectories in all.")
+@click.option("--lr", type=Finite(0, min_open=True), default=0.1, show_default=True, help="Adam's step size.")
 @click.option("--coslr/--no-coslr", default=True, show_default=True, help="Let it decay to 0 along a cosine.")
 @click.option(
     "--target",

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from errors import InputError, shows_input_errors
@@ -39,10 +39,17 @@ def read_records(folder: Path) -> list[tuple[Path, str]]:
     if not log.is_file():
         raise InputError(f"{log} is missing: give a folder that sample.py wrote")
     records = []
-    for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = log.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{log}: no text in UTF-8 ({error})") from None
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            records.append((folder / record["file"], record["prompt"]))
+            file, prompt = record["file"], record["prompt"]
+            if not (isinstance(file, str) and isinstance(prompt, str)):
+                raise TypeError("file and prompt are texts")
+            records.append((folder / file, prompt))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{log}, line {number}: no record of an image ({error})") from None
     if not records:
@@ -59,7 +66,7 @@ def verify_file(file: Path, prompt: str) -> Verdict:
     try:
         with Image.open(file) as image:
             pixels = np.array(image.convert("RGB"))
-    except (FileNotFoundError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError) as error:
         raise InputError(f"{file} cannot be read as an image: {error}") from None
     try:
         return verify(to_tensor(pixels), prompt)

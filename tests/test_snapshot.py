@@ -406,6 +406,7 @@ def _edited(**changes):
         (_edited(scale_time=[[0.0, 1.0]] * 3), "scale_time must be positive"),
         (_edited(num_steps=3), "num_steps=3"),
         (_edited(metadata=[1]), "metadata"),
+        (_edited(metadata=json.loads('{"a": ' + "[" * 600 + "]" * 600 + "}")), "metadata"),
         (lambda described: {key: described[key] for key in ("r", "w")}, "lacks one of the keys"),
         (lambda described: [described], "lacks one of the keys"),
     ],

@@ -41,15 +41,27 @@ def test_counts_whole_captions_and_parts(tmp_path):
         ("", "is empty"),
         ("{}", "line 1: no record"),
         ("not json", "line 1: no record"),
+        ('{"file": "none.png", "prompt": 5}', "line 1: no record"),
+        ('{"file": ".", "prompt": "a large red star on a white background"}', "cannot be read as an image"),
+        (b"\xff\xfe", "no text in UTF-8"),
         ('{"file": "none.png", "prompt": "a large red star on a white background"}', "cannot be read as an image"),
     ],
 )
 def test_faults_are_one_line(tmp_path, content, message):
     if content is not None:
-        (tmp_path / "images.jsonl").write_text(content)
+        (tmp_path / "images.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     result = CliRunner().invoke(main, [str(tmp_path)])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_a_truncated_image_is_refused(tmp_path):
+    caption = "a large red star on a white background"
+    write_folder(tmp_path, [(caption, caption)])
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:-200])
+    result = CliRunner().invoke(main, [str(tmp_path)])
+    assert result.exit_code == 2
+    assert "0.png cannot be read as an image" in result.output
 
 
 def test_other_sizes_and_captions_are_refused(tmp_path):

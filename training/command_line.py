@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import click
+
+
+class Finite(click.FloatRange):
+    """A range of numbers that holds neither NaN nor infinity, whatever its ends."""
+
+    name = "finite number"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        """A number of the range, or click's own error."""
+        number = super().convert(value, param, context)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, context)
+        return number
 
 
 class SeveralPairs(click.Command):

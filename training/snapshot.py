@@ -35,6 +35,8 @@ Snapshot: TypeAlias = tuple[EPDTable, dict[str, Plain]]
 
 LARGEST_FILE = 16 * 2**20  # bytes; a snapshot has some ten thousand
 LARGEST_TENSOR = 2**20  # numbers
+DEEPEST = 20  # levels of nested settings
+SHOWN_OF_A_PATH = 60  # characters, in a message
 # How far a .pkl may be from its .json: float32 parameters, and weights that sum to 1 by construction, beside float64
 # numbers whose weights may miss 1 by 1e-5 (EPDTable).
 AGREEMENT = 2e-5
@@ -124,7 +126,7 @@ def find_snapshot(source: str | Path | int, root: str | Path = "exps") -> Path:
     Raises:
         InputError: nothing fits, or several experiments have the number; the message says what was looked for.
     """
-    path = Path(str(source))
+    path = _named(source)
     if path.is_file():
         return path
     run = find_run(source, root)
@@ -135,13 +137,23 @@ def find_snapshot(source: str | Path | int, root: str | Path = "exps") -> Path:
     raise InputError(f"{run}: holds no network-snapshot-*.pkl or .json, neither itself nor in its folder export/")
 
 
+def _named(source: str | Path | int) -> Path:
+    """The path that a person wrote, if it can be one."""
+    path = Path(str(source))
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # too long, a null byte
+        raise InputError(f"{str(source)[:SHOWN_OF_A_PATH]!r}...: is no path ({error.args[-1]})") from None
+    return path
+
+
 def find_run(source: str | Path | int, root: str | Path = "exps") -> Path:
     """The folder that a person means by its path or, 3 for `<root>/00003-*`, by its number.
 
     Raises:
         InputError: there is none, or several have the number.
     """
-    path = Path(str(source))
+    path = _named(source)
     if path.is_dir():
         return path
     if path.exists() or not str(source).isdecimal():
@@ -302,12 +314,14 @@ def _agree(one: EPDTable, other: EPDTable) -> bool:
     )
 
 
-def _is_plain(value: object) -> bool:
-    """Whether JSON can say it, exactly."""
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Whether JSON can say it, exactly, and it is nested no deeper than settings are."""
+    if depth > DEEPEST:
+        return False
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+        return all(isinstance(key, str) and _is_plain(entry, depth + 1) for key, entry in value.items())
     if isinstance(value, list):
-        return all(_is_plain(entry) for entry in value)
+        return all(_is_plain(entry, depth + 1) for entry in value)
     return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 

@@ -208,8 +208,8 @@ def _images(folder: RunFolder, evaluations: Sequence[Row]) -> str:
     names[0] = "start"
     columns = sorted(names)
     rows: list[list[Preview]] = []
-    while all((folder.samples / preview_name(step, len(rows))).is_file() for step in columns):
-        rows.append([_preview(folder.samples / preview_name(step, len(rows))) for step in columns])
+    while None not in (row := [_preview(folder.samples / preview_name(step, len(rows))) for step in columns]):
+        rows.append(row)
     if not rows:
         return ""
     head = "".join(f"<th>{names[step]}</th>" for step in columns)
@@ -224,9 +224,14 @@ def _images(folder: RunFolder, evaluations: Sequence[Row]) -> str:
     )
 
 
-def _preview(path: Path) -> Preview:
-    with Image.open(path) as image:
-        return Preview(path, image.text["prompt"], image.text["seed"])
+def _preview(path: Path) -> Preview | None:
+    """A held-out image; None where there is none, or it is damaged."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return Preview(path, image.text["prompt"], image.text["seed"])
+    except (OSError, SyntaxError, KeyError):
+        return None
 
 
 def _picture(preview: Preview) -> str:

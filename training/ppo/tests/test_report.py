@@ -130,6 +130,14 @@ def test_same_prompts_before_and_after(reported):
     assert page.text.count(PROMPT) == 2  # as text: what is in a prompt is no markup
 
 
+def test_a_damaged_preview_costs_its_row_and_no_more(tmp_path: Path, start):
+    folder = make_run(tmp_path, start)
+    damaged = folder.samples / preview_name(2, 1)
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    page = read(folder)
+    assert page.text.count(PROMPT) == 1
+
+
 def test_time_and_table_in_numbers(reported):
     text = reported[1].text
     assert "90.0%" in text
