@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import sample
@@ -144,8 +145,13 @@ def test_a_run_whose_prompts_have_changed_is_not_resumed(pipeline, workplace, mo
     assert run(*small(pipeline)).exit_code == 130
     monkeypatch.undo()
     monkeypatch.chdir(workplace)
+    captions = Path("prompts.txt").read_text()
     Path("prompts.txt").write_text("something else\n")
     assert "belongs to other prompts" in refusal(run("--resume", 0, "--device", "cpu"))
+    Path("prompts.txt").write_text(captions)
+    (folder,) = Path("exps").iterdir()
+    torch.save({"x": 1}, folder / "training-state.pt")
+    assert "does not hold best, best_loss, refinement" in refusal(run("--resume", 0, "--device", "cpu"))
 
 
 def test_a_first_table_without_a_finite_loss_is_an_error(pipeline, workplace, monkeypatch):

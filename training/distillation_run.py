@@ -44,6 +44,8 @@ from training.snapshot import load_snapshot, save_snapshot, write_atomically
 
 OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teacher.pt", "training-state.pt"
 
+STATE_KEYS, TEACHER_KEYS = frozenset({"refinement", "best_loss", "best"}), frozenset({"states", "prompts"})
+
 # Between two looks at the held-out trajectories.
 UPDATES_PER_CHECK = 10
 
@@ -216,7 +218,7 @@ def distil(folder: Path, options: Options, denoiser: Denoiser, prompts: list[str
         )
         bar.set_description("refinement")
         _refine(folder, refinement, bar)
-    refinement.predictor.load_state_dict(_load(folder / STATE)["best"])
+    refinement.predictor.load_state_dict(_load(folder / STATE, STATE_KEYS)["best"])
     table, _ = refinement.predictor.table().detach().sorted_by_position()
     snapshot = save_snapshot(_last_snapshot(folder, options), table, options.metadata(denoiser))
     (folder / STATE).unlink()
@@ -269,8 +271,8 @@ def _taught(
 ) -> Trajectories:
     """The teacher's trajectories, from the file if they are there."""
     if file.exists():
-        state = _load(file)
-        if state.get("prompts") != prompts:
+        state = _load(file, TEACHER_KEYS)
+        if state["prompts"] != prompts:
             raise InputError(f"{file}: belongs to other prompts; the prompt file has changed since the run began")
         return Trajectories(prompts, state["states"].to(task.denoiser.device))
     trajectories = teacher_trajectories(task, sampler, teacher_sigmas, prompts, seeds)
@@ -293,7 +295,7 @@ def _searched(folder: Path, options: Options, task: Task, training: Trajectories
 def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
     """All updates that are left; the state is on disk after each, the best parameters with it."""
     if (folder / STATE).exists():
-        state = _load(folder / STATE)
+        state = _load(folder / STATE, STATE_KEYS)
         refinement.load_state_dict(state["refinement"])
         best_loss, best = state["best_loss"], state["best"]
     else:
@@ -333,9 +335,18 @@ def _save(file: Path, state: dict[str, Any]) -> None:
     write_atomically(file, content.getvalue())
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path, keys: frozenset[str]) -> dict[str, Any]:
+    """What `_save` wrote: a dict of these keys.
+
+    Raises:
+        InputError: it is damaged, or holds something else.
+    """
+    remedy = "remove it, and the run starts this part again"
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives raise many kinds
         reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{file}: is damaged ({reason}); remove it, and the run starts this part again") from error
+        raise InputError(f"{file}: is damaged ({reason}); {remedy}") from error
+    if not isinstance(state, dict) or state.keys() != keys:
+        raise InputError(f"{file}: does not hold {', '.join(sorted(keys))}; {remedy}")
+    return state
