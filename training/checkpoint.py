@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 from dataclasses import dataclass
@@ -116,6 +117,14 @@ def best_path(folder: Path) -> Path:
     return folder / BEST_NAME
 
 
+def _step_of(path: Path) -> float:
+    """The step that a checkpoint was made after; infinite where it cannot be read: nothing can go on from it."""
+    try:
+        return read_tensors(path, "checkpoint")["step"]
+    except (InputError, KeyError, TypeError):
+        return math.inf
+
+
 def set_aside(folder: Path, step: int) -> None:
     """Move the checkpoints after `step`, which a resumed run makes again, to `before-resume-at-stepXXXXXX` in `folder`.
 
@@ -126,7 +135,7 @@ def set_aside(folder: Path, step: int) -> None:
     """
     later = [path for path in list_checkpoints(folder) if int(NAME.fullmatch(path.name)[1]) > step]
     best = best_path(folder)
-    if best.exists() and read_tensors(best, "checkpoint")["step"] > step:
+    if best.exists() and _step_of(best) > step:
         later.append(best)
     aside = folder / f"before-resume-at-step{step:06d}"
     try:

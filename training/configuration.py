@@ -227,7 +227,7 @@ def refuse_changes(before: Any, now: Any, keys: Iterable[str], files: Collection
         old, new = value_of(before, key), value_of(now, key)
         moved = key in files and old and new and Path(old).name == Path(new).name
         if old != new and not moved:
-            changed.append(f"{key}={new!r}: the run in {run} has {old!r}, and goes on with that; begin a new run")
+            changed.append(f"{key}={new!r}: the run in {run} has {old!r}; leave {key} out, or begin a new run")
     raise_all(changed)
 
 

@@ -223,6 +223,15 @@ def test_a_run_that_goes_back_leaves_nothing_of_the_other_way(finished: RunFolde
     assert "complete, 3 of 3 steps" in launch("--resume", folder.path).output
 
 
+def test_a_best_checkpoint_that_cannot_be_read_does_not_stop_a_resume(finished: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    best_path(folder.checkpoints).write_bytes(b"damaged")
+    result = launch("--resume", folder.path, "--override", "ppo.steps=5")
+    assert result.exit_code == 0, result.output
+    assert (folder.checkpoints / "before-resume-at-step000004" / best_path(folder.checkpoints).name).exists()
+
+
 def test_resume_refuses(finished: RunFolder, config: Path, tmp_path: Path):
     assert "complete, 4 of 4 steps" in launch("--resume", finished.path).output
     assert "by --override only" in launch("--resume", finished.path, "--config", config).output
