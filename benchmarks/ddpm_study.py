@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from errors import InputError, shows_input_errors
+from files import write_atomically
 from models.asset_table import ROOT
 from models.pictures import contact_sheet, to_pixels
 from models.shapes import verify
@@ -37,7 +38,6 @@ from training.ddpm.config import RENDERED, SCHEMA, DDPMConfig, judge_file, rewar
 from training.ddpm.jobs import FINETUNE, TRAIN_REWARD_MODEL, compare, finetune, load_start, train_reward_model
 from training.ddpm.run import Resumed, open_run
 from training.ppo.rewards import RewardHPS
-from training.snapshot import write_atomically
 from training.statistics import Interval, bootstrap_indices, frechet_distance, frechet_resamples
 
 SHAPES_CLIP = ROOT / "weights" / "shapes_reward.pt"

@@ -45,10 +45,10 @@ from benchmarks.tuning_results import (
 )
 from benchmarks.tuning_runs import SCHEMA, Outcome, PlannedRun, Study, begun, carry_out, plan_runs, require_alike
 from errors import EXIT_INTERRUPTED, InputError, shows_input_errors
+from files import write_atomically
 from training.configuration import to_plain
 from training.evaluation import Store
 from training.ppo.figures import COLOURS, GRID
-from training.snapshot import write_atomically
 from training.statistics import Interval
 
 NOT_REACHED = "not reached"

@@ -18,7 +18,6 @@ one of the vocabulary: open_clip pools where the token id is largest.
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from errors import InputError
+from files import replacing
 from models.checkpoints import read_state_dict
 from models.devices import check_memory, to_device
 
@@ -323,17 +323,12 @@ def load_open_clip_checkpoint(path: Path | str, model_cfg: Mapping[str, Any]) ->
 def save_open_clip_checkpoint(model: CLIPModel, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
     """Write the model's weights to `path` as `{"state_dict": ...}` in open_clip's layout, in the given type.
 
-    The file is written under a temporary name, flushed to disk and renamed, so that it is never half there.
+    It appears whole or not at all.
     """
     path = Path(path)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in to_open_clip(model).items()}
-    temporary = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("wb") as file:
-        torch.save({"state_dict": weights}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save({"state_dict": weights}, temporary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,7 @@ files are in the local cache, or from a bare state dict (`ddpm.pth`) beside the 
 from __future__ import annotations
 
 import copy
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from errors import InputError
+from files import replacing
 from models.checkpoints import read_state_dict
 from models.loading import check_keys, load_module, quiet_and_repeatable, read_json
 from models.noise_levels import NoiseLevels
@@ -91,20 +90,11 @@ def save_pixel_diffusion(network: UNet2DModel, scheduler_config: Mapping[str, An
     Raises:
         InputError: it cannot be written.
     """
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with quiet_and_repeatable():
+        with replacing(folder, folder=True) as temporary, quiet_and_repeatable():
             DDPMPipeline(network, DDPMScheduler.from_config(dict(scheduler_config))).save_pretrained(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise InputError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    except SafetensorError as error:  # what its library says of a full disk
+        raise InputError(f"{folder}: cannot be written ({error})") from error
 
 
 def _folder(spec: str) -> Path:

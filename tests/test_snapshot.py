@@ -19,7 +19,7 @@ from errors import InputError
 from solvers import EPDTable
 from tests import golden
 from training.networks import EPD_predictor
-from training.snapshot import find_snapshot, load_snapshot, save_snapshot, write_atomically
+from training.snapshot import find_snapshot, load_snapshot, save_snapshot
 
 FIELDS = ("positions", "weights", "scale_dir", "scale_time")
 METADATA = {"dataset_name": "shapes", "guidance_rate": 7.5, "M": 3, "afs": False, "backend_config": {"resolution": 64}}
@@ -95,26 +95,6 @@ def test_saving_replaces_the_pair_and_leaves_nothing_else(tmp_path):
     save_snapshot(tmp_path / "snapshot.pkl", _table(2), METADATA)
     _assert_equal(load_snapshot(tmp_path / "snapshot.pkl")[0], _table(2))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["snapshot.json", "snapshot.pkl"]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full_disk(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(InputError, match="No space left on device"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_path_below_a_file_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written"):
-        write_atomically(tmp_path / "file" / "snapshot.json", b"")
 
 
 def test_weights_that_sum_to_one_only_nearly_still_make_an_agreeing_pair(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from errors import InputError
-from training.snapshot import write_atomically
+from files import move, write_atomically
 
 NAME = re.compile(r"policy-step(\d{6,})\.pt")
 BEST_NAME = "policy-best.pt"
@@ -141,7 +141,7 @@ def set_aside(folder: Path, step: int) -> None:
     try:
         for path in later:
             aside.mkdir(exist_ok=True)
-            path.replace(aside / path.name)
+            move(path, aside / path.name)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be moved ({error.strerror})") from error
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
+from files import write_atomically
 from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
 from solvers import EPDTable, network_evaluations
 from training.distillation import (
@@ -40,7 +41,7 @@ from training.distillation import (
     teacher_trajectories,
 )
 from training.networks import EPD_predictor, Plain, near_euler_table
-from training.snapshot import load_snapshot, save_snapshot, write_atomically
+from training.snapshot import load_snapshot, save_snapshot
 
 OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teacher.pt", "training-state.pt"
 

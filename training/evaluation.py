@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from errors import InputError
+from files import write_atomically
 from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
 from models.generate import Denoise, generate
 from models.pictures import to_pixels
 from training.networks import Plain
 from training.sampling import Grid, Plan, classical_plan
-from training.snapshot import write_atomically
 
 # A solver of order 2 at 200 evaluations in steps that are uniform in the model's own time: what is left of its error is
 # far below that of 20 evaluations; and it has no coefficients that grow where guidance bends the path, as order 3 has.

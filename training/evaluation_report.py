@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from files import write_atomically
 from training.comparison import Comparison, Difference, Entry, Row
 from training.evaluation import METRICS, REFERENCE_LABEL, Measured
 from training.image_folder import write_sheet
 from training.networks import Plain
-from training.snapshot import write_atomically
 from training.statistics import Interval
 
 MARKERS = "osv^Dp<>hX*P"

@@ -14,11 +14,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from errors import InputError
+from files import write_atomically
 from models.denoiser import Denoiser
 from models.generate import generate
 from models.pictures import contact_sheet, file_stem, png_text, to_pixels
 from training.sampling import Plan, Predictor
-from training.snapshot import write_atomically
 
 LOG_NAME = "images.jsonl"
 SHEET_NAME = "grid.png"

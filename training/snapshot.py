@@ -10,12 +10,10 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
+from files import write_atomically
 from solvers import EPDTable
 from training.networks import EPD_predictor, Plain
 
@@ -86,26 +85,6 @@ def save_snapshot(path: str | Path, table: EPDTable, metadata: Mapping[str, Plai
     write_atomically(path.with_suffix(".json"), text.encode())
     write_atomically(path.with_suffix(".pkl"), pickle.dumps({"model": predictor}, protocol=4))
     return path.with_suffix(".pkl")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old file or the new one, never a part.
-
-    Raises:
-        InputError: it cannot be written (no such disk, no room, no right); what was there before is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- find

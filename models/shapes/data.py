@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from files import replacing
 from models.shapes import scenes
 
 # One-, two- and three-object scenes; the middle ones are the most frequent because relations are the hardest to learn.
@@ -40,9 +41,7 @@ def cached_scenes(folder: Path, split: scenes.Split, number: int, seed: int) -> 
     file = folder / f"scenes-{split}-{number}-seed{seed}.npz"
     if not file.exists():
         rendered = render_scenes(split, number, seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".partial.npz")
-        np.savez(temporary, images=rendered.images, captions=np.array(rendered.captions))
-        temporary.replace(file)
+        with replacing(file) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, images=rendered.images, captions=np.array(rendered.captions))
     stored = np.load(file, allow_pickle=False)
     return RenderedScenes(stored["images"], stored["captions"].tolist())

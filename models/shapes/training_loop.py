@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from files import replacing
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -122,16 +124,14 @@ def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: Tra
 
 
 def _save(file: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".partial")
     state = {
         "step": step,
         "model": model.state_dict(),
         "averaged": averaged.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    torch.save(state, temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        torch.save(state, temporary)
 
 
 def _resume(file: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer) -> int:

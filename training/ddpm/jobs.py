@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
+from files import write_atomically
 from models.devices import resolve_device
 from models.pictures import contact_sheet, to_pixels
 from models.pixel_diffusion import PixelDiffusion, load_pixel_diffusion, save_pixel_diffusion
@@ -27,7 +28,6 @@ from training.ddpm.rollout import ImageReward, sample_images, seeds_of
 from training.ddpm.run import EpochRun, Observation, Plan, Resumed
 from training.ddpm.trainer import DDPMTrainer
 from training.run_folder import RunFolder
-from training.snapshot import write_atomically
 
 TRAIN_REWARD_MODEL, FINETUNE, EVALUATE = "train_reward_model", "finetune", "eval"
 FASTEST_LAYOUT = torch.channels_last  # of the networks' convolutions: on 2 cores a step of training takes 12% less

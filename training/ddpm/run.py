@@ -13,12 +13,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import InputError
+from files import write_atomically
 from training.checkpoint import CheckpointFormat, newest_checkpoint, set_aside, step_path
 from training.configuration import config_hash, refuse_changes, to_plain, to_yaml
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.interrupts import Interrupts
 from training.run_folder import MetricsLog, RunFolder
-from training.snapshot import write_atomically
 
 log = logging.getLogger(__name__)
 

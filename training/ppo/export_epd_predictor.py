@@ -14,6 +14,7 @@ import click
 import torch
 
 from errors import InputError, shows_input_errors
+from files import write_atomically
 from models.devices import resolve_device
 from models.fingerprints import file_sha256
 from solvers import EPDTable
@@ -23,7 +24,7 @@ from training.ppo.assembly import Start, from_plain, guidance_scale, make_policy
 from training.ppo.checkpoint import TABLE_FIELDS, load_checkpoint, table_from_plain
 from training.ppo.config import SNAPSHOT_KEYS, build_config
 from training.run_folder import RunFolder, read_metrics
-from training.snapshot import load_snapshot, save_snapshot, write_atomically
+from training.snapshot import load_snapshot, save_snapshot
 
 POLICY_TOLERANCE = 1e-9
 """How far the policy's mean may be from the table in the checkpoint: both are float64, made on two devices at worst."""

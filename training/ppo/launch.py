@@ -13,6 +13,7 @@ import click
 from lightning.fabric import Fabric
 
 from errors import EXIT_INTERRUPTED, InputError, shows_input_errors
+from files import write_atomically
 from training.checkpoint import newest_checkpoint
 from training.command_line import SeveralPairs
 from training.configuration import refuse_changes, to_plain, to_yaml
@@ -22,7 +23,6 @@ from training.ppo.config import FIXED, FIXED_FILES, Config, build_config, load_c
 from training.ppo.report import write_report
 from training.ppo.training_run import INTERRUPTED, TrainingRun
 from training.run_folder import RunFolder, read_metrics, seconds_by_phase
-from training.snapshot import write_atomically
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "cfgs" / "sd15_base.yaml"
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from errors import shows_input_errors
+from files import write_atomically
 from solvers import EPDTable
 from training.checkpoint import newest_checkpoint
 from training.configuration import to_yaml
@@ -25,7 +26,6 @@ from training.ppo.figures import Curve, curves_figure, movement_figure, table_fi
 from training.ppo.ppo_trainer import METRICS
 from training.ppo.training_run import preview_name
 from training.run_folder import RunFolder, read_metrics, seconds_by_phase
-from training.snapshot import write_atomically
 
 Row = Mapping[str, Any]
 

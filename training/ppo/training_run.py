@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import InputError
+from files import replacing
 from models.pictures import png_text, to_pixels
 from solvers import EPDTable
 from training.checkpoint import best_path, set_aside, step_path
@@ -89,7 +90,8 @@ class RunWriter:
         for number, pixels in enumerate(to_pixels(images)):
             story = {"prompt": self._prompts[number], "seed": str(self._seeds[number]), "step": str(step)}
             path = self.folder.samples / preview_name(step, number)
-            Image.fromarray(pixels).save(path, pnginfo=png_text(story))
+            with replacing(path) as temporary:
+                Image.fromarray(pixels).save(temporary, format="png", pnginfo=png_text(story))
         if len(images):
             self._tensorboard(step).add_images("held-out", images, step)
 

@@ -1,0 +1,147 @@
+"""Files and folders that appear whole or not at all, what killed processes leave of them, and folders with one writer.
+
+A temporary is locked by its writer (flock) for as long as it is written. The system gives the lock back however the
+writer ends, so what can be locked is nobody's any more. Where a file system knows no locks, nothing is removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from errors import InputError
+
+TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]+\.tmp", re.DOTALL)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old file or the new one, never a part.
+
+    Raises:
+        InputError: it cannot be written (no such disk, no room, no right); what was there before is untouched.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new, empty file or folder beside `path`; it takes that place, on disk, when the block ends well.
+
+    Raises:
+        InputError: it cannot be written; what was there before is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _swept_once(path.parent)
+        temporary, descriptor = _new_temporary(path, folder=folder)
+        try:
+            yield temporary
+            for written in (*temporary.rglob("*"), temporary):
+                _flush_to_disk(written)
+            (_put_folder if folder else move)(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):
+                _remove(temporary)
+            os.close(descriptor)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder, on disk. Raises OSError."""
+    source.replace(target)
+    with suppress(OSError):  # not every file system can flush a folder
+        _flush_to_disk(target.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder; what is being written now stays."""
+    with suppress(OSError):  # no such folder, or none that may be read
+        for temporary in folder.iterdir():
+            if TEMPORARY_NAME.fullmatch(temporary.name):
+                _remove_if_left(temporary)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder that exists against every other process that asks for it by this function.
+
+    Raises:
+        InputError: another one holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(
+            f"{folder}: another process is writing to it; wait for its end, or choose another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@cache
+def _swept_once(folder: Path) -> None:
+    sweep(folder)
+
+
+def _new_temporary(path: Path, *, folder: bool) -> tuple[Path, int]:
+    """A temporary for `path`, and the descriptor that keeps it locked."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir() if folder else temporary.touch(exist_ok=False)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary.exists():  # nobody swept it before it was locked
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _put_folder(temporary: Path, folder: Path) -> None:
+    """Put a folder in the place of another. Killed between the two renames, it leaves the other as `.<name>.old`."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    move(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Have a file's content, or a folder's entries, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_left(temporary: Path) -> None:
+    with suppress(OSError):
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(temporary)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
