@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError, shows_input_errors
+from files import only_writer
 from models import Denoiser, clip, load_denoiser
 from models.devices import DTYPES, resolve_device, resolve_dtype
 from models.fingerprints import fingerprint, model_fingerprint
@@ -176,6 +177,7 @@ def main(
         )
     chosen_baselines = [parse_baseline(text, list(dict.fromkeys(plan.label for plan in plans))) for text in baselines]
 
+    click.get_current_context().with_resource(only_writer(outdir))
     store = Store(cache, click.echo)
     setting = Setting(
         prompts=prompts,

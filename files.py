@@ -70,32 +70,39 @@ def sweep(folder: Path) -> None:
                 _remove_if_left(temporary)
 
 
+_swept_once = cache(sweep)
+
+
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder that exists against every other process that asks for it by this function.
+    """Make a folder where there is none, sweep it and the folders in it, and hold it against other processes.
 
     Raises:
-        InputError: another one holds it.
+        InputError: another process holds it by this function, or it cannot be made.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(
-            f"{folder}: another process is writing to it; wait for its end, or choose another folder"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
     try:
+        _hold(descriptor, folder)
+        for part in (folder, *filter(Path.is_dir, folder.iterdir())):
+            sweep(part)
         yield
     finally:
         os.close(descriptor)
 
 
-@cache
-def _swept_once(folder: Path) -> None:
-    sweep(folder)
+def _hold(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{folder}: another process is writing to it; wait for its end, or choose another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def _new_temporary(path: Path, *, folder: bool) -> tuple[Path, int]:

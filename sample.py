@@ -8,6 +8,7 @@ import click
 import torch
 
 from errors import InputError, shows_input_errors
+from files import only_writer
 from models import Denoiser, load_denoiser
 from models.devices import DTYPES, resolve_device, resolve_dtype
 from models.prompts import parse_seeds, read_prompts
@@ -108,6 +109,7 @@ def main(
         f"{plan.label} on {spec}: {len(plan.sigmas)} grid points ({plan.grid}), guidance {job.guidance_scale:g}, "
         f"an image takes {plan.evaluations.parallel} evaluations in sequence, {plan.evaluations.total} in all{doubled}"
     )
+    click.get_current_context().with_resource(only_writer(outdir))
     records = draw(job, denoiser, outdir, sheet=grid, note=click.echo)
     click.echo(f"wrote {len(records)} images and {LOG_NAME}{f' and {SHEET_NAME}' if grid else ''} to {outdir}")
 

@@ -19,7 +19,16 @@ from schedules import SCHEDULES
 from solvers import SAMPLERS
 from training.command_line import Finite
 from training.distillation import SEARCHED_POSITIONS
-from training.distillation_run import Options, distil, is_finished, load_options, new_folder, write_cold_start
+from training.distillation_run import (
+    Options,
+    claim_folder,
+    distil,
+    is_finished,
+    load_options,
+    next_folder,
+    prepare,
+    write_cold_start,
+)
 from training.sampling import MODEL_OF_DATASET, USUAL_RHO
 from training.snapshot import find_run
 
@@ -104,9 +113,9 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
 
     Interrupt it at will: --resume goes on and ends in the same table.
     """
+    folder = None
     if resume is None:
         options = _options(told)
-        folder = new_folder(outdir, options)
     else:
         folder = find_run(resume, outdir)
         options = load_options(folder)
@@ -114,10 +123,12 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
         if is_finished(folder, options):
             raise InputError(f"{folder}: this run is finished; nothing to resume")
     click.echo(json.dumps(asdict(options), indent=2))
-    click.echo(f"{folder}: {options.nfe} evaluations in sequence an image, before guidance")
+    click.echo(
+        f"{folder or next_folder(outdir, options)}: {options.nfe} evaluations in sequence an image, before guidance"
+    )
     if options.init_only:
         if not dry_run:
-            click.echo(f"wrote {write_cold_start(folder, options)}")
+            click.echo(f"wrote {write_cold_start(folder or claim_folder(outdir, options), options)}")
         return
     prompts = read_prompts(options.prompt_file)
     costs = options.evaluations()
@@ -126,7 +137,10 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
     if dry_run:
         return
     denoiser = load_denoiser(_model(options), device=resolve_device(device), dtype=torch.float32)
-    click.echo(f"wrote {distil(folder, options, denoiser, prompts)}")
+    lesson = prepare(options, denoiser, prompts)  # before there is a folder: what cannot be taught leaves none behind
+    folder = folder or claim_folder(outdir, options)
+    click.echo(f"run: {folder}")
+    click.echo(f"wrote {distil(folder, options, denoiser, lesson)}")
 
 
 def _options(told: dict[str, object]) -> Options:

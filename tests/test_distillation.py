@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
+from threading import Barrier
 
 import pytest
 import torch
@@ -31,7 +33,15 @@ from training.distillation import (
     teacher_trajectories,
     trajectory_loss,
 )
-from training.distillation_run import Options, distil, is_finished, load_options, new_folder
+from training.distillation_run import (
+    Options,
+    claim_folder,
+    distil,
+    is_finished,
+    load_options,
+    next_folder,
+    prepare,
+)
 from training.networks import EPD_predictor
 from training.snapshot import load_snapshot
 
@@ -62,6 +72,10 @@ OPTIONS = Options(
     init_only=False,
 )
 PROMPTS = ["0", "1", "2"]
+
+
+def carried_out(folder, options, denoiser, prompts):
+    return distil(folder, options, denoiser, prepare(options, denoiser, prompts))
 
 
 def _grid(denoiser, num_steps, schedule_type="discrete", rho=1.0):
@@ -338,7 +352,7 @@ def test_from_nothing_it_beats_every_classical_solver_of_equal_parallel_cost(tmp
     denoiser = reference[0]
     sigmas = _grid(denoiser, num_steps)
     options = dataclasses.replace(OPTIONS, num_steps=num_steps)
-    table, metadata = load_snapshot(distil(tmp_path / "run", options, denoiser, PROMPTS))
+    table, metadata = load_snapshot(carried_out(tmp_path / "run", options, denoiser, PROMPTS))
     searched, _ = load_snapshot(tmp_path / "run" / "network-snapshot-000000.pkl")
 
     def epd(table):
@@ -360,7 +374,7 @@ def test_from_nothing_it_beats_every_classical_solver_of_equal_parallel_cost(tmp
 def test_what_comes_out_is_the_best_of_the_checks(tmp_path):
     folder = tmp_path / "run"
     options = dataclasses.replace(OPTIONS, trajectories=16, total_kimg=0.48, lr=1.0)  # so large a step does harm
-    snapshot = distil(folder, options, GuidedMixture(), PROMPTS)
+    snapshot = carried_out(folder, options, GuidedMixture(), PROMPTS)
     lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == list(range(31))
     checks = [line for line in lines if "held_out" in line]
@@ -397,12 +411,12 @@ def test_interruptions_anywhere_do_not_change_the_result(tmp_path):
     options = dataclasses.replace(
         OPTIONS, trajectories=12, M=2, batch=3, batch_gpu=4, total_kimg=0.036, scale_dir=0.05, afs=True
     )
-    whole = distil(tmp_path / "whole", options, GuidedMixture(), PROMPTS)
+    whole = carried_out(tmp_path / "whole", options, GuidedMixture(), PROMPTS)
     interruptions = 0
     for calls in range(15, 150, 17):
         folder = tmp_path / f"stopped-{calls % 2}"
         try:
-            distil(folder, options, _Stopping(calls), PROMPTS)
+            carried_out(folder, options, _Stopping(calls), PROMPTS)
         except Interrupted:
             interruptions += 1
             assert load_options(folder) == options
@@ -411,7 +425,7 @@ def test_interruptions_anywhere_do_not_change_the_result(tmp_path):
     for number in {calls % 2 for calls in range(15, 150, 17)}:
         folder = tmp_path / f"stopped-{number}"
         if not is_finished(folder, options):
-            distil(folder, options, GuidedMixture(), PROMPTS)
+            carried_out(folder, options, GuidedMixture(), PROMPTS)
         for file in (whole.with_suffix(".json"), whole.parent / "stats.jsonl"):
             assert (folder / file.name).read_bytes() == file.read_bytes()
         assert is_finished(folder, options)
@@ -420,10 +434,10 @@ def test_interruptions_anywhere_do_not_change_the_result(tmp_path):
 def test_a_damaged_state_is_named(tmp_path):
     options = dataclasses.replace(OPTIONS, trajectories=8, M=1, total_kimg=0.064)
     with pytest.raises(Interrupted):
-        distil(tmp_path, options, _Stopping(55), PROMPTS)
+        carried_out(tmp_path, options, _Stopping(55), PROMPTS)
     (tmp_path / "training-state.pt").write_bytes(b"rubbish")
     with pytest.raises(InputError, match=r"training-state\.pt: is damaged"):
-        distil(tmp_path, options, GuidedMixture(), PROMPTS)
+        carried_out(tmp_path, options, GuidedMixture(), PROMPTS)
 
 
 def test_a_teacher_that_leaves_the_numbers_is_reported(tmp_path):
@@ -431,18 +445,37 @@ def test_a_teacher_that_leaves_the_numbers_is_reported(tmp_path):
     denoiser.default_guidance_scale = 1e30
     options = dataclasses.replace(OPTIONS, guidance_rate=None, trajectories=4)
     with pytest.raises(InputError, match="teacher dpm2 left the range of numbers"):
-        distil(tmp_path / "run", options, denoiser, PROMPTS)
+        carried_out(tmp_path / "run", options, denoiser, PROMPTS)
 
 
 def test_prompts_that_the_model_does_not_know_are_named(tmp_path):
     with pytest.raises(InputError, match="unknown classes"):
-        distil(tmp_path / "run", OPTIONS, GuidedMixture(), ["a dog"])
+        carried_out(tmp_path / "run", OPTIONS, GuidedMixture(), ["a dog"])
     assert not (tmp_path / "run").exists()
 
 
 def test_folders_are_numbered_and_named_after_the_options(tmp_path):
-    assert new_folder(tmp_path / "none", OPTIONS).name == "00000-mixture-3-4-epd-dpm2-9-discrete"
+    assert next_folder(tmp_path / "none", OPTIONS).name == "00000-mixture-3-4-epd-dpm2-9-discrete"
     (tmp_path / "00007-other").mkdir()
     (tmp_path / "20260101-000000-run").mkdir()
     afs = dataclasses.replace(OPTIONS, afs=True, schedule_type="polynomial", schedule_rho=7.0)
-    assert new_folder(tmp_path, afs).name == "00008-mixture-3-3-epd-dpm2-9-poly7-afs"
+    assert next_folder(tmp_path, afs).name == "00008-mixture-3-3-epd-dpm2-9-poly7-afs"
+
+
+def test_runs_that_start_together_get_numbers_of_their_own(tmp_path):
+    barrier = Barrier(8)
+
+    def claim(number):
+        options = dataclasses.replace(OPTIONS, M=1 + number % 4)  # half of them would have another one's very name
+        barrier.wait()
+        return [claim_folder(tmp_path, options) for _ in range(5)]
+
+    with ThreadPoolExecutor(8) as pool:
+        claimed = [folder for folders in pool.map(claim, range(8)) for folder in folders]
+    assert sorted(folder.name[:5] for folder in claimed) == [f"{number:05d}" for number in range(40)]
+    assert sorted(tmp_path.iterdir()) == sorted(claimed)
+
+
+def test_a_number_that_a_killed_process_claimed_is_passed_over(tmp_path):
+    (tmp_path / "00000").mkdir()
+    assert claim_folder(tmp_path, OPTIONS).name.startswith("00001-")

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import evaluate
+from files import only_writer
 from models import clip, load_denoiser
 from models.generate import generate
 from models.latent_diffusion import LatentDiffusion
@@ -204,6 +205,12 @@ def test_only_what_is_new_is_computed(world, evaluated, monkeypatch):
     # ddim and dpmpp:2 in 3 evaluations, at 2 schedules, in 2 batches; heun cannot, the reference is there.
     assert len(calls) == 2 * 2 * 2 * 3
     assert "left out: heun cannot spend exactly 3 evaluations" in result.output
+
+
+def test_a_folder_that_another_process_reports_to_is_left_alone(world, tmp_path):
+    with only_writer(tmp_path):
+        assert "another process is writing to it" in refused(run(world, tmp_path, cache=world / "out" / "cache"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_batch_changes_nothing(world, evaluated):

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import sample
+from files import only_writer
 from models import load_denoiser
 from models.generate import generate
 from models.pictures import to_pixels
@@ -171,6 +172,15 @@ def test_after_an_interrupt_the_log_speaks_of_the_new_images_alone(pipeline, tmp
     monkeypatch.setattr(image_folder, "_drawn", interrupted)
     assert run(*common, "--outdir", tmp_path, "--solver", "heun").exit_code == 130
     assert [(line["seed"], line["solver"]) for line in records(tmp_path)] == [(0, "heun"), (1, "heun")]
+
+
+def test_a_folder_that_another_process_draws_into_is_left_alone(pipeline, tmp_path):
+    """Two logs in one file would each speak of half the images."""
+    asked = ("--model_path", pipeline, "--solver", "ddim", "--num-steps", 2, "--prompt", "a", "--outdir", tmp_path)
+    with only_writer(tmp_path):
+        assert "another process is writing to it" in refused(*asked)
+    assert not list(tmp_path.iterdir())
+    assert run(*asked).exit_code == 0
 
 
 def test_overrides_are_honoured_and_said(pipeline, predictor, tmp_path):

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import sample
 import train
+from files import only_writer
 from tests.tiny_pipeline import save_tiny_pipeline
 from training.distillation import Refinement
 from training.snapshot import find_snapshot, load_snapshot
@@ -152,6 +153,19 @@ def test_a_run_whose_prompts_have_changed_is_not_resumed(pipeline, workplace, mo
     (folder,) = Path("exps").iterdir()
     torch.save({"x": 1}, folder / "training-state.pt")
     assert "does not hold best, best_loss, refinement" in refusal(run("--resume", 0, "--device", "cpu"))
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(pipeline, workplace, monkeypatch):
+    def interrupted(refinement):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Refinement, "step", interrupted)
+        assert run(*small(pipeline)).exit_code == 130
+    (folder,) = Path("exps").iterdir()
+    with only_writer(folder):
+        assert "another process is writing to it" in refusal(run("--resume", 0, "--device", "cpu"))
+    assert run("--resume", 0, "--device", "cpu").exit_code == 0
 
 
 def test_a_first_table_without_a_finite_loss_is_an_error(pipeline, workplace, monkeypatch):

@@ -16,6 +16,7 @@ import io
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
-from files import write_atomically
+from files import only_writer, write_atomically
 from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
 from solvers import EPDTable, network_evaluations
 from training.distillation import (
@@ -151,11 +152,34 @@ class Options:
         }
 
 
-def new_folder(root: Path, options: Options) -> Path:
-    """The next numbered folder, not yet made."""
-    taken = [re.match(r"\d{5}(?=-)", path.name) for path in root.iterdir()] if root.is_dir() else []
+def next_folder(root: Path, options: Options) -> Path:
+    """The numbered folder that a run started now would have, not made."""
+    taken = [re.match(r"\d{5}(?=-|$)", path.name) for path in root.iterdir()] if root.is_dir() else []
     number = max((int(match[0]) for match in taken if match), default=-1) + 1
     return root / f"{number:05d}-{options.description}"
+
+
+def claim_folder(root: Path, options: Options) -> Path:
+    """Make the next numbered folder; of runs that are started together each gets a number of its own.
+
+    A folder named by the number alone is the claim to it: only one process can make it, and renames it once it has seen
+    that nobody was done with the same number before.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = next_folder(root, options)
+            claim = folder.with_name(folder.name.partition("-")[0])
+            with suppress(FileExistsError):
+                claim.mkdir()
+                if not any(root.glob(f"{claim.name}-*")):
+                    return claim.rename(folder)
+                claim.rmdir()
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be made ({error.strerror})") from error
 
 
 def load_options(folder: Path) -> Options:
@@ -177,24 +201,48 @@ def write_cold_start(folder: Path, options: Options) -> Path:
     return save_snapshot(folder / "network-snapshot-000000.pkl", table, options.metadata(None))
 
 
-def distil(folder: Path, options: Options, denoiser: Denoiser, prompts: list[str]) -> Path:
-    """Carry out a run from its start, or from where it was interrupted; returns the last snapshot.
+@dataclass(frozen=True)
+class Lesson:
+    """What the teacher is to show: its grid, float64 [(num_steps - 1) (M + 1) + 1], and a prompt and a noise seed for
+    each trajectory.
+    """
 
-    prompts: what the trajectories' are drawn from. Interruptions do not change the result.
+    sigmas: Tensor
+    prompts: list[str]
+    seeds: list[int]
+
+
+def prepare(options: Options, denoiser: Denoiser, prompts: list[str]) -> Lesson:
+    """Draw the trajectories' prompts and seeds from `prompts`.
 
     Raises:
-        InputError: prompts that the model cannot take, a schedule or an AFS that does not suit it, a teacher or a
-            training that diverges, files that cannot be written or read.
+        InputError: prompts that the model cannot take, or a schedule that does not suit it.
     """
-    teacher_sigmas = _teacher_sigmas(options, denoiser)
-    drawn, seeds = _drawn(options, prompts)
-    denoiser.validate_prompts(drawn)
+    lesson = Lesson(_teacher_sigmas(options, denoiser), *_drawn(options, prompts))
+    denoiser.validate_prompts(lesson.prompts)
+    return lesson
+
+
+def distil(folder: Path, options: Options, denoiser: Denoiser, lesson: Lesson) -> Path:
+    """Carry out a run from its start, or from where it was interrupted; returns the last snapshot.
+
+    Interruptions do not change the result.
+
+    Raises:
+        InputError: an AFS that does not suit the model, a teacher or a training that diverges, files that cannot be
+            written or read, or another process works in the folder.
+    """
+    with only_writer(folder):
+        return _distil(folder, options, denoiser, lesson)
+
+
+def _distil(folder: Path, options: Options, denoiser: Denoiser, lesson: Lesson) -> Path:
     _write_options(folder, options)
     with tqdm(total=sum(options.evaluations().values()), unit="evaluation", smoothing=0.05) as bar:
         task = Task(
             denoiser=denoiser,
             guidance_scale=options.guidance_rate,
-            sigmas=teacher_sigmas[:: options.M + 1],
+            sigmas=lesson.sigmas[:: options.M + 1],
             afs=options.afs,
             target=options.target,
             micro_batch=options.batch_gpu,
@@ -202,7 +250,7 @@ def distil(folder: Path, options: Options, denoiser: Denoiser, prompts: list[str
             progress=bar.update,
         )
         bar.set_description("teacher")
-        trajectories = _taught(folder / TEACHER, task, options.sampler_tea, teacher_sigmas, drawn, seeds)
+        trajectories = _taught(folder / TEACHER, task, options.sampler_tea, lesson)
         training = trajectories.select(range(len(trajectories) - options.held_out))
         held_out = trajectories.select(range(len(training), len(trajectories)))
         bar.set_description("search")
@@ -267,17 +315,15 @@ def _drawn(options: Options, prompts: list[str]) -> tuple[list[str], list[int]]:
     return [prompts[index] for index in order[: options.trajectories]], seeds
 
 
-def _taught(
-    file: Path, task: Task, sampler: str, teacher_sigmas: Tensor, prompts: list[str], seeds: list[int]
-) -> Trajectories:
+def _taught(file: Path, task: Task, sampler: str, lesson: Lesson) -> Trajectories:
     """The teacher's trajectories, from the file if they are there."""
     if file.exists():
         state = _load(file, TEACHER_KEYS)
-        if state["prompts"] != prompts:
+        if state["prompts"] != lesson.prompts:
             raise InputError(f"{file}: belongs to other prompts; the prompt file has changed since the run began")
-        return Trajectories(prompts, state["states"].to(task.denoiser.device))
-    trajectories = teacher_trajectories(task, sampler, teacher_sigmas, prompts, seeds)
-    _save(file, {"states": trajectories.states.cpu(), "prompts": prompts})
+        return Trajectories(lesson.prompts, state["states"].to(task.denoiser.device))
+    trajectories = teacher_trajectories(task, sampler, lesson.sigmas, lesson.prompts, lesson.seeds)
+    _save(file, {"states": trajectories.states.cpu(), "prompts": lesson.prompts})
     return trajectories
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import InputError
-from files import sweep, write_atomically
+from files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,6 @@ class RunFolder:
         folder = cls(root)
         if not folder.config.is_file():
             raise InputError(f"{path}: no folder of a run (there is no {folder.config})")
-        for part in (root, folder.config.parent, folder.logs, folder.checkpoints, folder.samples, folder.export):
-            sweep(part)
         return folder
 
     @property

@@ -17,6 +17,7 @@ import scripts.eval
 import scripts.finetune
 import scripts.train_reward_model
 from errors import EXIT_INTERRUPTED, InputError
+from files import only_writer
 from models.fingerprints import fingerprint
 from models.pixel_diffusion import load_pixel_diffusion
 from models.shapes.data import render_scenes
@@ -157,6 +158,33 @@ def test_a_resumed_fine_tuning_ends_where_one_without_a_stop_does(done, tmp_path
     whole, parts = (load_pixel_diffusion(str(tmp_path / name)).network.state_dict() for name in ways)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert [row["step"] for row in read_metrics(stopped / "logs" / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(done):
+    folder, _, _ = done
+    run = run_of(folder, "finetune")
+    with only_writer(run):
+        assert "another process is writing to it" in fails("finetune", "--resume", run, "--overwrite")
+
+
+def test_what_somebody_else_wrote_while_a_run_trained_is_not_replaced(done, tmp_path, monkeypatch):
+    folder, _, _ = done
+    own = (f"path.runs={tmp_path / 'runs'}", f"finetune.save={tmp_path / 'tuned'}", "finetune.eval_interval=0")
+    trained = EpochRun.run
+
+    def overtaken(self):
+        write_tiny_ddpm(tmp_path / "tuned")
+        return trained(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochRun, "run", overtaken)
+        said = " ".join(fails("finetune", *smoke(folder, *own)).split())
+    assert "was written by somebody else while" in said
+    theirs = fingerprint([tmp_path / "tuned"])
+    (run,) = (tmp_path / "runs").iterdir()
+    succeeds("finetune", "--resume", run, "--override", f"finetune.save={tmp_path / 'beside'}")
+    assert fingerprint([tmp_path / "tuned"]) == theirs
+    assert (tmp_path / "beside").is_dir()
 
 
 def test_own_folders_of_images_are_used_as_they_are(done, tmp_path):

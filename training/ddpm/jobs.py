@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from files import write_atomically
+from files import only_writer, write_atomically
 from models.devices import resolve_device
 from models.pictures import contact_sheet, to_pixels
 from models.pixel_diffusion import PixelDiffusion, load_pixel_diffusion, save_pixel_diffusion
@@ -25,7 +25,7 @@ from training.ddpm.policy import DDIMSteps, DenoisingPolicy
 from training.ddpm.reward_model import load_classifier, save_classifier
 from training.ddpm.reward_training import JUDGE, REWARD, RewardTrainer
 from training.ddpm.rollout import ImageReward, sample_images, seeds_of
-from training.ddpm.run import EpochRun, Observation, Plan, Resumed
+from training.ddpm.run import EpochRun, EpochTrainer, Observation, Plan, Resumed
 from training.ddpm.trainer import DDPMTrainer
 from training.run_folder import RunFolder
 
@@ -120,14 +120,13 @@ def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite
         say(note)
     real, fake = (_shares(config, images) for images in sets)
     trainer = RewardTrainer(real, fake, config.train_reward, seed=config.seed, device=start.device)
-    folder = _folder(config, TRAIN_REWARD_MODEL, resumed)
-    say(f"run: {folder.path}")
     epochs = config.train_reward.num_epochs
-    run = EpochRun(TRAIN_REWARD_MODEL, config, folder, trainer, Plan(epochs, max(1, epochs // 4), 0))
-    if resumed is not None:
-        run.load(resumed.state)
-    if not run.run():
+    plan = Plan(epochs, max(1, epochs // 4), 0)
+    folder = _trained(TRAIN_REWARD_MODEL, config, resumed, trainer, plan, None, say)
+    if folder is None:
         return False
+    for path in targets.values():
+        _refuse_overtaken(path, overwrite, folder)
     for name, path in targets.items():
         heldout = trainer.heldout(name)
         save_classifier(path, trainer.classifiers[name], heldout)
@@ -167,18 +166,15 @@ def finetune(
         f"{actions} of them actions"
     )
     observe = _watch(config, start, trainer, reward) if settings.eval_interval else None
-    folder = _folder(config, FINETUNE, resumed)
-    say(f"run: {folder.path}")
     plan = Plan(settings.num_epochs, settings.save_interval, settings.eval_interval)
-    run = EpochRun(FINETUNE, config, folder, trainer, plan, observe)
-    if resumed is not None:
-        run.load(resumed.state)
-    if not run.run():
+    folder = _trained(FINETUNE, config, resumed, trainer, plan, observe, say)
+    if folder is None:
         return False
     seeds = seeds_of("last look", config.seed, count=settings.microbatch)
     drawn = sample_images(_policy_of_result(trainer, start), seeds, start.shape, start.device, settings.microbatch)
     require_finite(drawn, "images of the fine-tuned DDPM")
     result = merged(trainer.result).to("cpu", memory_format=torch.contiguous_format)  # safetensors writes no other
+    _refuse_overtaken(target, overwrite, folder)
     save_pixel_diffusion(result, start.model.scheduler_config, target)
     say(f"fine-tuned DDPM: {target}")
     return True
@@ -297,8 +293,23 @@ def _shares(config: DDPMConfig, images: ImageSet) -> Shares:
     return shares(images.images, config.train_reward.heldout_share, seed)
 
 
-def _folder(config: DDPMConfig, job: str, resumed: Resumed | None) -> RunFolder:
-    return RunFolder.create(config.path.runs, job) if resumed is None else resumed.folder
+def _trained(
+    job: str,
+    config: DDPMConfig,
+    resumed: Resumed | None,
+    trainer: EpochTrainer,
+    plan: Plan,
+    observe: Callable[[], Observation] | None,
+    say: Say,
+) -> RunFolder | None:
+    """Train in a folder that no other process writes to meanwhile, which is returned; None: it was interrupted."""
+    folder = RunFolder.create(config.path.runs, job) if resumed is None else resumed.folder
+    with only_writer(folder.path):
+        say(f"run: {folder.path}")
+        run = EpochRun(job, config, folder, trainer, plan, observe)
+        if resumed is not None:
+            run.load(resumed.state)
+        return folder if run.run() else None
 
 
 def _refuse_existing(path: Path, overwrite: bool, *, folder: bool) -> None:
@@ -314,6 +325,15 @@ def _refuse_existing(path: Path, overwrite: bool, *, folder: bool) -> None:
         raise InputError(f"{path}: is a folder that holds more than a DDPM ({named}); it is never replaced")
     if not overwrite:
         raise InputError(f"{path}: exists already; --overwrite replaces it")
+
+
+def _refuse_overtaken(path: Path, overwrite: bool, run: RunFolder) -> None:
+    """Refuse an output that was not there when the run began."""
+    if path.exists() and not overwrite:
+        raise InputError(
+            f"{path}: was written by somebody else while {run.path} trained, whose last checkpoint is kept: --resume "
+            "it with --overwrite, or with another path by --override"
+        )
 
 
 def before_after(before: Tensor, after: Tensor, number: int) -> bytes:

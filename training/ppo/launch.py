@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import click
 from lightning.fabric import Fabric
 
 from errors import EXIT_INTERRUPTED, InputError, shows_input_errors
-from files import write_atomically
+from files import only_writer, write_atomically
 from training.checkpoint import newest_checkpoint
 from training.command_line import SeveralPairs
 from training.configuration import refuse_changes, to_plain, to_yaml
@@ -158,33 +159,43 @@ def train(job: Job, assemble: Callable[[Start, Fabric], Parts] = build, command:
     if fabric.is_global_zero:
         describe(job)
     assembled = assemble(job.start, fabric)  # before there is a folder: what cannot be loaded leaves none behind
-    folder = _folder(job, config, fabric)
-    run = TrainingRun(job.start, assembled, folder, fabric)
-    if job.state is not None:
-        run.load(job.state)
-    ending = run.run()
-    if fabric.is_global_zero:
-        write_report(folder)
-        click.echo(f"{ending} after step {run.step} of {config.ppo.steps}: {folder.path}")
-        spent = seconds_by_phase(read_metrics(folder.metrics))
-        whole = sum(spent.values())
-        click.echo("time: " + ", ".join(f"{phase} {seconds / whole:.1%}" for phase, seconds in spent.items()))
-        click.echo(f"report: {folder.report}")
-        if run.step < config.ppo.steps:
-            click.echo(f"go on: python -m {command} --resume {folder.path}")
-        click.echo(f"export: python -m training.ppo.export_epd_predictor {folder.path}")
+    with _held_folder(job, config, fabric) as folder:
+        run = TrainingRun(job.start, assembled, folder, fabric)
+        if job.state is not None:
+            run.load(job.state)
+        ending = run.run()
+        if fabric.is_global_zero:
+            _conclude(run, folder, ending, command)
     if ending == INTERRUPTED:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _folder(job: Job, config: Config, fabric: Fabric) -> RunFolder:
-    """The run's folder, made by the first process, with the configuration in it."""
-    folder = job.folder
-    if fabric.is_global_zero:
-        folder = folder or RunFolder.create(config.run.output_root, config.run.run_name)
+def _conclude(run: TrainingRun, folder: RunFolder, ending: str, command: str) -> None:
+    """Write the report; say how the run ended, where its time went, and what can be done next."""
+    write_report(folder)
+    steps = run.config.ppo.steps
+    click.echo(f"{ending} after step {run.step} of {steps}: {folder.path}")
+    spent = seconds_by_phase(read_metrics(folder.metrics))
+    whole = sum(spent.values())
+    click.echo("time: " + ", ".join(f"{phase} {seconds / whole:.1%}" for phase, seconds in spent.items()))
+    click.echo(f"report: {folder.report}")
+    if run.step < steps:
+        click.echo(f"go on: python -m {command} --resume {folder.path}")
+    click.echo(f"export: python -m training.ppo.export_epd_predictor {folder.path}")
+
+
+@contextmanager
+def _held_folder(job: Job, config: Config, fabric: Fabric) -> Iterator[RunFolder]:
+    """The run's folder, with the configuration in it; the first process makes it, and holds it against other runs."""
+    if not fabric.is_global_zero:
+        yield RunFolder(Path(fabric.broadcast("")))
+        return
+    folder = job.folder or RunFolder.create(config.run.output_root, config.run.run_name)
+    with only_writer(folder.path):
         write_atomically(folder.config, to_yaml(config).encode())
         click.echo(f"run: {folder.path}")
-    return RunFolder(Path(fabric.broadcast(str(folder.path if folder else ""))))
+        fabric.broadcast(str(folder.path))
+        yield folder
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sample
 import training.ppo.training_run as training_run
 from errors import EXIT_INTERRUPTED, InputError
+from files import only_writer
 from models import clip
 from training.checkpoint import best_path, newest_checkpoint, step_path
 from training.command_line import spread
@@ -251,6 +252,17 @@ def test_corrupt_checkpoint_at_resume_names_it_and_the_one_before_works(finished
     assert "policy-step000004.pt: the checkpoint is corrupt" in result.output
     offered = result.output.split("--resume ")[1].split()[0]
     assert launch("--resume", offered, "--dry-run").exit_code == 0
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(finished: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    with only_writer(folder.path):
+        result = launch("--resume", folder.path, "--override", "ppo.steps=5")
+    assert result.exit_code == 2
+    assert "another process is writing to it" in result.output
+    assert len(read_metrics(folder.metrics)) == 5
+    assert load_config(folder.config).config.ppo.steps == 4
 
 
 def test_other_prompts_at_resume_are_refused(finished: RunFolder, tmp_path: Path):
