@@ -57,7 +57,7 @@ class Study:
     arms: dict[str, Arm] = knob({}, "name -> config, overrides, seeds, starts, search", required=True)  # noqa: RUF009
     heldout_prompts: str = knob("src/prompts/shapes_heldout.csv", "prompts that no run and no watch has seen")
     heldout_count: int = knob(512, "held-out images of each table: prompts from the top, one image each", at_least=2)
-    heldout_seed: int = knob(0, "seed of the first held-out image; the next has the next seed", at_least=0)
+    heldout_seed: int = knob(0, "seed of the first held-out image; the next has the next seed", at_least=0, below=2**62)
     batch: int = knob(32, "held-out images made at once", at_least=1)
     solvers: list[str] = knob([*CLASSICAL], "classical solvers that the tables are compared with")  # noqa: RUF009
     schedules: list[str] = knob(  # noqa: RUF009

@@ -2,6 +2,9 @@
 
 A schema is a dataclass whose fields are knobs or sections, each section a dataclass of knobs. A dotted key names a
 knob (`finetune.lr`, or `seed` at the top). Precedence, lowest first: the defaults, the file, `--override`.
+
+YAML gives the structure and nothing else: what a scalar means is up to its knob's type, so that 00010 is ten for a
+number and itself for a text, and `no` is a name where a name is asked for.
 """
 
 from __future__ import annotations
@@ -11,18 +14,35 @@ import difflib
 import hashlib
 import json
 import math
+import re
+import reprlib
+import types
+import typing
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import InputError
 
 OVERRIDE = "--override"
+
+LARGEST_FILE = 2**15  # bytes; the configurations that come with the project have two thousand
+LARGEST_NUMBER = 10**9  # of whole numbers whose knob sets no limit
+MOST_FAULTS = 20  # in a message
+DEEPEST, MOST_VALUES = 5, 10_000  # of what one key is given, with all that it repeats
+NULLS = ("~", "null", "Null", "NULL")
+NOT_FINITE = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)  # as YAML writes it
+
+LONGEST_QUOTE = 200  # characters of what was read, in a message
+SHOWN = reprlib.Repr()
+SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = LONGEST_QUOTE
+SHOWN.maxlevel = 2
 
 Config = TypeVar("Config")
 Disagreements = Iterator[tuple[set[str], str]]
@@ -50,6 +70,8 @@ class Limits:
             return f"must be one of {', '.join(self.choices)}"
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
+        if isinstance(value, int) and self.at_most is self.below is None and value > LARGEST_NUMBER:
+            return f"must be at most {LARGEST_NUMBER}"
         if self.at_least is not None and value < self.at_least:
             return f"must be at least {self.at_least:g}"
         if self.above is not None and value <= self.above:
@@ -99,8 +121,11 @@ class Schema(Generic[Config]):
             shipped: where the configurations that come with the project are, for messages.
         """
         self.kind = kind
-        self.knobs: dict[str, dataclasses.Field] = dict(_knobs(kind))
+        self.knobs: dict[str, dataclasses.Field] = {}
         """Every dotted key with its field; `.metadata["meaning"]` documents it."""
+        self._kinds: dict[str, Any] = {}
+        for key, known, hint in _knobs(kind):
+            self.knobs[key], self._kinds[key] = known, hint
         self._sections = [part.name for part in dataclasses.fields(kind) if "limits" not in part.metadata]
         self._disagreements = disagreements
         self._shipped = shipped
@@ -112,12 +137,12 @@ class Schema(Generic[Config]):
             InputError: lists all faults at once: unknown keys (with the nearest known one), wrong types, values out of
                 range, combinations that cannot work.
         """
-        return self.build(self._read_yaml(Path(path)), str(path), overrides)
+        return self.build(self._read_file(Path(path)), str(path), overrides)
 
     def build(self, values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> LoadedConfig[Config]:
         """As `load`, from nested plain values; `origin` names them in messages."""
         faults: list[str] = []
-        overridden = list(_parse_overrides(overrides, faults))
+        overridden = list(self._parse_overrides(overrides, faults))
         assigned = [(key, value, origin) for key, value in self._flatten(values, origin, faults)]
         assigned += [(key, value, OVERRIDE) for key, value in overridden]
         node = OmegaConf.structured(self.kind)
@@ -125,39 +150,71 @@ class Schema(Generic[Config]):
         unsound: set[str] = set()
         for key, value, where in assigned:
             if key not in self.knobs:
-                faults.append(f"{where}: unknown key {key}{self._suggestion(key)}")
+                hint = self._suggestion(key) if len(faults) < MOST_FAULTS else ""
+                faults.append(f"{where}: unknown key {_cut(key)}{hint}")
                 continue
-            try:
-                OmegaConf.update(node, key, value)
+            reason = _complaint(value) or self._assign(node, key, value)
+            if reason is None:
                 origins[key] = where
-            except OmegaConfBaseException as error:
+            else:
                 unsound.add(key)
-                reason = str(error).splitlines()[0]
-                faults.append(f"{where}: {key}={value!r}: {reason} ({self.knobs[key].metadata['meaning']})")
+                faults.append(f"{where}: {key}={_shown(value)}: {reason} ({self.knobs[key].metadata['meaning']})")
         config = OmegaConf.to_object(node)
         for key, complaint in self._out_of_range(config):
             if key not in unsound:
                 unsound.add(key)
                 where = origins.get(key, origin)
                 value = value_of(config, key)
-                shown = key if value in ("", {}, []) else f"{key}={value!r}"
+                shown = key if value in ("", {}, []) else f"{key}={_shown(value)}"
                 faults.append(f"{where}: {shown} {complaint} ({self.knobs[key].metadata['meaning']})")
         # A pair is judged only where each of its values stands on its own.
         faults += [fault for keys, fault in self._disagreements(config) if unsound.isdisjoint(keys)]
         raise_all(faults)
         return LoadedConfig(config, frozenset(key for key, _ in overridden))
 
-    def _read_yaml(self, path: Path) -> Mapping[str, Any]:
+    def _assign(self, node: DictConfig, key: str, value: Any) -> str | None:
+        """Set a knob, in the place of all that it held before; or say why it cannot be."""
+        if float in _members(self._kinds[key]) and isinstance(value, str) and NOT_FINITE.fullmatch(value):
+            value = float(value.replace(".", ""))
         try:
-            values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+            OmegaConf.update(node, key, value, merge=False)
+        except (OmegaConfBaseException, ValueError, OverflowError) as error:
+            return _cut(str(error).splitlines()[0].replace(str(value), _shown(value).strip("'")[:40]))
+        return None
+
+    def _parse_overrides(self, overrides: Iterable[str], faults: list[str]) -> Iterator[tuple[str, Any]]:
+        for pair in overrides:
+            key, equals, text = pair.partition("=")
+            if not equals or not key:
+                faults.append(f"{OVERRIDE} {_cut(pair)}: expected section.key=value")
+                continue
+            try:
+                yield key, self._override(key, text.strip())
+            except yaml.YAMLError as error:
+                faults.append(f"{OVERRIDE} {_cut(pair)}: the value is not readable as YAML: {_one_line(error)}")
+
+    def _override(self, key: str, text: str) -> Any:
+        """A text is taken as it was typed, unless in quotes: a name may look like YAML. All else is YAML."""
+        if not text or (str in _members(self._kinds.get(key)) and text not in NULLS and text[0] not in "'\""):
+            return text
+        return _read_yaml(text)
+
+    def _read_file(self, path: Path) -> Mapping[str, Any]:
+        try:
+            with path.open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)
+            if len(content) > LARGEST_FILE:
+                raise yaml.YAMLError(f"it has more than {LARGEST_FILE} bytes")
+            values = _read_yaml(content) or {}
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no such configuration file; those that come with the project are in {self._shipped}"
             ) from None
-        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"{path}: not a readable YAML file: {error}") from None
+        except (yaml.YAMLError, OSError, ValueError) as error:
+            raise InputError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
         if not isinstance(values, dict):
-            raise InputError(f"{path}: expected sections ({', '.join(self._sections)}), found a list")
+            found = "a list" if isinstance(values, list) else _shown(values)
+            raise InputError(f"{path}: expected sections ({', '.join(self._sections)}), found {found}")
         return values
 
     def _flatten(self, values: Mapping[str, Any], origin: str, faults: list[str]) -> Iterator[tuple[str, Any]]:
@@ -166,12 +223,13 @@ class Schema(Generic[Config]):
                 yield section, content
             elif section not in self._sections:
                 known = ", ".join(self._sections)
-                hint = self._suggestion(str(section))
-                faults.append(f"{origin}: unknown section {section}{hint}; the sections are {known}")
+                hint = self._suggestion(str(section)) if len(faults) < MOST_FAULTS else ""
+                faults.append(f"{origin}: unknown section {_cut(str(section))}{hint}; the sections are {known}")
             elif content is None:
                 continue
             elif not isinstance(content, Mapping):
-                faults.append(f"{origin}: {section}={content!r}: expected keys and values below it")
+                shown = _cut(content) if isinstance(content, str) else _shown(content)
+                faults.append(f"{origin}: {section}={shown}: expected keys and values below it")
             else:
                 yield from ((f"{section}.{leaf}", value) for leaf, value in content.items())
 
@@ -235,25 +293,95 @@ def raise_all(faults: Sequence[str]) -> None:
     """Raise one `InputError` that lists the faults, if there are any."""
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise InputError(f"the configuration has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        listed = [f"  - {fault}" for fault in faults[:MOST_FAULTS]]
+        listed += [f"  - and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        raise InputError("\n".join([f"the configuration has {count}:", *listed]))
 
 
-def _knobs(kind: type) -> Iterator[tuple[str, dataclasses.Field]]:
+def _knobs(kind: type) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Every dotted key with its field and its type."""
+    hints = typing.get_type_hints(kind)
     for part in dataclasses.fields(kind):
         if "limits" in part.metadata:
-            yield part.name, part
+            yield part.name, part, hints[part.name]
         else:
-            yield from ((f"{part.name}.{key}", leaf) for key, leaf in _knobs(part.default_factory))
+            yield from ((f"{part.name}.{key}", *leaf) for key, *leaf in _knobs(part.default_factory))
 
 
-def _parse_overrides(overrides: Iterable[str], faults: list[str]) -> Iterator[tuple[str, Any]]:
-    for pair in overrides:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            faults.append(f"{OVERRIDE} {pair}: expected section.key=value")
-            continue
-        try:
-            # OmegaConf's YAML reads 7e-5 as a number, as everybody means it; plain YAML 1.1 reads a string.
-            yield key, OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"] if text else ""
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            faults.append(f"{OVERRIDE} {pair}: the value is not readable as YAML: {str(error).splitlines()[0]}")
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types that a value may have: of `X | None` both, of any other type itself."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+class _StructureLoader(yaml.SafeLoader):
+    """Reads mappings, lists, and scalars as the texts that they are; of YAML's types it knows null alone."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, form) for tag, form in known if tag.rpartition(":")[2] in ("null", "merge")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors: typing.ClassVar = {
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq", "map")
+    }
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """As its base does, which takes the square of the depth in time."""
+        self._require_shallow(self.flow_level)
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        """As its base does, to any depth."""
+        self._require_shallow(len(self.indents))
+        return super().add_indent(column)
+
+    def _require_shallow(self, depth: int) -> None:
+        if depth > 2 * DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, "it is nested too deeply", self.get_mark())
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As its base does, which lets the last of equal keys win."""
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        name, times = names.most_common(1)[0] if names else ("", 0)
+        if times > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {name} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(content: str | bytes) -> Any:
+    """What YAML says, its scalars as texts or None. Raises yaml.YAMLError."""
+    return yaml.load(content, _StructureLoader)
+
+
+def _complaint(value: Any) -> str | None:
+    """Why what a knob is given can be no value of any knob, or None."""
+    left, seen = [(value, 0)], 0
+    while left:
+        part, depth = left.pop()
+        seen += 1
+        if depth > DEEPEST or seen + len(left) > MOST_VALUES:
+            return "is nested too deeply, or has too many entries"
+        if isinstance(part, Mapping):
+            left += [(entry, depth + 1) for pair in part.items() for entry in pair]
+        elif isinstance(part, list):
+            left += [(entry, depth + 1) for entry in part]
+        elif isinstance(part, str) and ("${" in part or part == "???"):
+            return "${...} and ??? stand for values elsewhere and are not resolved: write the value itself"
+        elif isinstance(part, str) and ("\0" in part or any("\ud800" <= letter <= "\udfff" for letter in part)):
+            return "holds characters that no text has"
+    return None
+
+
+def _shown(value: Any) -> str:
+    return _cut(SHOWN.repr(value))
+
+
+def _cut(text: str) -> str:
+    """The beginning of a text that may be of any length, for a message."""
+    shown = text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
+    return shown.encode(errors="backslashreplace").decode()
+
+
+def _one_line(error: Exception) -> str:
+    return _cut(" ".join(str(error).split()))

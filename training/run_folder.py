@@ -24,6 +24,8 @@ from typing import Any
 from errors import InputError
 from files import write_atomically
 
+LONGEST_NAME = 200  # bytes of a run's name; file systems take 255 with the time before it
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -38,10 +40,8 @@ class RunFolder:
         Raises:
             InputError: `run_name` is no plain file name, or the folder cannot be made.
         """
-        if not run_name or Path(run_name).name != run_name or run_name.startswith("."):
-            raise InputError(
-                f"run.run_name={run_name!r}: it becomes a part of a folder's name: no slashes, no leading dot"
-            )
+        if fault := name_fault(run_name):
+            raise InputError(fault)
         try:
             folder = cls(_new_folder(Path(output_root), run_name))
             for part in (folder.config.parent, folder.logs, folder.checkpoints, folder.samples):
@@ -98,6 +98,17 @@ class RunFolder:
     def report(self) -> Path:
         """The report of the run, HTML."""
         return self.path / "report.html"
+
+
+def name_fault(run_name: str) -> str | None:
+    """Why a run cannot be called so, or None."""
+    plain = Path(run_name).name == run_name and not run_name.startswith(".") and run_name.isprintable()
+    if run_name and plain and len(run_name.encode()) <= LONGEST_NAME:
+        return None
+    return (
+        f"run.run_name={run_name[:LONGEST_NAME]!r}: it becomes a part of a folder's name: no slashes, no leading dot, "
+        f"nothing that does not print, at most {LONGEST_NAME} bytes"
+    )
 
 
 def _new_folder(output_root: Path, run_name: str) -> Path:

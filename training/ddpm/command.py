@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def finish(complete: bool) -> None:
 
 
 def _pairs(overrides: tuple[str, ...], device: str | None) -> tuple[str, ...]:
-    return (*overrides, *([f"device={device}"] if device else []))
+    return (*overrides, *([f"device={json.dumps(device)}"] if device else []))
 
 
 def _log_warnings() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from schedules import SCHEDULES
 from training.configuration import OVERRIDE, Disagreements, LoadedConfig, Schema, knob, raise_all
+from training.run_folder import name_fault
 from training.sampling import USUAL_RHO
 
 
@@ -238,6 +239,8 @@ def _disagreements(config: Config) -> Disagreements:
     """Values that are each allowed and cannot go together: their keys, why, and what to set instead."""
     yield from _batch_disagreements(config.ppo, config.run.num_devices * config.run.num_nodes)
     yield from _judge_disagreements(config)
+    if fault := name_fault(config.run.run_name):
+        yield {"run.run_name"}, fault
     names = [Path(path).stem for path in (config.reward.weights_path, *config.reward.mix)]
     if len(set(names)) < len(names):
         yield (

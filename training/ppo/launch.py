@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +91,7 @@ def main(
 def with_options(overrides: Sequence[str], run_name: str | None, device: str | None) -> list[str]:
     """The overrides, and after them what the options of their own say."""
     options = {"run.run_name": run_name, "run.device": device}
-    return [*overrides, *(f"{key}={value}" for key, value in options.items() if value)]
+    return [*overrides, *(f"{key}={json.dumps(value)}" for key, value in options.items() if value)]
 
 
 def resumed_job(source: Path, overrides: Sequence[str]) -> Job:

@@ -153,7 +153,7 @@ def test_seconds_by_phase_add_up_to_the_steps():
     assert seconds_by_phase(rows[:1]) == {}
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a\nb", "x" * 300])
 def test_run_names_are_plain_names(tmp_path: Path, name: str):
     with pytest.raises(InputError, match=r"run\.run_name"):
         RunFolder.create(tmp_path, name)

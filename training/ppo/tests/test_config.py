@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import yaml
@@ -94,6 +95,46 @@ def test_values_are_read_as_people_write_them():
 
 
 @pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("run.seed=0012", "run.seed", 12),  # octal in YAML 1.1
+        ("ppo.steps=1_000", "ppo.steps", 1000),
+        ("ppo.learning_rate=1e-3", "ppo.learning_rate", 1e-3),
+        ("ppo.learning_rate=05", "ppo.learning_rate", 5.0),
+        ("data.predictor_snapshot=00010", "data.predictor_snapshot", "00010"),
+        ("run.run_name=no", "run.run_name", "no"),
+        ("run.run_name=12:30", "run.run_name", "12:30"),  # sexagesimal in YAML 1.1
+        ("run.run_name=2024-01-01", "run.run_name", "2024-01-01"),
+        ("run.run_name=1e3", "run.run_name", "1e3"),
+        ("run.run_name='null'", "run.run_name", "null"),
+        ("data.prompt_csv=my file: #2 [a].csv", "data.prompt_csv", "my file: #2 [a].csv"),
+        ("logging.panel=off", "logging.panel", "off"),
+        ("logging.panel=null", "logging.panel", None),
+        ("ppo.shared_noise=off", "ppo.shared_noise", False),
+    ],
+)
+def test_a_value_means_what_was_typed(override: str, key: str, value: object, tmp_path: Path):
+    """In an override, in a file, and in the file that a run writes of it."""
+    config = least(override).config
+    assert value_of(config, key) == value
+    assert type(value_of(config, key)) is type(value)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "c.yaml").config == config
+    if "#" not in override:
+        section, leaf = key.split(".")
+        (tmp_path / "c.yaml").write_text(f"{section}:\n  {leaf}: {override.split('=')[1]}\n")
+        others = [f"{name}.{leaf}={given}" for name, keys in LEAST.items() for leaf, given in keys.items()]
+        others = [other for other in others if not other.startswith(key)]
+        assert value_of(load_config(tmp_path / "c.yaml", others).config, key) == value
+
+
+def test_an_override_of_a_mapping_takes_the_place_of_the_file_s():
+    config = least("reward.mix={b.pt: 1}", reward={"mix": {"a.pt": 2}}).config
+    assert config.reward.mix == {"b.pt": 1.0}
+    assert least("reward.mix={}", reward={"mix": {"a.pt": 2}}).config.reward.mix == {}
+
+
+@pytest.mark.parametrize(
     ("wrong", "meant"),
     [
         ("ppo.rlo_k", "ppo.rloo_k"),
@@ -162,6 +203,23 @@ def test_all_faults_come_at_once():
         (["ppo.steps=[1"], "not readable as YAML"),
         (["ppo.steps=true"], "could not be converted to Integer"),
         (["ppo.steps=null"], "ppo.steps=None"),
+        (["ppo.steps=12:30"], "could not be converted to Integer"),
+        (["ppo.steps=0x_"], "could not be converted to Integer"),
+        (["ppo.steps=2.0"], "could not be converted to Integer"),
+        ([f"ppo.steps={'9' * 400}"], "must be at most 1000000000"),
+        ([f"run.seed={'9' * 5000}"], "could not be converted to Integer"),
+        ([f"ppo.learning_rate={'9' * 400}"], "must be a finite number"),
+        (["ppo.learning_rate=-.inf"], "must be a finite number"),
+        (["run.seed=!!bool xyz"], "not readable as YAML"),
+        (["run.seed=\udc80"], "not readable as YAML"),
+        (["run.seed=${run.seed}"], "are not resolved: write the value itself"),
+        (["data.prompt_csv=${HOME}/prompts.csv"], "are not resolved: write the value itself"),
+        (["run.run_name=???"], "are not resolved: write the value itself"),
+        (["reward.mix={a.pt: ${foo}}"], "YAML"),
+        (["reward.mix={a.pt: '${foo}'}"], "are not resolved: write the value itself"),
+        (["reward.mix={a.pt: {b.pt: 1}}"], "reward.mix="),
+        (['run.run_name="a\\0b"'], "holds characters that no text has"),
+        (["run.run_name=a/b"], "it becomes a part of a folder's name"),
     ],
 )
 def test_single_faults(overrides: list[str], part: str):
@@ -180,13 +238,38 @@ def test_what_a_message_proposes_works():
         ("run: [\n", "not a readable YAML file"),
         ("run: 4\n", "run=4: expected keys and values"),
         ("runs: {seed: 1}\n", "unknown section runs; did you mean run?"),
+        ("4\n", "expected sections (run, data, model, reward, ppo, logging), found '4'"),
+        ("run: {seed: 1, seed: 2}\n", "the key seed is there twice"),
+        ("run: {seed: !!bool xyz}\n", "not a readable YAML file"),
+        ("run: !!python/object/apply:os.mkdir [made]\n", "not a readable YAML file"),
+        ("run: {seed: '${oc.env:HOME}'}\n", "are not resolved: write the value itself"),
+        ("run: &run {seed: *run}\n", "is nested too deeply"),
+        ("run: " + "[" * 9000, "is nested too deeply"),
+        ("- " * 9000, "is nested too deeply"),
+        ("#" * 40000, "it has more than 32768 bytes"),
+        ("".join(f"k{number}: 1\n" for number in range(30)), "and 14 more"),
     ],
 )
 def test_malformed_files(tmp_path: Path, content: str, part: str):
     path = tmp_path / "c.yaml"
     path.write_text(content)
-    with pytest.raises(InputError, match=re.escape(part)):
+    start = perf_counter()
+    with pytest.raises(InputError, match=re.escape(part)) as caught:
         load_config(path)
+    assert perf_counter() - start < 5
+    assert len(str(caught.value)) < 5000
+
+
+def test_what_repeats_itself_is_refused_before_it_is_written_out(tmp_path: Path):
+    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [
+        f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]"
+        for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
+    (tmp_path / "c.yaml").write_text("run:\n  " + "\n  ".join([*lines, "seed: *i"]))
+    with pytest.raises(InputError, match="is nested too deeply") as caught:
+        load_config(tmp_path / "c.yaml")
+    assert len(str(caught.value)) < 5000
 
 
 def test_missing_file_points_to_the_shipped_ones(tmp_path: Path):

@@ -109,6 +109,19 @@ def test_dry_run_says_what_a_step_costs_and_trains_nothing(config: Path):
     assert not (config.parent / "exps").exists()
 
 
+@pytest.mark.parametrize("name", ["no", "null", "00012", "a: #b", "'quoted'", "{x}"])
+def test_a_run_is_called_what_was_typed(config: Path, name: str):
+    result = launch("--config", config, "--dry-run", "--run-name", name)
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.output.split("\nnum_steps")[0])["run"]["run_name"] == name
+
+
+def test_a_dry_run_finds_a_name_that_no_folder_can_have(config: Path):
+    result = launch("--config", config, "--dry-run", "--run-name", "a/b")
+    assert result.exit_code == 2
+    assert "run.run_name='a/b': it becomes a part of a folder's name" in result.output
+
+
 def test_dry_run_without_guidance_counts_half(config: Path):
     result = launch(
         "--config", config, "--dry-run", "--override", "model.guidance_type=uncond", "model.guidance_rate=1"
