@@ -155,6 +155,26 @@ def test_a_run_whose_prompts_have_changed_is_not_resumed(pipeline, workplace, mo
     assert "does not hold best, best_loss, refinement" in refusal(run("--resume", 0, "--device", "cpu"))
 
 
+def test_damaged_statistics_do_not_stop_a_resume(pipeline, workplace, monkeypatch):
+    step = Refinement.step
+
+    def interrupted(refinement):
+        if refinement.done == 3:
+            raise KeyboardInterrupt
+        return step(refinement)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Refinement, "step", interrupted)
+        assert run(*small(pipeline)).exit_code == 130
+    (folder,) = Path("exps").iterdir()
+    statistics = folder / "stats.jsonl"
+    lines = statistics.read_bytes().splitlines(keepends=True)
+    statistics.write_bytes(b"".join([lines[0], b"\xff\n\xff\n", *lines[2:]]))
+    result = run("--resume", 0, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line)["update"] for line in statistics.read_text().splitlines()] == [0, 2, 3, 4]
+
+
 def test_a_run_that_goes_on_elsewhere_is_not_resumed(pipeline, workplace, monkeypatch):
     def interrupted(refinement):
         raise KeyboardInterrupt

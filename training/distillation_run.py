@@ -42,6 +42,7 @@ from training.distillation import (
     teacher_trajectories,
 )
 from training.networks import EPD_predictor, Plain, near_euler_table
+from training.run_folder import MetricsLog
 from training.snapshot import load_snapshot, save_snapshot
 
 OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teacher.pt", "training-state.pt"
@@ -347,7 +348,8 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
         best_loss, best = state["best_loss"], state["best"]
     else:
         best_loss, best = math.inf, {}
-    _drop_lines_after(folder / STATS, refinement.done if best else -1)
+    stats = MetricsLog(folder / STATS, "update")
+    stats.rewind(refinement.done if best else -1)
     while not best or refinement.done < refinement.updates:
         line: dict[str, Plain] = {}
         if best:
@@ -364,15 +366,8 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
                 best_loss, best = loss, refinement.state_dict()["parameters"]
             bar.set_postfix(held_out=f"{loss:.4f}", best=f"{best_loss:.4f}")
         line = {"update": refinement.done, "trajectories": refinement.done * refinement.batch, **line}
-        with (folder / STATS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        stats.append(line)
         _save(folder / STATE, {"refinement": refinement.state_dict(), "best_loss": best_loss, "best": best})
-
-
-def _drop_lines_after(file: Path, update: int) -> None:
-    """Forget what an interrupted run wrote after the state that it goes on from."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    write_atomically(file, "".join(lines[: update + 1]).encode())
 
 
 def _save(file: Path, state: dict[str, Any]) -> None:

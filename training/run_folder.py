@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,9 @@ from typing import Any
 from errors import InputError
 from files import write_atomically
 
+log = logging.getLogger(__name__)
+
+SHOWN_LINES = 10  # numbers of lines in a message
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255 with the time before it
 
 
@@ -137,16 +141,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read ({error})") from error
     rows = []
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}, line {number}: no JSON object ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise InputError(f"{path}, line {number}: no row of metrics: it needs a whole number `step`")
-        rows.append(row)
+        row = _row(line, "step")
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise InputError(f"{path}, line {number}: no row of metrics, a JSON object with a whole number `step`")
     return rows
+
+
+def _row(line: str | bytes, key: str) -> dict[str, Any] | None:
+    """What a line says: an object with a whole number under `key`; None: it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get(key)) is int else None
 
 
 def seconds_by_phase(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -171,9 +180,9 @@ def seconds_by_phase(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 class MetricsLog:
     """Appends rows to a metrics file; what a full disk refuses is kept and written with a later row."""
 
-    def __init__(self, path: Path) -> None:
-        """`path`: the file, made by the first row."""
-        self.path = path
+    def __init__(self, path: Path, key: str = "step") -> None:
+        """`path`: the file, made by the first row. `key`: what numbers the rows."""
+        self.path, self._key = path, key
         self._pending: list[str] = []
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -197,20 +206,36 @@ class MetricsLog:
         self._pending.clear()
 
     def rewind(self, step: int) -> int:
-        """Forget the rows after `step`, which a resumed run makes again; a copy of them stays beside the file.
+        """Forget the rows after `step`, which a resumed run makes again, and lines that are damaged, which is said.
 
-        Returns the number of rows moved.
+        A copy of the file as it was stays beside it.
+
+        Returns:
+            How many rows after `step` there were.
+
+        Raises:
+            InputError: the file cannot be read or written.
         """
         if not self.path.exists():
             return 0
-        rows = read_metrics(self.path)
-        kept = [row for row in rows if row["step"] <= step]
-        moved = [row for row in rows if row["step"] > step]
-        if moved:
-            write_atomically(self.path.with_name(f"metrics-before-resume-at-step{step:06d}.jsonl"), _lines(rows))
-        write_atomically(self.path, _lines(kept))
-        return len(moved)
-
-
-def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        *lines, cut_off = content.split(b"\n")  # after the last newline stands what a crash cut off, or nothing
+        rows = [_row(line, self._key) for line in (*lines, cut_off)]
+        damaged = [str(number) for number, row in enumerate(rows[:-1], start=1) if row is None]
+        kept = [line for line, row in zip((*lines, cut_off), rows, strict=True) if row and row[self._key] <= step]
+        moved = sum(row is not None for row in rows) - len(kept)
+        if damaged or moved:
+            copy = self.path.with_stem(f"{self.path.stem}-before-resume-at-{self._key}{max(step, 0):06d}")
+            write_atomically(copy, content)
+        if damaged:
+            log.warning(
+                "%s: line %s is damaged and left out; the file as it was is kept in %s",
+                self.path,
+                ", ".join(damaged[:SHOWN_LINES]) + (" ..." if len(damaged) > SHOWN_LINES else ""),
+                copy.name,
+            )
+        write_atomically(self.path, b"".join(line + b"\n" for line in kept))
+        return moved

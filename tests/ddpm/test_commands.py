@@ -167,6 +167,16 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(done):
         assert "another process is writing to it" in fails("finetune", "--resume", run, "--overwrite")
 
 
+def test_a_damaged_line_of_the_log_does_not_stop_a_resume(done, tmp_path):
+    folder, _, _ = done
+    run = tmp_path / "copy"
+    shutil.copytree(run_of(folder, "finetune"), run)
+    log = run / "logs" / "metrics.jsonl"
+    log.write_bytes(b"\xff\n" + log.read_bytes())
+    succeeds("finetune", "--resume", run, "--overwrite", "--override", f"finetune.save={tmp_path / 'tuned'}")
+    assert [row["step"] for row in read_metrics(log)] == [0, 1, 2]
+
+
 def test_what_somebody_else_wrote_while_a_run_trained_is_not_replaced(done, tmp_path, monkeypatch):
     folder, _, _ = done
     own = (f"path.runs={tmp_path / 'runs'}", f"finetune.save={tmp_path / 'tuned'}", "finetune.eval_interval=0")

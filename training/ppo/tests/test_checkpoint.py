@@ -184,6 +184,29 @@ def test_rewinding_keeps_a_copy_of_what_it_takes_back(tmp_path: Path):
     assert len(read_metrics(tmp_path / "metrics-before-resume-at-step000003.jsonl")) == 5
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b'{"step": 2, "rew',
+        b"\x00\x00\x00",
+        b'{"step": 2, "reward": \xff}',
+        b"[" * 5000,
+        b"",
+        b'{"stop": 2}',
+        b'{"step": true}',
+    ],
+)
+def test_a_damaged_row_is_set_aside_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes):
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 1, "reward": 0.1}\n' + damaged + b'\n{"step": 3}\n{"step": 4, "rewa'
+    path.write_bytes(content)
+    assert MetricsLog(path).rewind(3) == 0
+    assert read_metrics(path) == [{"step": 1, "reward": 0.1}, {"step": 3}]
+    copy = tmp_path / "metrics-before-resume-at-step000003.jsonl"
+    assert copy.read_bytes() == content
+    assert f"{path}: line 2 is damaged and left out; the file as it was is kept in {copy.name}" in caplog.text
+
+
 def test_cut_off_last_row_is_left_out_any_other_is_an_error(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "rew')

@@ -189,6 +189,16 @@ def test_resumed_run_is_the_run_that_never_stopped(finished: RunFolder, tmp_path
     assert timeless(read_metrics(folder.metrics)) == timeless(read_metrics(finished.metrics))
 
 
+def test_a_damaged_line_of_the_log_does_not_stop_a_resume(finished: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    lines = folder.metrics.read_bytes().splitlines(keepends=True)
+    folder.metrics.write_bytes(b"".join([lines[0], lines[1], b"\0\0\xff\n", *lines[3:]]))
+    result = launch("--resume", folder.path, "--override", "ppo.steps=5")
+    assert result.exit_code == 0, result.output
+    assert [row["step"] for row in read_metrics(folder.metrics)] == [0, 1, 3, 4, 5]
+
+
 def test_a_run_longer_than_planned_says_what_changed(finished: RunFolder, tmp_path: Path):
     folder = RunFolder(tmp_path / "copy")
     shutil.copytree(finished.path, folder.path)
