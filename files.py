@@ -6,6 +6,7 @@ writer ends, so what can be locked is nobody's any more. Where a file system kno
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -53,6 +54,15 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
             os.close(descriptor)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Append to a file all of `content` or nothing. Raises OSError where there is no room for it."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(content) != len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def move(source: Path, target: Path) -> None:

@@ -11,10 +11,8 @@ exps/<timestamp>-<run_name>/
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import InputError
-from files import write_atomically
+from files import append_whole, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -192,13 +190,8 @@ class MetricsLog:
             InputError: the file cannot be written now; the row is kept and tried again by the next call.
         """
         self._pending.append(json.dumps(row) + "\n")
-        content = "".join(self._pending).encode()
         try:
-            with self.path.open("ab", buffering=0) as file:
-                end = file.seek(0, os.SEEK_END)
-                if file.write(content) != len(content):
-                    file.truncate(end)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            append_whole(self.path, "".join(self._pending).encode())
         except OSError as error:
             raise InputError(
                 f"{self.path}: cannot be written ({error.strerror}); {len(self._pending)} rows wait in memory"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import scripts.eval
 import scripts.finetune
@@ -27,6 +29,7 @@ from training.ddpm.config import SCHEMA, judge_file, reward_file
 from training.ddpm.jobs import heldout_real_images
 from training.ddpm.reward_model import load_classifier
 from training.ddpm.run import EpochRun
+from training.ddpm.trainer import DDPMTrainer
 from training.run_folder import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -175,6 +178,32 @@ def test_a_damaged_line_of_the_log_does_not_stop_a_resume(done, tmp_path):
     log.write_bytes(b"\xff\n" + log.read_bytes())
     succeeds("finetune", "--resume", run, "--overwrite", "--override", f"finetune.save={tmp_path / 'tuned'}")
     assert [row["step"] for row in read_metrics(log)] == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_costs_no_training(done, tmp_path, monkeypatch):
+    folder, _, _ = done
+    own = (f"path.runs={tmp_path / 'runs'}", f"finetune.save={tmp_path / 'tuned'}", "finetune.save_interval=1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    step = DDPMTrainer.step
+
+    def full_in_the_first_epoch(self):
+        bytes_of_a_file = 1000 if self.completed_steps == 0 else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, limits[1]))
+        if self.completed_steps == 1:
+            assert not list((tmp_path / "runs").rglob("*.pt"))
+        return step(self)
+
+    monkeypatch.setattr(DDPMTrainer, "step", full_in_the_first_epoch)
+    try:
+        succeeds("finetune", *smoke(folder, *own, "finetune.eval_interval=1"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["policy-step000002.pt"]
+    assert [row["step"] for row in read_metrics(run / "logs" / "metrics.jsonl")] == [0, 1, 2]
+    events = EventAccumulator(str(run / "logs")).Reload()
+    assert [event.step for event in events.Scalars("reward_mean")] == [1, 2]
 
 
 def test_what_somebody_else_wrote_while_a_run_trained_is_not_replaced(done, tmp_path, monkeypatch):

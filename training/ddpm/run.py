@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import InputError
 from files import write_atomically
-from training.checkpoint import CheckpointFormat, newest_checkpoint, set_aside, step_path
+from training.checkpoint import CheckpointFormat, is_due, newest_checkpoint, set_aside, step_path
 from training.configuration import config_hash, refuse_changes, to_plain, to_yaml
 from training.ddpm.config import SCHEMA, DDPMConfig
+from training.events import EventFile
 from training.interrupts import Interrupts
 from training.run_folder import MetricsLog, RunFolder
 
@@ -133,6 +133,7 @@ class EpochRun:
         self.job, self.config, self.folder, self.trainer, self.plan = job, config, folder, trainer, plan
         self._observe = observe if plan.observe_interval else None
         self._metrics = MetricsLog(folder.metrics)
+        self._saved_step = -1
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; from that of the last epoch, only what comes after training is done.
@@ -146,6 +147,7 @@ class EpochRun:
                 "for fewer; raise num_epochs, or resume from one of its earlier checkpoints"
             )
         self.trainer.load_state_dict(state["trainer"])
+        self._saved_step = self.trainer.completed_steps
         moved = self._metrics.rewind(self.trainer.completed_steps)
         set_aside(self.folder.checkpoints, self.trainer.completed_steps)
         if moved:
@@ -155,25 +157,21 @@ class EpochRun:
         """Train; returns whether the last epoch was reached. A checkpoint of the last one made is saved.
 
         Raises:
-            InputError: training diverged, or a file cannot be written; checkpoints saved before stay.
+            InputError: training diverged, or the last checkpoint cannot be saved; checkpoints saved before stay.
         """
         write_atomically(self.folder.config, to_yaml(self.config).encode())
         first, epochs = self.trainer.completed_steps, self.plan.epochs
-        events = SummaryWriter(str(self.folder.logs), purge_step=first + 1)
-        try:
-            with Interrupts() as interrupts, tqdm(total=epochs, initial=first, unit="epoch") as bar:
-                if first == 0 and self._observe is not None:
-                    self._write(events, {"step": 0, **self._look(events)})
-                while self.trainer.completed_steps < epochs and interrupts.received is None:
-                    self._epoch(events)
-                    bar.update()
-        finally:
-            events.close()
-        if self.trainer.completed_steps == 0 or self.trainer.completed_steps % self.plan.save_interval:
-            self._save()
+        events = EventFile(self.folder.logs, first + 1)
+        with Interrupts() as interrupts, tqdm(total=epochs, initial=first, unit="epoch") as bar:
+            if first == 0 and self._observe is not None:
+                self._write(events, {"step": 0, **self._look(events)})
+            while self.trainer.completed_steps < epochs and interrupts.received is None:
+                self._epoch(events)
+                bar.update()
+            self._save(last=True)
         return self.trainer.completed_steps == epochs
 
-    def _epoch(self, events: SummaryWriter) -> None:
+    def _epoch(self, events: EventFile) -> None:
         row = self.trainer.step()
         step = self.trainer.completed_steps
         due = self.plan.observe_interval and (step % self.plan.observe_interval == 0 or step == self.plan.epochs)
@@ -181,28 +179,35 @@ class EpochRun:
             row |= self._look(events)
         self._write(events, row)
         tqdm.write(_line(row, self.plan.epochs))
-        if step % self.plan.save_interval == 0:
-            self._save()
+        if is_due(step, self._saved_step, self.plan.save_interval):
+            self._save(last=False)
 
-    def _look(self, events: SummaryWriter) -> dict[str, float]:
+    def _look(self, events: EventFile) -> dict[str, float]:
         step = self.trainer.completed_steps
         seen = self._observe()
-        events.add_images("held-out", seen.images, step)
+        self._try("pictures", lambda: events.images("held-out", seen.images, step))
         for line in seen.lines:
             tqdm.write(f"epoch {step} held out: {line}")
         return dict(seen.metrics)
 
-    def _write(self, events: SummaryWriter, row: Mapping[str, float]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                events.add_scalar(name, value, int(row["step"]))
-        try:
-            self._metrics.append(row)
-        except InputError as error:  # training outlives a disk that is full for a while
-            log.warning("metrics: %s", error)
+    def _write(self, events: EventFile, row: Mapping[str, float]) -> None:
+        scalars = {name: value for name, value in row.items() if name != "step"}
+        self._try("TensorBoard", lambda: events.scalars(scalars, int(row["step"])))
+        self._try("metrics", lambda: self._metrics.append(row))
 
-    def _save(self) -> None:
+    @staticmethod
+    def _try(what: str, write: Callable[[], None]) -> None:
+        """Training outlives a disk that is full for a while: what cannot be written now is said and passed over."""
+        try:
+            write()
+        except InputError as error:
+            log.warning("%s: %s", what, error)
+
+    def _save(self, *, last: bool) -> None:
+        """Save a checkpoint of this epoch, if there is none; only the last one must succeed."""
         step = self.trainer.completed_steps
+        if self._saved_step == step:
+            return
         state = {
             "job": self.job,
             "step": step,
@@ -210,7 +215,14 @@ class EpochRun:
             "config": to_plain(self.config),
             "config_hash": config_hash(self.config),
         }
-        CHECKPOINT.save(step_path(self.folder.checkpoints, step), state)
+        try:
+            CHECKPOINT.save(step_path(self.folder.checkpoints, step), state)
+        except InputError as error:
+            if last:
+                raise
+            log.warning("no checkpoint of epoch %d, it is tried again later: %s", step, error)
+        else:
+            self._saved_step = step
 
 
 def _line(row: Mapping[str, float], epochs: int) -> str:

@@ -10,16 +10,16 @@ import torch
 from lightning.fabric import Fabric
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import InputError
 from files import replacing
 from models.pictures import png_text, to_pixels
 from solvers import EPDTable
-from training.checkpoint import best_path, set_aside, step_path
+from training.checkpoint import best_path, is_due, set_aside, step_path
 from training.configuration import config_hash
 from training.configuration import to_plain as config_to_plain
+from training.events import EventFile
 from training.interrupts import Interrupts
 from training.ppo.assembly import Parts, Start, to_plain
 from training.ppo.checkpoint import save_checkpoint, table_to_plain
@@ -50,7 +50,7 @@ class RunWriter:
         self._start = start
         self._prompts, self._seeds = prompts, seeds
         self._metrics = MetricsLog(folder.metrics)
-        self._events: SummaryWriter | None = None
+        self._events: EventFile | None = None
 
     def rewind(self, step: int) -> None:
         """Take back what was written about the steps after `step`; a copy stays."""
@@ -64,7 +64,8 @@ class RunWriter:
         rows = {name: None if part is None else part.tolist() for name, part in table_to_plain(table).items()}
         self._try("metrics", lambda: self._metrics.append({**row, "table": rows}))
         step = int(row["step"])
-        self._try("TensorBoard", lambda: self._write_events(row, step))
+        scalars = {name: value for name, value in row.items() if name != "step"}
+        self._try("TensorBoard", lambda: self._tensorboard(step).scalars(scalars, step))
 
     def previews(self, step: int, images: Tensor) -> None:
         """Save images [P, 3, H, W] of the first held-out prompts."""
@@ -73,18 +74,7 @@ class RunWriter:
     def table_plot(self, step: int, table: EPDTable) -> None:
         """Plot the mean table beside the starting one."""
         figure = table_figure(table, self._start.table)
-        self._try("table plot", lambda: self._tensorboard(step).add_figure("table", figure, step))
-
-    def close(self) -> None:
-        """Flush TensorBoard's events."""
-        if self._events is not None:
-            self._try("TensorBoard", self._events.close)
-
-    def _write_events(self, row: Mapping[str, float], step: int) -> None:
-        events = self._tensorboard(step)
-        for name, value in row.items():
-            if name != "step":
-                events.add_scalar(name, value, step)
+        self._try("table plot", lambda: self._tensorboard(step).figure("table", figure, step))
 
     def _write_previews(self, step: int, images: Tensor) -> None:
         for number, pixels in enumerate(to_pixels(images)):
@@ -93,11 +83,10 @@ class RunWriter:
             with replacing(path) as temporary:
                 Image.fromarray(pixels).save(temporary, format="png", pnginfo=png_text(story))
         if len(images):
-            self._tensorboard(step).add_images("held-out", images, step)
+            self._tensorboard(step).images("held-out", images, step)
 
-    def _tensorboard(self, step: int) -> SummaryWriter:
-        if self._events is None:
-            self._events = SummaryWriter(str(self.folder.logs), purge_step=step)
+    def _tensorboard(self, step: int) -> EventFile:
+        self._events = self._events or EventFile(self.folder.logs, step)
         return self._events
 
     @staticmethod
@@ -160,16 +149,12 @@ class TrainingRun:
             DivergenceError: the rewards or an update are not finite; checkpoints saved before stay.
             InputError: the last checkpoint cannot be saved.
         """
-        try:
-            with (
-                Interrupts() as interrupts,
-                tqdm(total=self.config.ppo.steps, initial=self.step, unit="step", disable=self._writer is None) as bar,
-            ):
-                ending = self._to_the_end(interrupts, bar)
-                self._save(last=True)
-        finally:
-            if self._writer is not None:
-                self._writer.close()
+        with (
+            Interrupts() as interrupts,
+            tqdm(total=self.config.ppo.steps, initial=self.step, unit="step", disable=self._writer is None) as bar,
+        ):
+            ending = self._to_the_end(interrupts, bar)
+            self._save(last=True)
         return ending
 
     def _to_the_end(self, interrupts: Interrupts, bar: tqdm) -> str:
@@ -194,13 +179,9 @@ class TrainingRun:
         bar.update()
         if self._writer is not None and (last or self.step % logging.log_interval == 0):
             tqdm.write(console_line(row, self.config.ppo.steps))
-        if self._due(logging.save_interval):
+        if is_due(self.step, self._saved_step, logging.save_interval):
             self._save(last=False)
         return bool(row.get("heldout/suspected_reward_hacking"))
-
-    def _due(self, interval: int) -> bool:
-        """Whether a multiple of `interval` was passed since the last checkpoint that could be saved."""
-        return self.step // interval > max(self._saved_step, 0) // interval
 
     def _evaluate(self) -> dict[str, float]:
         """Score the mean table on the held-out prompts; keeps its checkpoint where it is the best so far."""

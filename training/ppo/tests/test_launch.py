@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -353,6 +354,18 @@ def test_full_disk_costs_no_training(config: Path, tmp_path: Path, monkeypatch: 
     assert result.exit_code == 0, result.output
     assert refusals == ["policy-step000001.pt", "policy-step000002.pt"]
     assert load_checkpoint(step_path(only_run(tmp_path).checkpoints, 3))["step"] == 3
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_takes_nothing_any_more_ends_a_run_in_a_line(config: Path, tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # bytes of any one file, the configuration's are fewer
+    try:
+        result = launch("--config", config, "--override", f"run.output_root={tmp_path}", "ppo.steps=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 2, result.output
+    assert "policy-step000002.pt: cannot be written (File too large)" in result.output
 
 
 def test_disk_full_at_the_end_is_an_error(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,65 @@
+"""Events for TensorBoard, written where they are made: torch's writer has a thread for it, which a full disk kills."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor
+from torch.utils.tensorboard import summary
+
+from errors import InputError
+from files import append_whole
+
+
+class EventFile:
+    """An event file of a run; what a full disk refuses is kept and written with a later event."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Nothing is written yet. Events from `first_step` on of the folder's earlier files are superseded by it."""
+        self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._pending = [
+            _record(Event(wall_time=time.time(), file_version="brain.Event:2")),
+            _record(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))),
+        ]
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add a number for each name. Raises InputError where the file cannot be written now."""
+        self._append([summary.scalar(name, value) for name, value in values.items()], step)
+
+    def images(self, name: str, images: Tensor, step: int) -> None:
+        """Add images [N, 3, H, W] in [0, 1], side by side. Raises InputError where the file cannot be written now."""
+        self._append([summary.image(name, images)], step)
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        """Add a figure. Raises InputError where the file cannot be written now."""
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # [H, W, 3]
+        self._append([summary.image(name, pixels, dataformats="HWC")], step)
+
+    def _append(self, summaries: list[Summary], step: int) -> None:
+        self._pending += [_record(Event(wall_time=time.time(), step=step, summary=part)) for part in summaries]
+        try:
+            append_whole(self._path, b"".join(self._pending))
+        except OSError as error:
+            raise InputError(
+                f"{self._path}: cannot be written ({error.strerror}); {len(self._pending)} events wait in memory"
+            ) from error
+        self._pending.clear()
+
+
+def _record(event: Event) -> bytes:
+    buffer = BytesIO()
+    RecordWriter(buffer).write(event.SerializeToString())
+    return buffer.getvalue()
