@@ -9,10 +9,10 @@ from typing import ParamSpec, TypeVar
 
 import click
 
+from interrupts import exit_status, signals_raise
+
 # How torch says on each kind of device that an allocation failed; where it is no MemoryError it is a RuntimeError.
 TOO_LITTLE_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|STATUS_ALLOC_FAILED")
-
-EXIT_INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -30,18 +30,19 @@ def is_too_little_memory(error: Exception) -> bool:
 def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a click command's body: an `InputError` becomes one clear message and exit status 2, no traceback.
 
-    So does too little memory, wherever it shows. An interrupt that nobody took ends the process with status 130.
+    So does too little memory, wherever it shows. A signal that nobody took ends the process with 130 or 143.
     """
 
     @wraps(command)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
-            return command(*args, **kwargs)
+            with signals_raise():
+                return command(*args, **kwargs)
         except InputError as error:
             raise _failure(str(error)) from None
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            click.echo("; ".join(filter(None, ("interrupted", str(error)))), err=True)
+            raise click.exceptions.Exit(exit_status(error)) from None
         except (MemoryError, RuntimeError) as error:
             if not is_too_little_memory(error):
                 raise

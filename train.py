@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from interrupts import end_at_once_on_signals
+
+    end_at_once_on_signals()
+
 import json
 import re
 from dataclasses import asdict, fields
@@ -12,6 +17,7 @@ import torch
 from click.core import ParameterSource
 
 from errors import InputError, shows_input_errors
+from interrupts import goes_on_by
 from models import load_denoiser
 from models.devices import resolve_device
 from models.prompts import read_prompts
@@ -140,7 +146,8 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
     lesson = prepare(options, denoiser, prompts)  # before there is a folder: what cannot be taught leaves none behind
     folder = folder or claim_folder(outdir, options)
     click.echo(f"run: {folder}")
-    click.echo(f"wrote {distil(folder, options, denoiser, lesson)}")
+    with goes_on_by(f"python train.py --resume {folder}"):
+        click.echo(f"wrote {distil(folder, options, denoiser, lesson)}")
 
 
 def _options(told: dict[str, object]) -> Options:

@@ -17,6 +17,11 @@ Needs the package cma, which the extra `test` brings.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from interrupts import end_at_once_on_signals
+
+    end_at_once_on_signals()
+
 import dataclasses
 import logging
 import math

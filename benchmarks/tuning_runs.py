@@ -14,11 +14,11 @@ from types import MappingProxyType
 
 from benchmarks import search_cma_es
 from errors import InputError
+from interrupts import Interrupted, Interrupts
 from models.asset_table import ROOT
 from training.checkpoint import NAME as CHECKPOINT_NAME
 from training.checkpoint import list_checkpoints
 from training.configuration import Disagreements, Schema, knob, to_plain
-from training.interrupts import Interrupts
 from training.ppo.assembly import Start, prepare
 from training.ppo.config import Config, load_config
 from training.run_folder import RunFolder
@@ -224,7 +224,7 @@ def carry_out(run: PlannedRun, root: Path, device: str | None, log: Path) -> Out
     """Make a run, or go on with it; one that is finished stays as it is. What the command prints goes to `log`.
 
     Raises:
-        KeyboardInterrupt: the study was interrupted; the run has saved a checkpoint first.
+        Interrupted: the study was interrupted; the run has saved a checkpoint first.
     """
     folder = begun(run, root)
     if folder is not None and is_finished(run, folder):
@@ -247,7 +247,7 @@ def run_command(module: str, arguments: Sequence[str], log: Path) -> int:
     A first SIGINT or SIGTERM is handed on to it, so that it can save what it has.
 
     Raises:
-        KeyboardInterrupt: once it has ended after such a signal.
+        Interrupted: once it has ended after such a signal.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -263,7 +263,7 @@ def run_command(module: str, arguments: Sequence[str], log: Path) -> int:
             process.wait()
             raise
         if interrupts.received is not None:
-            raise KeyboardInterrupt
+            raise Interrupted(interrupts.received)
     return code
 
 

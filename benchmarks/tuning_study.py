@@ -13,7 +13,6 @@ import dataclasses
 import io
 import json
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -44,8 +43,9 @@ from benchmarks.tuning_results import (
     watched,
 )
 from benchmarks.tuning_runs import SCHEMA, Outcome, PlannedRun, Study, begun, carry_out, plan_runs, require_alike
-from errors import EXIT_INTERRUPTED, InputError, shows_input_errors
+from errors import InputError, shows_input_errors
 from files import write_atomically
+from interrupts import goes_on_by
 from training.configuration import to_plain
 from training.evaluation import Store
 from training.ppo.figures import COLOURS, GRID
@@ -309,11 +309,8 @@ def main(study_file: Path, output: Path | None, device: str | None, cache: Path)
     for run in runs:
         begun(run, output / "runs")
     command = f"python -m benchmarks.tuning_study {study_file} --output {output}"
-    try:
+    with goes_on_by(command):
         settled = [settle(outcome) for outcome in carry_out_all(runs, output, device)]
-    except KeyboardInterrupt:
-        click.echo(f"interrupted; go on: {command}")
-        sys.exit(EXIT_INTERRUPTED)
     outcomes, finished = [outcome for outcome, _ in settled], [one for _, one in settled if one is not None]
     groups = score(study, finished, device, cache) if finished else []
     lines = [line for group in groups for line in lines_of(group)]

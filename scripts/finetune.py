@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from interrupts import end_at_once_on_signals
+
+    end_at_once_on_signals()
+
 from pathlib import Path
 
 import click
@@ -9,7 +14,7 @@ import click
 from errors import shows_input_errors
 from scripts.preference import preference_reward
 from training.command_line import SeveralPairs
-from training.ddpm.command import finish, load_job, training_options
+from training.ddpm.command import load_job, training_options
 from training.ddpm.jobs import FINETUNE, finetune
 
 
@@ -27,7 +32,7 @@ def main(
     python -m scripts.finetune --resume runs/<timestamp>-finetune
     """
     job = load_job(FINETUNE, cfg, overrides, device, resume)
-    finish(finetune(job.config, job.resumed, preference_reward, overwrite=overwrite, say=click.echo))
+    finetune(job.config, job.resumed, preference_reward, overwrite=overwrite, say=click.echo)
 
 
 if __name__ == "__main__":

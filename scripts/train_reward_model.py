@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from interrupts import end_at_once_on_signals
+
+    end_at_once_on_signals()
+
 from pathlib import Path
 
 import click
 
 from errors import shows_input_errors
 from training.command_line import SeveralPairs
-from training.ddpm.command import finish, load_job, training_options
+from training.ddpm.command import load_job, training_options
 from training.ddpm.jobs import TRAIN_REWARD_MODEL, train_reward_model
 
 
@@ -25,7 +30,7 @@ def main(
     python -m scripts.train_reward_model --cfg configs/default.yaml --override path.real_img=photos path.fake_img=drawn
     """
     job = load_job(TRAIN_REWARD_MODEL, cfg, overrides, device, resume)
-    finish(train_reward_model(job.config, job.resumed, overwrite=overwrite, say=click.echo))
+    train_reward_model(job.config, job.resumed, overwrite=overwrite, say=click.echo)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     floor 3   training/ppo/, training/ddpm/    reinforcement learning
     floor 2   training/                        predictor, its files, its distillation, statistics
     floor 1   models/                          frozen diffusion models
-    floor 0   errors.py, files.py, solvers.py, schedules.py; the last two import nothing of ours
+    floor 0   errors.py, files.py, interrupts.py, solvers.py, schedules.py; the last two import nothing of ours
 
 `training.ppo` is imported by nobody but itself, the command lines, and training/ddpm, which may use its `algorithm`.
 Tests may import everything, and nothing but tests may import them. Rooms that do not exist yet bind nobody.
@@ -20,7 +20,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CODE_FOLDERS = ("models", "training", "scripts", "benchmarks", "tests")
-GROUND_FLOOR = ("errors", "files", "solvers", "schedules")
+GROUND_FLOOR = ("errors", "files", "interrupts", "solvers", "schedules")
 TESTS, COMMAND_LINES = 5, 4
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -121,11 +123,13 @@ def test_an_interrupted_run_resumes_by_its_number_and_ends_in_the_same_table(pip
 
     def interrupted(refinement):
         if refinement.done == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(refinement)
 
     monkeypatch.setattr(Refinement, "step", interrupted)
-    assert run(*small(pipeline)).exit_code == 130
+    stopped = run(*small(pipeline))
+    assert stopped.exit_code == 143
+    assert "interrupted; go on: python train.py --resume exps/00001-" in stopped.output
     monkeypatch.undo()
     monkeypatch.chdir(workplace)
     assert "contradicts" in refusal(run("--resume", 1, "--lr", 0.5))

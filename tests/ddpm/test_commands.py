@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import scripts.eval
 import scripts.finetune
 import scripts.train_reward_model
-from errors import EXIT_INTERRUPTED, InputError
+from errors import InputError
 from files import only_writer
 from models.fingerprints import fingerprint
 from models.pixel_diffusion import load_pixel_diffusion
@@ -323,7 +323,8 @@ def test_an_interrupt_before_the_first_epoch_leaves_something_to_go_on_with(done
     with monkeypatch.context() as patch:
         patch.setattr(EpochRun, "_look", interrupted)
         stopped = call("finetune", *smoke(folder, *own))
-    assert stopped.exit_code == EXIT_INTERRUPTED, stopped.output
+    assert stopped.exit_code == 130, stopped.output
+    assert "go on: python -m scripts.finetune --resume" in stopped.output
     (run,) = (tmp_path / "runs").iterdir()
     succeeds("finetune", "--resume", run)
     late, tuned = (

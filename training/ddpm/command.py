@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TypeVar
 
 import click
 
-from errors import EXIT_INTERRUPTED, InputError
+from errors import InputError
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.ddpm.run import Resumed, open_run
 
@@ -77,13 +76,6 @@ def load_job(name: str, cfg: Path | None, overrides: tuple[str, ...], device: st
         raise InputError("--resume goes on with a run's own configuration: change it by --override only")
     resumed = open_run(resume, name, _pairs(overrides, device))
     return Job(resumed.config, resumed)
-
-
-def finish(complete: bool) -> None:
-    """End the process with 130 where training was interrupted."""
-    if not complete:
-        click.echo("interrupted: --resume with the run's folder goes on; nothing but its checkpoint was written")
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def _pairs(overrides: tuple[str, ...], device: str | None) -> tuple[str, ...]:

@@ -100,11 +100,12 @@ def _folder_images(config: DDPMConfig, key: str, folder: str, size: tuple[int, i
     return read_folder(Path(folder), key, size, settings.num_img, threads=settings.num_workers, seed=FOLDER_SEED)
 
 
-def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite: bool, say: Say) -> bool:
-    """Train the reward model and the judge, and write them; returns whether it came to its end.
+def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite: bool, say: Say) -> None:
+    """Train the reward model and the judge, and write them.
 
     Raises:
         InputError: an input cannot be used, or an output exists and `overwrite` was not asked for.
+        Interrupted: a signal ended it before its end.
     """
     targets = {REWARD: reward_file(config), JUDGE: judge_file(config)}
     if config.path.rm and Path(config.path.rm).resolve() != Path(config.train_reward.save).resolve():
@@ -123,8 +124,6 @@ def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite
     epochs = config.train_reward.num_epochs
     plan = Plan(epochs, max(1, epochs // 4), 0)
     folder = _trained(TRAIN_REWARD_MODEL, config, resumed, trainer, plan, None, say)
-    if folder is None:
-        return False
     for path in targets.values():
         _refuse_overtaken(path, overwrite, folder)
     for name, path in targets.items():
@@ -134,13 +133,12 @@ def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite
             f"{key.removeprefix('heldout_').replace('_', ' ')} {value:.3f}" for key, value in heldout.items()
         )
         say(f"{name}: {path} (held out: {measures})")
-    return True
 
 
 def finetune(
     config: DDPMConfig, resumed: Resumed | None, preference: PreferenceReward, *, overwrite: bool, say: Say
-) -> bool:
-    """Fine-tune the DDPM and write it; returns whether it came to its end.
+) -> None:
+    """Fine-tune the DDPM and write it.
 
     Args:
         config: the configuration.
@@ -151,6 +149,7 @@ def finetune(
 
     Raises:
         InputError: an input cannot be used, training diverged, or the output exists.
+        Interrupted: a signal ended it before its end.
     """
     target = Path(config.finetune.save)
     _refuse_existing(target, overwrite, folder=True)
@@ -168,8 +167,6 @@ def finetune(
     observe = _watch(config, start, trainer, reward) if settings.eval_interval else None
     plan = Plan(settings.num_epochs, settings.save_interval, settings.eval_interval)
     folder = _trained(FINETUNE, config, resumed, trainer, plan, observe, say)
-    if folder is None:
-        return False
     seeds = seeds_of("last look", config.seed, count=settings.microbatch)
     drawn = sample_images(_policy_of_result(trainer, start), seeds, start.shape, start.device, settings.microbatch)
     require_finite(drawn, "images of the fine-tuned DDPM")
@@ -177,7 +174,6 @@ def finetune(
     _refuse_overtaken(target, overwrite, folder)
     save_pixel_diffusion(result, start.model.scheduler_config, target)
     say(f"fine-tuned DDPM: {target}")
-    return True
 
 
 @dataclass(frozen=True)
@@ -301,15 +297,16 @@ def _trained(
     plan: Plan,
     observe: Callable[[], Observation] | None,
     say: Say,
-) -> RunFolder | None:
-    """Train in a folder that no other process writes to meanwhile, which is returned; None: it was interrupted."""
+) -> RunFolder:
+    """Train in a folder that no other process writes to meanwhile, which is returned."""
     folder = RunFolder.create(config.path.runs, job) if resumed is None else resumed.folder
     with only_writer(folder.path):
         say(f"run: {folder.path}")
         run = EpochRun(job, config, folder, trainer, plan, observe)
         if resumed is not None:
             run.load(resumed.state)
-        return folder if run.run() else None
+        run.run()
+    return folder
 
 
 def _refuse_existing(path: Path, overwrite: bool, *, folder: bool) -> None:

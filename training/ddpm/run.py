@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from errors import InputError
 from files import write_atomically
+from interrupts import Interrupted, Interrupts
 from training.checkpoint import CheckpointFormat, is_due, newest_checkpoint, set_aside, step_path
 from training.configuration import config_hash, refuse_changes, to_plain, to_yaml
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.events import EventFile
-from training.interrupts import Interrupts
 from training.run_folder import MetricsLog, RunFolder
 
 log = logging.getLogger(__name__)
@@ -153,11 +153,12 @@ class EpochRun:
         if moved:
             log.warning("%d epochs are made again; their log is kept in %s", moved, self.folder.logs)
 
-    def run(self) -> bool:
-        """Train; returns whether the last epoch was reached. A checkpoint of the last one made is saved.
+    def run(self) -> None:
+        """Train. A checkpoint of the last epoch made is saved.
 
         Raises:
             InputError: training diverged, or the last checkpoint cannot be saved; checkpoints saved before stay.
+            Interrupted: a signal came before the last epoch.
         """
         write_atomically(self.folder.config, to_yaml(self.config).encode())
         first, epochs = self.trainer.completed_steps, self.plan.epochs
@@ -169,7 +170,9 @@ class EpochRun:
                 self._epoch(events)
                 bar.update()
             self._save(last=True)
-        return self.trainer.completed_steps == epochs
+        if self.trainer.completed_steps < epochs:
+            go_on = f"go on: python -m scripts.{self.job} --resume {self.folder.path}"
+            raise Interrupted(interrupts.received, f"nothing but its checkpoint was written; {go_on}")
 
     def _epoch(self, events: EventFile) -> None:
         row = self.trainer.step()

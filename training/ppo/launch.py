@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from interrupts import end_at_once_on_signals
+
+    end_at_once_on_signals()
+
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +18,9 @@ from typing import Any
 import click
 from lightning.fabric import Fabric
 
-from errors import EXIT_INTERRUPTED, InputError, shows_input_errors
+from errors import InputError, shows_input_errors
 from files import only_writer, write_atomically
+from interrupts import Interrupted
 from training.checkpoint import newest_checkpoint
 from training.command_line import SeveralPairs
 from training.configuration import refuse_changes, to_plain, to_yaml
@@ -147,12 +152,16 @@ def changes(job: Job) -> list[str]:
 
 
 def train(job: Job, assemble: Callable[[Start, Fabric], Parts] = build, command: str = "training.ppo.launch") -> None:
-    """Run the job; ends the process with 130 where it was interrupted.
+    """Run the job.
 
     Args:
         job: what to train.
         assemble: puts the objects of the run together.
         command: module that goes on with the run, for the message.
+
+    Raises:
+        InputError: something that it needs cannot be used, or training diverged.
+        Interrupted: a signal ended it before its last step; there is a checkpoint.
     """
     config = job.start.config
     fabric = make_fabric(config)
@@ -168,7 +177,7 @@ def train(job: Job, assemble: Callable[[Start, Fabric], Parts] = build, command:
         if fabric.is_global_zero:
             _conclude(run, folder, ending, command)
     if ending == INTERRUPTED:
-        sys.exit(EXIT_INTERRUPTED)
+        raise Interrupted(run.interrupted_by)
 
 
 def _conclude(run: TrainingRun, folder: RunFolder, ending: str, command: str) -> None:

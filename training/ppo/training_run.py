@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from errors import InputError
 from files import replacing
+from interrupts import Interrupts
 from models.pictures import png_text, to_pixels
 from solvers import EPDTable
 from training.checkpoint import best_path, is_due, set_aside, step_path
 from training.configuration import config_hash
 from training.configuration import to_plain as config_to_plain
 from training.events import EventFile
-from training.interrupts import Interrupts
 from training.ppo.assembly import Parts, Start, to_plain
 from training.ppo.checkpoint import save_checkpoint, table_to_plain
 from training.ppo.figures import table_figure
@@ -115,6 +115,8 @@ class TrainingRun:
         prompts = () if parts.judge is None else parts.judge.prompts
         self._writer = RunWriter(folder, start, prompts, seeds) if fabric.is_global_zero else None
         self._saved_step = -1
+        self.interrupted_by = 0
+        """The signal that ended `run`, in whatever process it came; 0: none."""
 
     @property
     def step(self) -> int:
@@ -161,7 +163,8 @@ class TrainingRun:
         if self.step == 0 and self.watch is not None:
             self._record({"step": 0, **self._evaluate()})
         while self.step < self.config.ppo.steps:
-            if self._any_process(interrupts.received is not None):
+            self.interrupted_by = self._of_all_processes(interrupts.received or 0)
+            if self.interrupted_by:
                 return INTERRUPTED
             hacked = self._one_step(bar)
             if hacked and self.config.logging.stop_on_reward_hacking:
@@ -235,10 +238,11 @@ class TrainingRun:
     def _mean_table(self) -> EPDTable:
         return self.trainer.policy().mean_table()
 
-    def _any_process(self, flag: bool) -> bool:
+    def _of_all_processes(self, number: int) -> int:
+        """The largest of all processes' numbers."""
         if self._fabric.world_size == 1:
-            return flag
-        return bool(self._fabric.all_gather(torch.tensor(flag, device=self._fabric.device)).any())
+            return number
+        return int(self._fabric.all_gather(torch.tensor(number, device=self._fabric.device)).max())
 
 
 def console_line(row: Mapping[str, float], steps: int) -> str:

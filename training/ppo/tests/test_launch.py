@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sample
 import training.ppo.training_run as training_run
-from errors import EXIT_INTERRUPTED, InputError
+from errors import InputError
 from files import only_writer
 from models import clip
 from training.checkpoint import best_path, newest_checkpoint, step_path
@@ -327,7 +327,7 @@ def test_interrupt_finishes_the_step_and_saves(
     monkeypatch.setattr(PPOTrainer, "step", interrupted_step)
     before = signal.getsignal(number)
     result = launch("--config", config, "--override", f"run.output_root={tmp_path}")
-    assert result.exit_code == EXIT_INTERRUPTED, result.output
+    assert result.exit_code == 128 + number, result.output
     assert signal.getsignal(number) == before
     folder = only_run(tmp_path)
     assert load_checkpoint(step_path(folder.checkpoints, 1))["step"] == 1
