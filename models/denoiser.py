@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -56,7 +57,8 @@ class Denoiser(Protocol):
 
     name: for people and file names. latent_shape: (C, H, W). image_size: (H, W) in pixels. sigma_min, sigma_max: the
     range of noise levels the model was trained on. time_min: the time of sigma_min; sigma_max is at time 1. device:
-    where latents are expected.
+    where latents are expected. dtype: that the network computes in. code: the source files whose change may change what
+    it answers; results that are kept on disk count as made by them.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Denoiser(Protocol):
     time_min: float
     default_guidance_scale: float
     device: torch.device
+    dtype: torch.dtype
+    code: tuple[Path, ...]
 
     def sigma_of_time(self, time: Tensor) -> Tensor:
         """The noise level (float64) at a model time in [time_min, 1]."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from errors import InputError
-from models.registry import REGISTERED, SOURCE, locate
+from models.registry import COMPVIS_CONFIGS, REGISTERED, SOURCE, locate
 
 BLOCK = 2**20  # bytes read at once
 
@@ -37,8 +37,11 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 def model_fingerprint(spec: str | Path) -> str:
     """The fingerprint of the files that `models.load_denoiser(spec)` reads: another weight, another fingerprint."""
-    if str(spec) not in REGISTERED:
-        return fingerprint([locate(str(spec))])
-    model = REGISTERED[str(spec)]
-    weights = next(file for asset in model.weights if (file := SOURCE / asset.path).exists())
-    return fingerprint([weights, *(SOURCE / asset.path for asset in model.companions)])
+    model = REGISTERED.get(str(spec))
+    if model is None:
+        weights, companions = locate(str(spec)), []
+    else:
+        weights = next(file for asset in model.weights if (file := SOURCE / asset.path).exists())
+        companions = [SOURCE / asset.path for asset in model.companions]
+    configs = [] if weights.is_dir() else [SOURCE / COMPVIS_CONFIGS]  # a single file lacks its own
+    return fingerprint([weights, *companions, *configs])

@@ -13,6 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -49,6 +50,11 @@ class LatentDiffusion:
 
     The modules compute in `dtype`; guidance and the estimate D are formed in x's dtype, the noise levels in float64.
     """
+
+    code = (
+        Path(__file__),
+        *(Path(__file__).with_name(name) for name in ("loading.py", "checkpoints.py", "noise_levels.py")),
+    )
 
     def __init__(
         self,

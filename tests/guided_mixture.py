@@ -6,6 +6,7 @@ Its prompts are class numbers, D = E[x0 | x] + g (E[x0 | x, class] - E[x0 | x]),
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class GuidedMixture:
     image_size = (4, 4)
     default_guidance_scale = 7.5
     device = torch.device("cpu")
+    dtype = torch.float32
+    code = (Path(__file__),)
 
     def __init__(self, seed: int = 1) -> None:
         levels = NoiseLevels(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2)

@@ -195,11 +195,46 @@ def test_a_second_call_asks_the_model_nothing_and_finds_the_same(world, evaluate
     assert (world / "again" / "results.csv").read_text() == before
 
 
-def test_only_what_is_new_is_computed(world, evaluated, monkeypatch):
-    folder, _ = evaluated
+@pytest.fixture
+def calls(monkeypatch):
+    """One entry for each time that the network is asked from now on."""
     calls = []
     denoise = LatentDiffusion.denoise
     monkeypatch.setattr(LatentDiffusion, "denoise", lambda *a, **k: (calls.append(1), denoise(*a, **k))[1])
+    return calls
+
+
+DDIM_2 = ("--solvers", "ddim", "--nfe", "2")
+CALLS_OF_DDIM_2 = 2 * STEPS + 2 * 2 * 2  # two batches: the reference, and 2 evaluations at 2 schedules
+
+
+def test_another_number_type_of_the_network_is_another_model(world, evaluated, tmp_path, calls):
+    result = run(world, tmp_path, *DDIM_2, "--dtype", "bfloat16", cache=evaluated[0] / "cache")
+    assert result.exit_code == 0, result.output
+    assert len(calls) == CALLS_OF_DDIM_2
+    rewards = [
+        {
+            line["schedule"]: float(line["estimate"])
+            for line in results(folder)
+            if (line["label"], line["num_steps"], line["metric"]) == ("ddim", "3", "reward")
+        }
+        for folder in (evaluated[0], tmp_path)
+    ]
+    assert rewards[0].keys() == rewards[1].keys()
+    assert rewards[0] != rewards[1]
+
+
+def test_what_a_backbone_names_as_its_code_counts(world, evaluated, tmp_path, calls, monkeypatch):
+    (tmp_path / "backbone.py").write_text("changed")
+    monkeypatch.setattr(LatentDiffusion, "code", (tmp_path / "backbone.py",))
+    for _ in range(2):
+        result = run(world, tmp_path / "out", *DDIM_2, cache=evaluated[0] / "cache")
+        assert result.exit_code == 0, result.output
+    assert len(calls) == CALLS_OF_DDIM_2
+
+
+def test_only_what_is_new_is_computed(world, evaluated, calls):
+    folder, _ = evaluated
     result = run(world, world / "more", "--nfe", "2,3", cache=folder / "cache")
     assert result.exit_code == 0, result.output
     # ddim and dpmpp:2 in 3 evaluations, at 2 schedules, in 2 batches; heun cannot, the reference is there.
@@ -227,18 +262,15 @@ def test_the_batch_changes_nothing(world, evaluated):
         )
 
 
-def test_other_weights_are_another_model(world, evaluated, tmp_path, monkeypatch):
+def test_other_weights_are_another_model(world, evaluated, tmp_path, calls):
     other = tmp_path / "world"
     other.mkdir()
     save_tiny_pipeline(other / "pipeline", seed=7)
     for name in ("reward.pt", "reward.json", "prompts.csv", "tokenizer", "exps"):
         (other / name).symlink_to(world / name)
-    calls = []
-    denoise = LatentDiffusion.denoise
-    monkeypatch.setattr(LatentDiffusion, "denoise", lambda *a, **k: (calls.append(1), denoise(*a, **k))[1])
-    result = run(other, tmp_path / "out", "--solvers", "ddim", "--nfe", "2", cache=evaluated[0] / "cache")
+    result = run(other, tmp_path / "out", *DDIM_2, cache=evaluated[0] / "cache")
     assert result.exit_code == 0, result.output
-    assert len(calls) == 2 * STEPS + 2 * 2 * 2
+    assert len(calls) == CALLS_OF_DDIM_2
 
 
 def test_explosions_are_counted_and_scored(world, tmp_path, monkeypatch):

@@ -40,14 +40,10 @@ REFERENCE_LABEL = f"reference ({REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REF
 # Latents of images lie within some tens. What leaves this range has exploded, finite or not.
 LATENT_LIMIT = 1e4
 
-# Files whose change may change latents, and what is measured of them.
+# Files whose change may change latents, and what is measured of them, whatever the model; see `Denoiser.code`.
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLING_CODE = [ROOT / "solvers.py"]
-SAMPLING_CODE += [
-    ROOT / "models" / f"{name}.py" for name in ("denoiser", "generate", "latent_diffusion", "loading", "noise_levels")
-]
-JUDGING_CODE = [ROOT / "training" / "evaluation.py", ROOT / "models" / "latent_diffusion.py"]
-JUDGING_CODE += [ROOT / "models" / "pictures.py"]
+SAMPLING_CODE = [ROOT / "solvers.py", ROOT / "models" / "denoiser.py", ROOT / "models" / "generate.py"]
+JUDGING_CODE = [ROOT / "training" / "evaluation.py", ROOT / "models" / "pictures.py"]
 
 
 class Metric(NamedTuple):
@@ -192,7 +188,8 @@ class Evaluation:
         reference = classical_plan(REFERENCE_SOLVER, REFERENCE_STEPS + 1, REFERENCE_GRID, denoiser)
         self.reference_plan = reference if referenced else None
         self._advance = advance
-        self._sampling_code, self._judging_code = fingerprint(SAMPLING_CODE), fingerprint(JUDGING_CODE)
+        self._sampling_code = fingerprint([*SAMPLING_CODE, *denoiser.code])
+        self._judging_code = fingerprint([*JUDGING_CODE, *denoiser.code])
 
     def evaluations_ahead(self, plans: Sequence[Plan]) -> int:
         """How many latents the network will be asked about for the reference and these plans: none for what is kept."""
@@ -237,6 +234,8 @@ class Evaluation:
             "model": setting.model_fingerprint,
             "code": self._sampling_code,
             "device": self.denoiser.device.type,
+            "network dtype": str(self.denoiser.dtype),
+            "torch": torch.__version__,
             "dtype": str(setting.dtype),
             "prompts": list(setting.prompts),
             "seeds": list(setting.seeds),

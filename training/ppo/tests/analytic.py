@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class GaussianDenoiser:
     time_min = 0.001
     default_guidance_scale = 2.0
     device = torch.device("cpu")
+    dtype = torch.float32
+    code = (Path(__file__),)
 
     def __init__(self, memory: int | None = None) -> None:
         """`memory`: rows that one call can hold; more of them raise what a full GPU raises."""
