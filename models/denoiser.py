@@ -94,5 +94,8 @@ class Denoiser(Protocol):
         ...
 
     def decode(self, latents: Tensor, chunk_size: int = 16) -> Tensor:
-        """Latents [N, C, H, W] to float32 images [N, 3, H, W] in [0, 1], at most `chunk_size` at once."""
+        """Latents [N, C, H, W] to float32 images [N, 3, H, W] in [0, 1], at most `chunk_size` at once.
+
+        NaN, and never a colour, where the decoder gives no finite number: its type may be too narrow for what it adds.
+        """
         ...

@@ -25,6 +25,7 @@ from errors import InputError
 from models.denoiser import USUAL_GUIDANCE_SCALE, Conditioning
 from models.devices import check_memory, to_device
 from models.noise_levels import NoiseLevels
+from models.pictures import to_images
 
 # A prompt of Stable Diffusion 1.5 takes 118 kB in half precision: a quarter of a gigabyte when full.
 CACHED_PROMPTS = 2048
@@ -51,9 +52,9 @@ class LatentDiffusion:
     The modules compute in `dtype`; guidance and the estimate D are formed in x's dtype, the noise levels in float64.
     """
 
-    code = (
-        Path(__file__),
-        *(Path(__file__).with_name(name) for name in ("loading.py", "checkpoints.py", "noise_levels.py")),
+    code = tuple(
+        Path(__file__).with_name(f"{module}.py")
+        for module in ("latent_diffusion", "loading", "checkpoints", "noise_levels", "pictures")
     )
 
     def __init__(
@@ -139,12 +140,12 @@ class LatentDiffusion:
         return _per_row(inverse_norm**2, x) * x - _per_row(levels * inverse_norm, x) * prediction
 
     def decode(self, latents: Tensor, chunk_size: int = 16) -> Tensor:
-        """Latents [N, C, H, W] to float32 images [N, 3, H, W] in [0, 1], at most `chunk_size` at once."""
+        """Latents [N, C, H, W] to float32 images [N, 3, H, W] in [0, 1] or NaN, at most `chunk_size` at once."""
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
         scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
         images = [self.vae.decode(chunk, return_dict=False)[0].float() for chunk in scaled.split(chunk_size)]
-        return (torch.cat(images) / 2 + 0.5).clamp(0.0, 1.0)
+        return to_images(torch.cat(images))
 
     def _timesteps(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
         """What the network takes for its noise level, [N]: 0 at its first training step, fractional between two."""

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
@@ -17,6 +18,11 @@ SMALLEST_CELL = 128  # pixels: smaller images are enlarged by a whole factor, wi
 LINE_HEIGHT = round(FONT_SIZE * 1.3)
 CHARACTER_WIDTH = 0.56 * FONT_SIZE  # of the widest common letters of the default font, for wrapping
 ROW_CAPTION_WIDTH = 190
+
+
+def to_images(values: Tensor) -> Tensor:
+    """What a model draws in [-1, 1] as images in [0, 1], clamped; NaN where a value is none, or infinite."""
+    return (values / 2 + 0.5).clamp(0, 1).where(values.isfinite(), torch.nan)
 
 
 def to_pixels(images: Tensor) -> np.ndarray:

@@ -155,8 +155,3 @@ def _checked(network: UNet2DModel, scheduler: Path, spec: str) -> PixelDiffusion
     # Copied: weights that are mapped from a file lie at odd addresses, where the same products are rounded otherwise.
     network = copy.deepcopy(network).float().eval()
     return PixelDiffusion(network, (1 - betas).cumprod(0), prediction_type, clip_range, {**described})
-
-
-def to_images(x: Tensor) -> Tensor:
-    """Samples in [-1, 1] to images in [0, 1], clamped."""
-    return (x / 2 + 0.5).clamp(0, 1)

@@ -23,7 +23,7 @@ from models.shapes.scenes import captions
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable
 from tests.plain_clip import write_letter_tokenizer
-from tests.tiny_pipeline import save_tiny_pipeline
+from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
 from training.evaluation import LATENT_LIMIT
 from training.ppo.rewards.reward_hps import RewardHPS
 from training.snapshot import save_snapshot
@@ -287,6 +287,17 @@ def test_explosions_are_counted_and_scored(world, tmp_path, monkeypatch):
     assert all(np.isfinite(float(line["estimate"])) for line in lines)
     assert max(float(line["estimate"]) for line in lines if line["metric"] == "latent_rms") > LATENT_LIMIT / 4
     assert "| 3/6 |" in result.output
+
+
+def test_images_that_the_decoder_loses_are_counted_as_exploded(world, tmp_path):
+    (tmp_path / "world").mkdir()
+    widen_decoder(save_tiny_pipeline(tmp_path / "world" / "pipeline"))
+    for name in ("reward.pt", "reward.json", "prompts.csv", "tokenizer", "exps"):
+        (tmp_path / "world" / name).symlink_to(world / name)
+    for dtype, count in (("float16", "6"), ("bfloat16", "0")):
+        result = run(tmp_path / "world", tmp_path / dtype, "--solvers", "ddim", "--nfe", "2", "--dtype", dtype)
+        assert result.exit_code == 0, result.output
+        assert {line["exploded"] for line in results(tmp_path / dtype)} == {count}
 
 
 def test_predictors_are_found_by_their_model(world, tmp_path):

@@ -258,6 +258,16 @@ def test_decoding_in_chunks_equals_the_vae_on_the_whole(folder, denoiser, chunk_
     torch.testing.assert_close(images, expected, rtol=0.0, atol=1e-5)
 
 
+def test_what_does_not_decode_to_numbers_is_nan_and_no_colour(denoiser, monkeypatch):
+    answers = torch.zeros(4, 3, 16, 16)
+    for row, value in enumerate((torch.inf, -torch.inf, torch.nan)):
+        answers[row, 0, 3, 3] = value
+    monkeypatch.setattr(denoiser.vae, "decode", lambda latents, **_: (answers,))
+    images = denoiser.decode(torch.zeros(4, 4, 8, 8))
+    assert images.isfinite().flatten(1).all(1).tolist() == [False, False, False, True]
+    assert images[:3, 0, 3, 3].isnan().all()
+
+
 def test_low_precision_weights_leave_the_estimate_in_the_type_of_x(folder):
     denoiser = load_denoiser(folder, device="cpu", dtype=torch.bfloat16)
     x, sigma = noise(2, 0.05, torch.float32), torch.tensor(0.05, dtype=torch.float64)

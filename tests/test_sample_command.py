@@ -20,7 +20,7 @@ from models.generate import generate
 from models.pictures import to_pixels
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable, epd_sampler
-from tests.tiny_pipeline import save_tiny_pipeline
+from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
 from training import image_folder
 from training.snapshot import save_snapshot
 
@@ -209,8 +209,21 @@ def test_an_explosion_is_reported_and_black_pixels_are_no_crash(pipeline, tmp_pa
         *("--seeds", "0-2", "--outdir", tmp_path),
     )
     assert result.exit_code == 0, result.output
-    assert "1 of 3 images are not finite" in result.output
+    assert "1 of 3 images are not finite: the solver exploded" in result.output
     assert [line["finite"] for line in records(tmp_path)] == [True, False, True]
+
+
+@pytest.mark.parametrize(("dtype", "overflows"), [("float16", True), ("bfloat16", False)])
+def test_a_decoder_that_overflows_is_reported_and_its_images_are_marked(tmp_path, dtype, overflows):
+    model = widen_decoder(save_tiny_pipeline(tmp_path / "model"))
+    result = run(
+        *("--model_path", model, "--solver", "ddim", "--num-steps", "3", "--prompt", "a dog"),
+        *("--seeds", "0-1", "--dtype", dtype, "--device", "cpu", "--outdir", tmp_path / "out"),
+    )
+    assert result.exit_code == 0, result.output
+    assert [line["finite"] for line in records(tmp_path / "out")] == [not overflows] * 2
+    said = "2 of 2 images are not finite: the decoder overflowed in float16; use --dtype bfloat16 or float32"
+    assert (said in result.output) == overflows
 
 
 def refused(*arguments):

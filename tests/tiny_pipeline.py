@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TOKEN_LIMIT = 24  # begin and end marks included; every letter of a prompt is one token
@@ -88,4 +89,14 @@ def save_tiny_pipeline(folder: Path, *, prediction_type: str = "epsilon", seed: 
         library = "diffusers" if name in ("unet", "vae", "scheduler") else "transformers"
         index[name] = [library, type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def widen_decoder(folder: Path) -> Path:
+    """Have the decoder of a pipeline go through numbers that float16 cannot hold; its images stay what they are."""
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["decoder.conv_in.weight"] *= 3e5
+    state["decoder.conv_in.bias"] *= 0
+    save_file(state, file, metadata={"format": "pt"})
     return folder

@@ -121,8 +121,8 @@ class Measured:
     """What one sampler did on the N prompts.
 
     values: [N] float64 by metric name. features: [N, D] of unit length. exploded: bool [N], latents not finite or
-    beyond `LATENT_LIMIT` (they are clamped into it before anything else is done with them). previews: uint8
-    [P, H, W, 3]. key: the name under which it is kept.
+    beyond `LATENT_LIMIT` (they are clamped into it before anything else is done with them), or lost by the decoder
+    (black where it gives no number). previews: uint8 [P, H, W, 3]. key: the name under which it is kept.
     """
 
     values: Mapping[str, Tensor]
@@ -263,7 +263,7 @@ class Evaluation:
     def _reference_pixels(self) -> Tensor:
         """uint8 [N, H, W, 3]"""
         chunks = self._reference_latents.split(self.setting.batch_size)
-        return torch.cat([self._decoded(chunk)[1] for chunk in chunks])
+        return torch.cat([torch.from_numpy(to_pixels(self._decoded(chunk))) for chunk in chunks])
 
     def _generated(self, plan: Plan) -> Tensor:
         def solve(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -296,7 +296,7 @@ class Evaluation:
         return {
             **judged,
             **({} if self.reference_plan is None else self._distances(bounded, pixels)),
-            "exploded": exploded.cpu(),
+            "exploded": exploded.cpu() | judged["exploded"],
             "previews": pixels[: self.setting.previews].clone(),
         }
 
@@ -308,13 +308,16 @@ class Evaluation:
         }
 
     def _judged_batch(self, latents: Tensor, start: int) -> dict[str, Tensor]:
-        images, pixels = self._decoded(latents)
+        images = self._decoded(latents)
+        lost = ~images.isfinite().flatten(1).all(dim=1)
+        images = images.nan_to_num(0.0)
         prompts = self.setting.prompts[start : start + len(images)]
         scores = self.panel.reward.score(images, prompts).double().cpu()
         if not scores.isfinite().all():
             raise InputError("the reward gives scores that are not finite for finite images: its weights are broken")
         judged = {
-            "pixels": pixels,
+            "exploded": lost.cpu(),
+            "pixels": torch.from_numpy(to_pixels(images)),
             "reward": scores,
             "features": self._unit_features(images),
         }
@@ -324,10 +327,8 @@ class Evaluation:
         return judged
 
     @torch.no_grad()
-    def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [n, 3, H, W] in [0, 1], black where the decoder's answer is not finite, and the same as uint8."""
-        images = self.denoiser.decode(latents).nan_to_num(0.0)
-        return images, torch.from_numpy(to_pixels(images))
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return self.denoiser.decode(latents)
 
     def _unit_features(self, images: Tensor) -> Tensor:
         return functional.normalize(self.panel.reward.image_features(images).double(), dim=1).cpu()

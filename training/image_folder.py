@@ -7,10 +7,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
@@ -66,28 +68,36 @@ def draw(job: Job, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Calla
     """Draw every image of the job into `folder`, with images.jsonl and, if asked for, a contact sheet grid.png.
 
     Files of the same names are replaced, each at once; images and their lines appear batch by batch. An image whose
-    latents are not finite is written as it decodes with zeros in their place, marked in its record and reported through
-    `note`. Raises InputError where a file cannot be written.
+    latents are not finite is written as it decodes with zeros in their place, one that the decoder gives no numbers for
+    is black there; both are marked in their records and reported through `note`. Raises InputError where a file cannot
+    be written.
     """
     pairs = [(number, prompt, seed) for number, prompt in enumerate(job.prompts) for seed in job.seeds]
     records: list[ImageRecord] = []
     _log(folder, [], mode="w")  # what it said of images that are replaced now
     kept: list[np.ndarray] = []
+    exploded = undecoded = 0
     with tqdm(total=len(pairs), unit="image") as bar:
         for start in range(0, len(pairs), job.batch_size):
             batch = pairs[start : start + job.batch_size]
-            pixels, finite = _drawn(job, denoiser, batch)
-            for (number, prompt, seed), image, is_finite in zip(batch, pixels, finite, strict=True):
+            drawn = _drawn(job, denoiser, batch)
+            exploded += int((~drawn.solved).sum())
+            undecoded += int((drawn.solved & ~drawn.decoded).sum())
+            finite = (drawn.solved & drawn.decoded).tolist()
+            for (number, prompt, seed), image, is_finite in zip(batch, drawn.pixels, finite, strict=True):
                 records.append(_record(job, number, prompt, seed, finite=is_finite))
                 write_atomically(folder / records[-1].file, _png(image, records[-1]))
             _log(folder, records[start:], mode="a")
-            kept.extend(pixels if sheet else ())
+            kept.extend(drawn.pixels if sheet else ())
             bar.update(len(batch))
     if sheet:
         rows = [kept[start : start + len(job.seeds)] for start in range(0, len(kept), len(job.seeds))]
         write_sheet(folder / SHEET_NAME, rows, job.prompts, [f"seed {seed}" for seed in job.seeds])
-    if lost := sum(not record.finite for record in records):
-        note(f"{lost} of {len(records)} images are not finite: the solver exploded there (see `finite` in {LOG_NAME})")
+    remedy = "; use --dtype bfloat16 or float32" if denoiser.dtype == torch.float16 else ""
+    overflowed = f"the decoder overflowed in {str(denoiser.dtype).removeprefix('torch.')}{remedy}"
+    for lost, reason in ((exploded, "the solver exploded there"), (undecoded, overflowed)):
+        if lost:
+            note(f"{lost} of {len(records)} images are not finite: {reason} (see `finite` in {LOG_NAME})")
     return records
 
 
@@ -111,8 +121,16 @@ def write_sheet(
     write_atomically(path, buffer.getvalue())
 
 
-def _drawn(job: Job, denoiser: Denoiser, batch: Sequence[tuple[int, str, int]]) -> tuple[np.ndarray, list[bool]]:
-    """uint8 images [n, H, W, 3] of (number, prompt, seed), and which of them have finite latents."""
+class _Drawn(NamedTuple):
+    """pixels: uint8 [n, H, W, 3]. solved, decoded: bool [n], whether the latents, and the image of them, are finite."""
+
+    pixels: np.ndarray
+    solved: Tensor
+    decoded: Tensor
+
+
+def _drawn(job: Job, denoiser: Denoiser, batch: Sequence[tuple[int, str, int]]) -> _Drawn:
+    """The images of (number, prompt, seed)."""
     latents = generate(
         denoiser,
         [prompt for _, prompt, _ in batch],
@@ -124,10 +142,10 @@ def _drawn(job: Job, denoiser: Denoiser, batch: Sequence[tuple[int, str, int]]) 
         progress=False,
         dtype=job.dtype,
     )
-    finite = latents.flatten(1).isfinite().all(dim=1)  # [n]
     with torch.no_grad():
         images = denoiser.decode(latents.nan_to_num(0.0, 0.0, 0.0), DECODED_AT_ONCE)
-    return to_pixels(images), finite.tolist()
+    solved, decoded = (part.isfinite().flatten(1).all(dim=1).cpu() for part in (latents, images))
+    return _Drawn(to_pixels(images), solved, decoded)
 
 
 def _record(job: Job, number: int, prompt: str, seed: int, *, finite: bool) -> ImageRecord:

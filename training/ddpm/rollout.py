@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.pixel_diffusion import to_images
+from models.pictures import to_images
 from training.ddpm.policy import DenoisingPolicy, episode_noise
 
 ImageReward = Callable[[Tensor], Tensor]
