@@ -39,6 +39,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from errors import InputError, shows_input_errors
+from models.randomness import derived_seed
 from solvers import EPDTable
 from training.command_line import SeveralPairs
 from training.ppo import algorithm
@@ -46,7 +47,7 @@ from training.ppo.assembly import Parts, Start, build, make_policy, prepare
 from training.ppo.config import PPOConfig, load_config
 from training.ppo.launch import Job, resumed_job, train, with_options
 from training.ppo.policy import HIDDEN_SIZE, EPDParamPolicy
-from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores, derived_seed
+from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores
 
 MODULE = "benchmarks.search_cma_es"
 SIGMA0 = 1.0

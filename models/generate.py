@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from models.denoiser import Denoiser
 from models.devices import to_device
+from models.randomness import generator_of
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Solve = Callable[[Denoise, Tensor, Tensor], Tensor]
@@ -24,7 +25,7 @@ def initial_noise(
     Each row is drawn in float32 by a CPU generator of its own: it depends on its seed alone, to the last bit, whatever
     the device and the batch, and no global random state is touched.
     """
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) for seed in seeds]
+    rows = [torch.randn(shape, generator=generator_of(seed), dtype=torch.float32) for seed in seeds]
     return to_device(torch.stack(rows).to(dtype), device)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from errors import InputError
+from models.randomness import generator_of
 from training.evaluation import METRICS, Measured, Store
 from training.sampling import Plan
 from training.statistics import (
@@ -114,7 +114,7 @@ class Comparison:
         self.metrics = [name for name in METRICS if name == "frechet" or name in entries[0].measured.values]
         self._target, self._store, self._seed = frechet_target, store, seed
         self._target_hash = hashlib.sha256(frechet_target.numpy().tobytes()).hexdigest()
-        self._indices = bootstrap_indices(len(frechet_target), torch.Generator().manual_seed(seed))
+        self._indices = bootstrap_indices(len(frechet_target), generator_of(seed))
         self._estimates: dict[tuple[str, str], float] = {}
         self._intervals: dict[tuple[str, str], Interval] = {}
 

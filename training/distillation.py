@@ -44,6 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from errors import InputError
 from models.denoiser import Denoiser
 from models.generate import initial_noise
+from models.randomness import generator_of
 from schedules import get_schedule
 from solvers import SAMPLERS, Denoise, EPDTable, epd_sampler
 from training.networks import EPD_predictor
@@ -398,5 +399,5 @@ class Refinement:
         return [orders[place // len(self.trajectories)][place % len(self.trajectories)] for place in places]
 
     def _order(self, number: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + number)
+        generator = generator_of(self.seed + number)
         return torch.randperm(len(self.trajectories), generator=generator).tolist()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from errors import InputError
 from files import only_writer, write_atomically
 from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
+from models.randomness import generator_of
 from solvers import EPDTable, network_evaluations
 from training.distillation import (
     HELD_OUT_SHARE,
@@ -309,11 +310,11 @@ def _teacher_sigmas(options: Options, denoiser: Denoiser) -> Tensor:
 
 def _drawn(options: Options, prompts: list[str]) -> tuple[list[str], list[int]]:
     """A prompt and a noise seed for each trajectory; every prompt is drawn before one is drawn again."""
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = generator_of(options.seed)
     rounds = -(-options.trajectories // len(prompts))
     order = [index for _ in range(rounds) for index in torch.randperm(len(prompts), generator=generator).tolist()]
-    seeds = torch.randint(2**62, (options.trajectories,), generator=generator).tolist()
-    return [prompts[index] for index in order[: options.trajectories]], seeds
+    seeds = torch.randint(2**62, (options.trajectories,), generator=generator) % 2**32
+    return [prompts[index] for index in order[: options.trajectories]], seeds.tolist()
 
 
 def _taught(file: Path, task: Task, sampler: str, lesson: Lesson) -> Trajectories:

@@ -42,7 +42,8 @@ LATENT_LIMIT = 1e4
 
 # Files whose change may change latents, and what is measured of them, whatever the model; see `Denoiser.code`.
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLING_CODE = [ROOT / "solvers.py", ROOT / "models" / "denoiser.py", ROOT / "models" / "generate.py"]
+SAMPLING_CODE = [ROOT / "solvers.py"]
+SAMPLING_CODE += [ROOT / "models" / f"{name}.py" for name in ("denoiser", "generate", "randomness")]
 JUDGING_CODE = [ROOT / "training" / "evaluation.py", ROOT / "models" / "pictures.py"]
 
 

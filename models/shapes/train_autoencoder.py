@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
+from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import IMAGE_SIZE, to_tensor
 from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
@@ -99,7 +100,7 @@ def main(
     output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
 ) -> None:
     """Train the autoencoder on rendered scenes and write it as a diffusers folder."""
-    torch.manual_seed(seed)
+    seed_globally(seed)
     rendered = to_tensor(cached_scenes(scratch, "train", images, seed).images)  # [N, 3, 64, 64] in [0, 1]
     autoencoder = build_autoencoder().to(device)
 

@@ -15,6 +15,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 from torch.nn import functional
 
+from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import to_tensor
 from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
@@ -78,7 +79,7 @@ def main(
     output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
 ) -> None:
     """Train the network on rendered scenes and write it as a diffusers folder."""
-    torch.manual_seed(seed)
+    seed_globally(seed)
     clean = small_images(to_tensor(cached_scenes(scratch, "train", images, seed).images))  # [N, 3, 32, 32]
     network, scheduler = build_network().to(device), build_scheduler()
 

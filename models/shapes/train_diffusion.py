@@ -21,6 +21,7 @@ from torch.nn import functional
 from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.layout import LayoutHead, layout_of
 from models.shapes.scenes import to_tensor
@@ -138,7 +139,7 @@ def main(
     output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
 ) -> None:
     """Train text encoder and network on rendered scenes and write the pipeline as a diffusers folder."""
-    torch.manual_seed(seed)
+    seed_globally(seed)
     autoencoder = AutoencoderKL.from_pretrained(output / "vae", torch_dtype=torch.float32).to(device)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     rendered = cached_scenes(scratch, "train", images, seed)

@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from models.clip import image_features, new_clip, preprocess, save_open_clip_checkpoint, text_features, tokenize
+from models.randomness import seed_globally
 from models.shapes.data import RenderedScenes, cached_scenes
 from models.shapes.layout import CELLS, layout_of
 from models.shapes.negatives import CHANGES, CORRUPTIONS, worse_images, wrong_scene
@@ -193,7 +194,7 @@ def main(
     device: str,
 ) -> None:
     """Train the reward and write its checkpoint, its configuration and its tokenizer."""
-    torch.manual_seed(seed)
+    seed_globally(seed)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(tokenizer_folder)  # before use: it would write down how long its last text might be
     rendered = cached_scenes(scratch, "train", images, seed)

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from files import replacing
+from models.randomness import generator_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def training_command(
         click.option("--images", type=click.IntRange(min=8), default=images, help="Scenes to render and to train on."),
         click.option("--batch", type=click.IntRange(min=2), default=batch),
         click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=learning_rate),
-        click.option("--seed", type=int, default=seed),
+        click.option("--seed", type=click.IntRange(0, 2**32), default=seed),
         click.option("--device", default="cpu"),
     )
 
@@ -79,7 +80,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     """The random numbers of one step: they depend on seed and step alone, so that a resumed run repeats an
     uninterrupted one.
     """
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return generator_of(seed * 1_000_003 + step)
 
 
 def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: TrainingOptions) -> nn.Module:

@@ -29,7 +29,7 @@ def write(file: Path, captions: Iterable[str]) -> None:
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default=Path("src/prompts"), show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def main(output: Path, seed: int) -> None:
     """Write the captions of the three splits."""
     output.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from errors import InputError
+from models.randomness import generator_of
 from models.shapes.data import render_scenes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -142,7 +143,7 @@ def render_images(number: int, size: tuple[int, int], seed: int) -> ImageSet:
 
 def shares(images: Tensor, heldout_share: float, seed: int) -> Shares:
     """Share images [N, 3, H, W] out by chance: `heldout_share` for nobody, the rest half and half."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=generator_of(seed))
     heldout = max(2, round(heldout_share * len(images)))
     half = (len(images) - heldout) // 2
     return Shares(*(images[rows] for rows in order.split([half, len(images) - heldout - half, heldout])))

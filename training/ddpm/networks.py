@@ -9,6 +9,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from models.randomness import seed_globally
+
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
 """Names of the layers that get additions: the attention's projections and the residual blocks' convolutions."""
 
@@ -25,7 +27,7 @@ def trained_copy(network: UNet2DModel, lora_rank: int, seed: int) -> nn.Module:
     if lora_rank == 0:
         return copied
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_globally(seed)
         settings = peft.LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(LORA_TARGETS))
         return peft.get_peft_model(copied, settings).eval()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 from models.pixel_diffusion import PixelDiffusion
+from models.randomness import generator_of
 
 
 @dataclass(frozen=True)
@@ -123,4 +124,4 @@ def episode_noise(seeds: Sequence[int], policy_steps: DDIMSteps, shape: tuple[in
     the device.
     """
     size = (len(policy_steps), *shape)
-    return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.stack([torch.randn(size, generator=generator_of(seed)) for seed in seeds])

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from errors import InputError
 from models.loading import check_keys
+from models.randomness import seed_globally
 from training.checkpoint import read_tensors, write_tensors
 
 FORMAT = 2  # 1 saw the mean colour
@@ -66,7 +67,7 @@ def _convolution(channels: int, wider: int, stride: int = 1) -> nn.Conv2d:
 def new_classifier(image_size: tuple[int, int], width: int, seed: int) -> RealFakeClassifier:
     """An untrained classifier; the seed decides its weights, global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_globally(seed)
         return RealFakeClassifier(image_size, width)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
+from models.randomness import derived_seed, generator_of
 from training.ddpm.config import TrainRewardConfig
 from training.ddpm.data import Shares, augmented, faded, to_unit, under_noise
 from training.ddpm.reward_model import (
@@ -62,8 +63,8 @@ class RewardTrainer:
         }
         self._images = {REWARD: (real.reward, fake.reward), JUDGE: (real.judge, fake.judge)}
         self._noisy_share = settings.num_noise / settings.num_img
-        (heldout_seed,) = seeds_of("held-out noise", seed, count=1)
-        self._heldout = self._labelled(real.heldout, fake.heldout, torch.Generator().manual_seed(heldout_seed))
+        generator = generator_of(derived_seed("held-out noise", seed))
+        self._heldout = self._labelled(real.heldout, fake.heldout, generator)
         self._optimizers = {
             name: torch.optim.AdamW(model.parameters(), lr=settings.lr) for name, model in self.classifiers.items()
         }
@@ -114,8 +115,7 @@ class RewardTrainer:
         self.completed_steps = state["completed_steps"]
 
     def _train(self, name: str) -> float:
-        (seed,) = seeds_of(name, self.seed, self.completed_steps, count=1)
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(derived_seed(name, self.seed, self.completed_steps))
         images, labels = self._labelled(*self._images[name], generator)
         model, optimizer = self.classifiers[name].train(), self._optimizers[name]
         losses = []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from models.pictures import to_images
+from models.randomness import derived_seed
 from training.ddpm.policy import DenoisingPolicy, episode_noise
 
 ImageReward = Callable[[Tensor], Tensor]
@@ -38,9 +38,8 @@ class Episodes:
 
 
 def seeds_of(stream: str, *numbers: int, count: int) -> list[int]:
-    """`count` seeds for `torch.Generator.manual_seed`: another stream or other numbers give unrelated ones."""
-    entropy = [int.from_bytes(stream.encode()), *numbers]
-    return [int(word >> 1) for word in np.random.SeedSequence(entropy).generate_state(count, np.uint64)]
+    """`count` seeds in [0, 2^63): another stream or other numbers give unrelated ones."""
+    return [derived_seed(stream, *numbers, index) for index in range(count)]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from errors import InputError
+from models.randomness import derived_seed, generator_of
 from training.ddpm.config import FinetuneConfig
 from training.ddpm.policy import DenoisingPolicy
 from training.ddpm.rollout import Episodes, ImageReward, roll_out, seeds_of
@@ -267,8 +268,8 @@ class DDPMTrainer:
         an_update = (settings.minibatch or settings.episodes_per_epoch) // settings.microbatch
         updates: list[dict[str, float]] = []
         for number in range(settings.passes):
-            (seed,) = seeds_of("order", self.seed, self.completed_steps, number, count=1)
-            order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+            seed = derived_seed("order", self.seed, self.completed_steps, number)
+            order = torch.randperm(len(groups), generator=generator_of(seed))
             for rows in order.split(an_update):
                 updates.append(self._one_update([groups[row] for row in rows], [values[row] for row in rows]))
         means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from models.randomness import generator_of
 from models.shapes.verify import verify
 from solvers import EPDTable
 from training.ppo.rewards.mix import WeightedMix
@@ -156,7 +157,7 @@ class HeldoutWatch:
         if self._start is None or self._best is None:
             self._start = self._best = scores
         kept = self._finite_rows(step, scores)
-        indices = bootstrap_indices(int(kept.sum()), torch.Generator().manual_seed(self._seed))
+        indices = bootstrap_indices(int(kept.sum()), generator_of(self._seed))
         rewards, start_rewards = self._combined(scores)[kept], self._combined(self._start)[kept]
         reward = paired_difference_interval(rewards, start_rewards, indices)
         metrics = _described("reward", rewards, start_rewards, reward)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import InputError
+from models.randomness import generator_of
 from solvers import EPDTable
 from training.ppo.cold_start import (
     Concentrations,
@@ -241,7 +242,7 @@ class EPDParamPolicy(nn.Module):
             nn.Linear, table.num_intervals + context_size, HIDDEN_SIZE, dtype=torch.float64
         )
         self.output = nn.utils.skip_init(nn.Linear, HIDDEN_SIZE, self.base.shape[-1], dtype=torch.float64)
-        nn.init.normal_(self.hidden.weight, generator=torch.Generator().manual_seed(seed))
+        nn.init.normal_(self.hidden.weight, generator=generator_of(seed))
         for zero in (self.hidden.bias, self.output.weight, self.output.bias):
             nn.init.zeros_(zero)
 

@@ -11,10 +11,11 @@ from typing import Any, Generic, Protocol
 import torch
 from torch import Tensor
 
+from models.randomness import derived_seed, generator_of
 from training.ppo import algorithm
 from training.ppo.config import PPOConfig
 from training.ppo.policy import EPDParamPolicy, TableDistribution, TableSample
-from training.ppo.rollout import DivergenceError, Outcome, PromptStream, RolloutSource, Scores, derived_seed
+from training.ppo.rollout import DivergenceError, Outcome, PromptStream, RolloutSource, Scores
 
 METRICS: Mapping[str, str] = {
     "step": "number of this step, from 1",
@@ -119,7 +120,7 @@ class PPOTrainer(Generic[Outcome]):
         self.source = source
         self.prompts = prompts
         self.settings = settings
-        self.generator = torch.Generator().manual_seed(derived_seed("tables and minibatches", seed))
+        self.generator = generator_of(derived_seed("tables and minibatches", seed))
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
         self.completed_steps = 0
 

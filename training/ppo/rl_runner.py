@@ -16,10 +16,11 @@ from torch import Tensor
 from errors import InputError
 from models.denoiser import Denoiser
 from models.generate import initial_noise
+from models.randomness import derived_seed
 from solvers import EPDTable, epd_sampler
 from training.ppo.phase_clock import PhaseClock, timer_of
 from training.ppo.rewards.mix import WeightedMix
-from training.ppo.rollout import PromptBatch, Scores, derived_seed
+from training.ppo.rollout import PromptBatch, Scores
 
 log = logging.getLogger(__name__)
 

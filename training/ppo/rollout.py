@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from errors import InputError
+from models.randomness import derived_seed, generator_of
 from solvers import EPDTable
 
 
@@ -125,12 +125,6 @@ class PromptStream:
         if not self.shuffle:
             return position
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(derived_seed("prompt order", self.seed, epoch))
+            generator = generator_of(derived_seed("prompt order", self.seed, epoch))
             self._order = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
         return self._order[1][position]
-
-
-def derived_seed(purpose: str, *parts: int) -> int:
-    """A seed in [0, 2^63) for one purpose, from whole numbers of at least 0 such as the run's seed and the step."""
-    purpose_word = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4])
-    return int(np.random.SeedSequence([purpose_word, *parts]).generate_state(1, np.uint64)[0] >> np.uint64(1))
