@@ -17,6 +17,9 @@ from errors import InputError
 Baseline = Literal["prompt", "mixed"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
+LARGEST_LOG_RATIO = 80.0
+"""e^80 is the order of the largest float32, which is what plots are drawn with."""
+
 
 class RewardVariances(NamedTuple):
     """Where the rewards' spread comes from.
@@ -57,9 +60,15 @@ def normalize(advantages: Tensor) -> Tensor:
 
 
 def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """PPO's loss (arXiv 1707.06347, equation 7, negated): mean of max(-A r, -A clip(r, 1 - c, 1 + c)), r the ratio."""
-    ratio = (log_prob - old_log_prob).exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
+    """PPO's loss (arXiv 1707.06347, equation 7, negated): mean of max(-A r, -A clip(r, 1 - c, 1 + c)), r the ratio.
+
+    That is -A min(r, 1 + c), or where A is negative -A max(r, 1 - c), c at most 1. The bound is put on log r: where it
+    holds, r may be too large for a number, and the gradient is 0 all the same.
+    """
+    log_ratio = log_prob - old_log_prob
+    least, most = torch.tensor([-clip_range, clip_range], dtype=torch.float64).log1p().tolist()  # c may be 1
+    bounded = torch.where(advantages < 0, log_ratio.clamp(min=least), log_ratio.clamp(max=most))
+    return (-advantages * bounded.exp()).mean()
 
 
 def total_loss(policy_loss: Tensor, kl: Tensor, entropy: Tensor, *, kl_coef: float, entropy_coef: float) -> Tensor:
@@ -73,8 +82,11 @@ def clip_fraction(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) -> 
 
 
 def approximate_kl(log_prob: Tensor, old_log_prob: Tensor) -> float:
-    """KL(old || new) in nats from the old policy's samples: mean of r - 1 - log r, at least 0 (Schulman's k3)."""
-    log_ratio = log_prob - old_log_prob
+    """KL(old || new) in nats from the old policy's samples: mean of r - 1 - log r, at least 0 (Schulman's k3).
+
+    A log r above `LARGEST_LOG_RATIO` counts as that: the estimate, of no use by then, stays a number.
+    """
+    log_ratio = (log_prob - old_log_prob).clamp(max=LARGEST_LOG_RATIO)
     return (log_ratio.expm1() - log_ratio).mean().item()
 
 

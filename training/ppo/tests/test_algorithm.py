@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
@@ -72,6 +72,38 @@ def test_normalize_by_hand():
         algorithm.normalize(tensor([1, 3, 5, 7])), [-3 / math.sqrt(5), -1 / math.sqrt(5), 1 / math.sqrt(5), 3 / 5**0.5]
     )
     close(algorithm.normalize(tensor([2, 2, 2])), [0, 0, 0])
+
+
+def test_a_ratio_beyond_every_number_is_clipped_like_any_other():
+    # e^800 and e^-800, clip 0.2: a ratio that its advantage wants no further counts 1.2 or 0.8 and has no gradient
+    log_prob = tensor([800, 800, -800, 0]).requires_grad_()
+    loss = algorithm.clipped_surrogate(log_prob, torch.zeros(4, dtype=torch.float64), tensor([1, 0, -1, 2]), 0.2)
+    close(loss.detach(), (-1.2 + 0.0 + 0.8 - 2.0) / 4)
+    loss.backward()
+    close(log_prob.grad, [0, 0, 0, -2 / 4])
+
+
+@given(st.integers(0, 10_000), st.floats(0.01, 1))
+@example(0, 1.0)
+@settings(deadline=None, max_examples=50)
+def test_the_surrogate_and_its_gradient_are_those_of_the_paper(seed, clip_range):
+    generator = torch.Generator().manual_seed(seed)
+    new, old, advantages = torch.randn(3, 16, dtype=torch.float64, generator=generator)
+    new.requires_grad_()
+    ratio = (new - old).exp()
+    expected = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
+    loss = algorithm.clipped_surrogate(new, old, advantages, clip_range)
+    torch.testing.assert_close(loss, -expected, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(value, new)[0] for value in (loss, -expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_what_a_huge_ratio_is_measured_by_stays_a_number():
+    log_ratio, zeros = tensor([800, 0, 0, 0]), torch.zeros(4, dtype=torch.float64)
+    assert algorithm.approximate_kl(log_ratio, zeros) > 1e30
+    assert math.isfinite(algorithm.approximate_kl(log_ratio, zeros))
+    assert algorithm.clip_fraction(log_ratio, zeros, 0.2) == 0.25
+    assert algorithm.effective_sample_share(log_ratio, zeros) == pytest.approx(0.25)
 
 
 def test_clipped_surrogate_by_hand():
