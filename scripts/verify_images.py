@@ -45,7 +45,10 @@ def read_records(folder: Path) -> list[tuple[Path, str]]:
         raise InputError(f"{log} is missing: give a folder that sample.py wrote")
     records = []
     try:
-        lines = log.read_text(encoding="utf-8").splitlines()
+        with log.open(encoding="utf-8") as file:
+            lines = list(file)  # not splitlines, for which prompts may hold ends of lines
+    except OSError as error:
+        raise InputError(f"{log}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{log}: no text in UTF-8 ({error})") from None
     for number, line in enumerate(lines, start=1):
@@ -55,7 +58,7 @@ def read_records(folder: Path) -> list[tuple[Path, str]]:
             if not (isinstance(file, str) and isinstance(prompt, str)):
                 raise TypeError("file and prompt are texts")
             records.append((folder / file, prompt))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{log}, line {number}: no record of an image ({error})") from None
     if not records:
         raise InputError(f"{log} is empty: sample.py wrote no image")

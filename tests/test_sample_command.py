@@ -19,6 +19,7 @@ from models import load_denoiser
 from models.generate import generate
 from models.pictures import to_pixels
 from schedules import get_schedule
+from scripts.verify_images import read_records
 from solvers import SAMPLERS, EPDTable, epd_sampler
 from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
 from training import image_folder
@@ -224,6 +225,23 @@ def test_a_decoder_that_overflows_is_reported_and_its_images_are_marked(tmp_path
     assert [line["finite"] for line in records(tmp_path / "out")] == [not overflows] * 2
     said = "2 of 2 images are not finite: the decoder overflowed in float16; use --dtype bfloat16 or float32"
     assert (said in result.output) == overflows
+
+
+LINE_BREAKS = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # for str.splitlines
+
+
+@pytest.mark.parametrize("character", LINE_BREAKS)
+def test_what_a_prompt_holds_is_read_back_from_the_record(pipeline, tmp_path, character):
+    prompt = f"a dog{character}a cat"
+    result = run(
+        *("--model_path", pipeline, "--solver", "ddim", "--num-steps", "2", "--prompt", prompt, "--seeds", "0"),
+        *("--outdir", tmp_path),
+    )
+    assert result.exit_code == 0, result.output
+    assert len((tmp_path / "images.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+    ((file, read),) = read_records(tmp_path)
+    assert read == prompt
+    assert Image.open(file).text["prompt"] == prompt
 
 
 def refused(*arguments):

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from models.shapes import scenes
-from scripts.verify_images import main
+from scripts.verify_images import main, read_records
 
 
 def write_folder(folder, prompts_and_scenes):
@@ -34,6 +34,13 @@ def test_counts_whole_captions_and_parts(tmp_path):
     assert "2 objects: 1 images of 1 prompts" in result.output
 
 
+def test_only_a_newline_ends_a_record(tmp_path):
+    prompts = ["a\u2028b\u2029c\x85d", "e"]
+    lines = [json.dumps({"file": "0.png", "prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts]
+    (tmp_path / "images.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert read_records(tmp_path) == [(tmp_path / "0.png", prompt) for prompt in prompts]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -41,6 +48,8 @@ def test_counts_whole_captions_and_parts(tmp_path):
         ("", "is empty"),
         ("{}", "line 1: no record"),
         ("not json", "line 1: no record"),
+        ("[" * 100_000, "line 1: no record"),
+        ('{"file": "0.png", "prompt": "a", "seed": ' + "1" * 5000 + "}", "line 1: no record"),
         ('{"file": "none.png", "prompt": 5}', "line 1: no record"),
         ('{"file": ".", "prompt": "a large red star on a white background"}', "cannot be read as an image"),
         (b"\xff\xfe", "no text in UTF-8"),

@@ -25,6 +25,8 @@ from training.sampling import Plan, Predictor
 LOG_NAME = "images.jsonl"
 SHEET_NAME = "grid.png"
 DECODED_AT_ONCE = 16  # images
+# What JSON allows inside a text and many readers take for the end of a line.
+LINE_BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,11 @@ def draw(job: Job, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Calla
 
 def _log(folder: Path, records: Sequence[ImageRecord], *, mode: str) -> None:
     """Write records to images.jsonl, anew (mode w) or at its end (a)."""
-    lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    texts = (json.dumps(asdict(record), ensure_ascii=False).translate(LINE_BREAKS) for record in records)
+    lines = "".join(text + "\n" for text in texts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOG_NAME).open(mode, encoding="utf-8") as file:
+        with (folder / LOG_NAME).open(mode, encoding="utf-8", newline="\n") as file:
             file.write(lines)
     except OSError as error:
         raise InputError(f"{folder / LOG_NAME}: cannot be written ({error.strerror})") from error

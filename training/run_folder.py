@@ -134,7 +134,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         InputError: the file is missing, or another line than the last is no JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     rows = []

@@ -207,6 +207,13 @@ def test_a_damaged_row_is_set_aside_and_said(tmp_path: Path, caplog: pytest.LogC
     assert f"{path}: line 2 is damaged and left out; the file as it was is kept in {copy.name}" in caplog.text
 
 
+def test_only_a_newline_ends_a_row(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "note": "a\u2028b\u2029c\x85d"}, {"step": 2}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert read_metrics(path) == rows
+
+
 def test_cut_off_last_row_is_left_out_any_other_is_an_error(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "rew')
