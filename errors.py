@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -30,12 +30,14 @@ def is_too_little_memory(error: Exception) -> bool:
 def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a click command's body: an `InputError` becomes one clear message and exit status 2, no traceback.
 
-    So does too little memory, wherever it shows. A signal that nobody took ends the process with 130 or 143.
+    So do arguments that are not UTF-8, before anything is done, and too little memory, wherever it shows. A signal that
+    nobody took ends the process with 130 or 143.
     """
 
     @wraps(command)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
+            _check_encoding(kwargs)
             with signals_raise():
                 return command(*args, **kwargs)
         except InputError as error:
@@ -53,6 +55,18 @@ def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parame
             ) from None
 
     return wrapped
+
+
+def _check_encoding(arguments: Mapping[str, object]) -> None:
+    """Python hands on bytes that it cannot decode as halves of surrogate pairs, which no file and no model takes."""
+    for value in arguments.values():
+        for text in map(str, value if isinstance(value, tuple) else [value]):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{text!r}: holds bytes that are not UTF-8; write it in UTF-8, or rename the file"
+                ) from None
 
 
 def _failure(message: str) -> click.ClickException:

@@ -193,7 +193,7 @@ def main(
         dtype=torch.promote_types(number_type, torch.float32),
         previews=PREVIEWS,
     )
-    panel = judging_panel(model, weights, denoiser, batch)
+    panel = judging_panel(model, weights, denoiser, prompts, batch)
     click.echo(f"{len(plans)} samplers and the reference on {number} prompts of {prompt_file}, guidance {scale:g}")
     with tqdm(unit="evaluation") as bar:
         evaluation = Evaluation(denoiser, panel, setting, store, bar.update, referenced=True)
@@ -319,8 +319,15 @@ def classical_plans(name: str, budget: int, grids: Sequence[Grid], denoiser: Den
     return [classical_plan(name, num_steps, grid, denoiser) for grid in grids]
 
 
-def judging_panel(model: str, weights: Path, denoiser: Denoiser, batch: int) -> Panel:
-    """What judges the images of a model: the reward `weights` and, in the shapes world, the verifier."""
+def judging_panel(model: str, weights: Path, denoiser: Denoiser, prompts: Sequence[str], batch: int) -> Panel:
+    """What judges the images of a model: the reward `weights` and, in the shapes world, the verifier.
+
+    Raises:
+        InputError: the reward's files are missing or malformed, or the verifier cannot judge a prompt.
+    """
+    if model == SHAPES:
+        for prompt in prompts:
+            scenes.parse(prompt)
     files = find_reward_files(weights)
     described = [files.weights, files.weights.with_suffix(".json"), files.tokenizer]
     judged_by = [path for path in described if path.exists()]

@@ -213,7 +213,7 @@ class Scorer:
             dtype=torch.promote_types(dtype, torch.float32),
             previews=PREVIEWS,
         )
-        panel = judging_panel(spec, Path(config.reward.weights_path), self._denoiser, study.batch)
+        panel = judging_panel(spec, Path(config.reward.weights_path), self._denoiser, prompts, study.batch)
         self._evaluation = Evaluation(self._denoiser, panel, setting, store, advance, referenced=False)
         self._study = study
 

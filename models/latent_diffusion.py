@@ -26,6 +26,7 @@ from models.denoiser import USUAL_GUIDANCE_SCALE, Conditioning
 from models.devices import check_memory, to_device
 from models.noise_levels import NoiseLevels
 from models.pictures import to_images
+from models.prompts import text_fault
 
 # A prompt of Stable Diffusion 1.5 takes 118 kB in half precision: a quarter of a gigabyte when full.
 CACHED_PROMPTS = 2048
@@ -164,8 +165,8 @@ class LatentDiffusion:
         return without + conditioning.guidance_scale * (with_text - without)
 
     def _prompt_faults(self, prompt: str) -> list[str]:
-        if not prompt.strip():
-            return ["it is empty"]
+        if fault := text_fault(prompt):
+            return [fault]
         faults = []
         if (length := self._token_count(prompt)) > self.token_limit:
             faults.append(f"it is {length - 2} tokens long, the text encoder takes {self.token_limit - 2}")

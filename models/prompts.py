@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 from errors import InputError
@@ -13,12 +15,30 @@ PROMPT_COLUMN = "text"
 MAXIMUM_SEED = 2**63 - 1
 MAXIMUM_SEEDS = 1_000_000  # a mistyped range must not fill the memory
 SEED_RANGE = re.compile(r"(\d{1,30})(?:-(\d{1,30}))?", re.ASCII)  # Python refuses to read thousands of digits
+BYTE_ORDER_MARK = "\ufeff"
+WORDLESS = ("P", "Z", "M", "Cc", "Cf")  # Unicode categories: punctuation, blanks, marks, control, format
+
+
+def text_fault(text: str) -> str | None:
+    """Why a text is a prompt for no model at all, or None where it may be one."""
+    if not text.strip():
+        return "it is empty"
+    if "\0" in text:
+        return "it holds a NUL character"
+    if any(unicodedata.category(character) == "Cs" for character in text):  # how Python keeps what it cannot decode
+        return "it holds bytes that are not UTF-8"
+    if text.startswith(BYTE_ORDER_MARK):
+        return "it begins with a byte order mark, as where files were joined"
+    if all(unicodedata.category(character).startswith(WORDLESS) for character in text):
+        return "it holds no letter, digit or symbol"
+    return None
 
 
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a `.txt` file (one a line, blank lines skipped) or of a `.csv` file (column `text`), in order.
 
-    Raises InputError where the file is missing, unreadable, of another kind or empty, or lacks the column or a cell.
+    Raises InputError where the file is missing, unreadable, of another kind or empty, has not one such column, or lacks
+    a cell, or a line of it is no prompt (`text_fault`).
     """
     file = Path(path)
     readers = {".txt": _lines, ".csv": _text_column}
@@ -34,7 +54,13 @@ def read_prompts(path: str | Path) -> list[str]:
         raise InputError(f"{file}: not UTF-8 text (byte {error.start}); save the prompts as UTF-8") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    prompts = readers[file.suffix.lower()](file, content)
+    if "\0" in content:
+        raise InputError(f"{file}: holds NUL characters, as UTF-16 does; save the prompts as UTF-8")
+    prompts = []
+    for line, prompt in readers[file.suffix.lower()](file, content):
+        if fault := text_fault(prompt):
+            raise InputError(f"{file}, line {line}: {fault}; write a prompt or remove the line")
+        prompts.append(prompt)
     if not prompts:
         raise InputError(f"{file}: holds no prompt; write at least one")
     return prompts
@@ -67,11 +93,15 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def _lines(file: Path, content: str) -> list[str]:
-    return [line.strip() for line in io.StringIO(content, newline=None) if line.strip()]
+def _lines(_: Path, content: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(io.StringIO(content, newline=None), start=1):
+        if line.strip():
+            yield number, line.strip()
 
 
-def _text_column(file: Path, content: str) -> list[str]:
+def _text_column(file: Path, content: str) -> Iterator[tuple[int, str]]:
+    if content.startswith(BYTE_ORDER_MARK):  # a second one: the header's name would look right and be another
+        raise InputError(f"{file}, line 1: {text_fault(content)}; save the prompts as plain UTF-8")
     reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     try:
         columns = reader.fieldnames or []
@@ -80,7 +110,10 @@ def _text_column(file: Path, content: str) -> list[str]:
             raise InputError(
                 f"{file}: has no column `{PROMPT_COLUMN}` (columns found: {found}); name the prompts' column so"
             )
-        return [_cell(file, reader.line_num, row) for row in reader]
+        if (number := columns.count(PROMPT_COLUMN)) > 1:
+            raise InputError(f"{file}: has {number} columns `{PROMPT_COLUMN}`; leave one of them")
+        for row in reader:
+            yield reader.line_num, _cell(file, reader.line_num, row)
     except csv.Error as error:
         raise InputError(
             f"{file}, near line {reader.line_num}: not a table ({error}); quote prompts that hold quotes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -32,6 +33,24 @@ def test_a_wrong_input_is_a_message_and_a_status():
     result = outcome(fail(InputError("model.ckpt is empty")))
     assert result.exit_code == 2
     assert result.output == "Error: model.ckpt is empty\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--text", "a \udcff"), ("--file", "a\udcff.csv"), ("--text", "a", "--text", "\udcff")]
+)
+def test_an_argument_that_is_not_utf_8_is_refused_before_anything_is_done(arguments):
+    @click.command()
+    @click.option("--text", multiple=True)
+    @click.option("--file", type=click.Path(path_type=Path))
+    @shows_input_errors
+    def command(text: tuple[str, ...], file: Path | None) -> None:
+        pytest.fail("it ran")
+
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 2
+    assert "\\udcff" in result.output
+    assert "bytes that are not UTF-8" in result.output
+    assert result.output.count("\n") == 1
 
 
 @pytest.mark.parametrize(

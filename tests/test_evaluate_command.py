@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import evaluate
+from errors import InputError
 from files import only_writer
 from models import clip, load_denoiser
 from models.generate import generate
@@ -358,6 +359,11 @@ def test_bad_input_gets_one_clear_message(world, tmp_path, arguments, message):
 def test_prompts_that_the_model_cannot_take_are_refused(world, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[:5], "x" * 60]))
     assert "tokens long" in refused(run(world, tmp_path / "out", "--prompt-file", tmp_path / "prompts.txt"))
+
+
+def test_what_the_verifier_cannot_judge_is_refused_before_anything_is_drawn(world):
+    with pytest.raises(InputError, match="'a red' is no caption"):
+        evaluate.judging_panel("shapes", world / "reward.pt", None, [*captions("heldout", 2, 0), "a red"], 4)
 
 
 def test_true_images_of_shapes_pass_the_verifier_and_depend_on_their_own_seed_only():

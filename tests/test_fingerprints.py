@@ -65,8 +65,8 @@ def test_a_single_file_is_what_it_holds_and_the_configurations_that_it_is_read_w
     assert len(found) == 2
 
 
-# Used on the way to an answer, and without a say in it: messages, and where tensors lie.
-OF_NO_ACCOUNT = {"errors.py", "models/devices.py"}
+# Used on the way to an answer, and without a say in it: what is refused, and where tensors lie.
+OF_NO_ACCOUNT = {"errors.py", "models/prompts.py", "models/devices.py"}
 
 
 def test_latents_that_are_kept_count_as_made_by_all_code_that_makes_them():

@@ -286,13 +286,16 @@ def test_bad_prompts_are_all_listed_with_their_reasons(denoiser):
     denoiser.validate_prompts(PROMPTS)
     long = "abcdefghijklmnopqrstuvwxyz"
     with pytest.raises(InputError) as error:
-        denoiser.validate_prompts(["red box", "  ", long])
+        denoiser.validate_prompts(["red box", "  ", long, "a \udcff b", "a\0", "..."])
     message = str(error.value)
     assert "prompt 2" in message
     assert "empty" in message
     assert "prompt 3" in message
     assert "26 tokens" in message
     assert "22" in message
+    assert "prompt 4 ('a \\udcff b'): it holds bytes that are not UTF-8" in message
+    assert "prompt 5 ('a\\x00'): it holds a NUL character" in message
+    assert "prompt 6 ('...'): it holds no letter, digit or symbol" in message
     assert "prompt 1" not in message
     with pytest.raises(InputError, match="26 tokens"):
         denoiser.encode([long])

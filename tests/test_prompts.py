@@ -90,6 +90,20 @@ def test_a_table_gives_back_what_was_written(tmp_path_factory, prompts):
         ("a.csv", b'text\n"a red circle\n', "near line 1: not a table"),
         ("a.json", b"[]", r"\.txt file .* or a \.csv file"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.txt", b"a red circle\n\xed\xb0\x80\n", "not UTF-8"),  # half of a surrogate pair, as UTF-8 would write it
+        ("a.txt", "a red circle".encode("utf-16"), "not UTF-8"),
+        (
+            "a.txt",
+            "a red circle\n".encode("utf-16-le"),
+            "holds NUL characters, as UTF-16 does; save the prompts as UTF-8",
+        ),
+        ("a.csv", "text\na red circle\n".encode("utf-16-be"), "holds NUL characters"),
+        ("a.csv", b"text\na red\0 circle\n", "holds NUL characters"),
+        ("a.csv", b"\xef\xbb\xbf\xef\xbb\xbftext\na red circle\n", "line 1: it begins with a byte order mark"),
+        ("a.txt", b"a ring\n\n\xef\xbb\xbfa red circle\n", "line 3: it begins with a byte order mark"),
+        ("a.txt", b"a ring\n ... \n", "line 2: it holds no letter, digit or symbol"),
+        ("a.csv", "id,text\n1,\u200b\n".encode(), "line 2: it holds no letter, digit or symbol"),
+        ("a.csv", b"text,id,text\na ring,1,a star\n", "has 2 columns `text`; leave one"),
     ],
 )
 def test_malformed_prompt_files_are_refused_and_named(tmp_path, name, content, message):
@@ -98,6 +112,12 @@ def test_malformed_prompt_files_are_refused_and_named(tmp_path, name, content, m
     with pytest.raises(InputError, match=message) as failure:
         read_prompts(file)
     assert str(file) in str(failure.value)
+
+
+@pytest.mark.parametrize("prompt", ["7", "\u65e5\u672c", "\U0001f436", "\U0001fae8", "a", "+"])
+def test_numbers_signs_and_every_script_are_prompts(tmp_path, prompt):
+    (tmp_path / "prompts.txt").write_text(prompt, encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.txt") == [prompt]
 
 
 def test_a_missing_prompt_file_and_a_folder_are_refused(tmp_path):

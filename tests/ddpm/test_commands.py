@@ -368,6 +368,13 @@ def test_the_shipped_configurations_have_no_faults(name):
     assert judge_file(config) == reward_file(config).with_name(f"{reward_file(config).stem}-judge.pt")
 
 
+@pytest.mark.parametrize("prompt", ["a \udcff", "a\0b", "...", "\ufeffa"])
+def test_a_prompt_that_is_none_is_a_fault_of_the_configuration(prompt):
+    values = {"finetune": {"reward": "preference", "prompt": prompt}, "path": {"preference": "reward.pt"}}
+    with pytest.raises(InputError, match=r"finetune\.prompt=.*: it (holds|begins)"):
+        SCHEMA.build(values, "case.yaml")
+
+
 def test_all_faults_of_a_configuration_are_told_at_once(tmp_path):
     (tmp_path / "bad.yaml").write_text("sed: 1\nfinetune: {lr: -1, eta: 0, ddim_steps: many}\nseed: 3\n")
     with pytest.raises(InputError) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.prompts import text_fault
 from training.configuration import Disagreements, Schema, knob
 
 RENDERED, SAMPLED = "rendered", "sampled"
@@ -155,6 +156,9 @@ def _disagreements(config: DDPMConfig) -> Disagreements:
             "finetune.eta=0: DDIM is then deterministic, so no action has a probability and PPO has nothing to learn "
             "from; set finetune.eta between 0 and 1, for example 1",
         )
+    prompt = config.finetune.prompt
+    if prompt and (fault := text_fault(prompt)):
+        yield {"finetune.prompt"}, f"finetune.prompt={prompt!r}: {fault}"
     if config.eval.shown > config.eval.num_img:
         yield (
             {"eval.shown", "eval.num_img"},

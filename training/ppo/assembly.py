@@ -17,6 +17,7 @@ from models.denoiser import Denoiser
 from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.prompts import read_prompts
 from models.registry import check_assets, load_denoiser
+from models.shapes.scenes import parse
 from schedules import get_schedule
 from solvers import EPDTable, NetworkEvaluations, network_evaluations
 from training.configuration import LoadedConfig
@@ -204,7 +205,9 @@ def path_faults(config: Config) -> Iterator[str]:
         checks.append((f"reward {path}", lambda path=path: find_reward_files(path, config.reward.cache_dir)))
     if logging.eval_interval and logging.eval_prompts is not None:
         checks.append((f"logging.eval_prompts={logging.eval_prompts}", lambda: _heldout_prompts(config)))
-        if logging.panel not in (None, VERIFIER):
+        if logging.panel == VERIFIER:
+            checks.append((f"logging.panel={VERIFIER}", lambda: [parse(prompt) for prompt in _heldout_prompts(config)]))
+        elif logging.panel is not None:
             checks.append(
                 (f"logging.panel={logging.panel}", lambda: find_reward_files(logging.panel, config.reward.cache_dir))
             )

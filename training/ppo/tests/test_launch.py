@@ -452,6 +452,12 @@ def test_held_out_prompts_must_be_held_out(config: Path, tmp_path: Path):
     assert "set it to 6" in result.output
 
 
+def test_what_the_verifier_cannot_judge_is_said_before_anything_is_loaded(config: Path):
+    result = launch("--config", config, "--dry-run", "--override", "logging.panel=verifier")
+    assert result.exit_code == 2
+    assert "logging.panel=verifier: 'u' is no caption of the shapes world" in " ".join(result.output.split())
+
+
 def test_contradicted_snapshot_at_launch(config: Path, tmp_path: Path):
     changed = yaml.safe_load(config.read_text())
     changed["model"]["guidance_rate"] = 5.0
