@@ -64,6 +64,22 @@ def get_schedule(
     return _FORMULAS[schedule_type](u, sigma_min, sigma_max, rho)
 
 
+def log_gaps(sigmas: Tensor) -> Tensor:
+    """The shares of a grid's intervals in its whole length in log σ: [..., S + 1] -> [..., S], positive, of sum 1."""
+    logarithms = sigmas.log()
+    return -logarithms.diff() / (logarithms[..., :1] - logarithms[..., -1:])
+
+
+def from_log_gaps(gaps: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
+    """The grid [..., S + 1] from sigma_max to sigma_min with these shares [..., S]; the inverse of `log_gaps`.
+
+    Both ends are exact, whatever the rounding of the shares. Differentiable, one grid or many.
+    """
+    ends = gaps.new_tensor([sigma_max, sigma_min]).expand(*gaps.shape[:-1], 2)
+    inner = sigma_max * (sigma_min / sigma_max) ** gaps.cumsum(-1)[..., :-1]
+    return torch.cat([ends[..., :1], inner, ends[..., 1:]], dim=-1)
+
+
 def _polynomial(u: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     return _power_interpolation(u, sigma_max, sigma_min, rho)
 

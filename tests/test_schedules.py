@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from schedules import SCHEDULES, get_schedule
+from schedules import SCHEDULES, from_log_gaps, get_schedule, log_gaps
 from tests import golden
 
 
@@ -180,3 +180,21 @@ def test_rho_bends_discrete_time_towards_its_small_end() -> None:
 def test_refuses(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_log_gaps_by_hand() -> None:
+    """8, 4, 1: a halving, and two of them."""
+    gaps = log_gaps(torch.tensor([8.0, 4.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(gaps, torch.tensor([1 / 3, 2 / 3], dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+@given(shares=st.lists(st.floats(0.01, 1), min_size=1, max_size=20), low=st.floats(1e-3, 0.5))
+def test_a_grid_and_its_log_gaps_say_the_same(shares: list[float], low: float) -> None:
+    gaps = torch.tensor([shares, shares[::-1]], dtype=torch.float64)
+    gaps = gaps / gaps.sum(-1, keepdim=True)
+    grids = from_log_gaps(gaps, low, 80.0)
+    assert (grids[:, 0] == 80.0).all()
+    assert (grids[:, -1] == low).all()
+    assert (grids.diff(dim=-1) < 0).all()
+    torch.testing.assert_close(log_gaps(grids), gaps, rtol=1e-9, atol=1e-12)
+    assert torch.equal(from_log_gaps(gaps[0], low, 80.0), grids[0])
