@@ -93,9 +93,12 @@ class Recorder:
     """Rows of each call."""
     sigmas: list[Tensor] = field(default_factory=list)
     """Noise levels of each call, as they were handed over."""
+    guidances: list[Tensor] = field(default_factory=list)
+    """Likewise of each call that had guidance."""
 
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, *guidance: Tensor) -> Tensor:
         """Denoise and take a note."""
         self.rows.append(len(x))
         self.sigmas.append(sigma.clone())
-        return self.denoise(x, sigma)
+        self.guidances.extend(guidance)
+        return self.denoise(x, sigma, *guidance)

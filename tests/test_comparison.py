@@ -46,7 +46,9 @@ def entry(label, solver, schedule, nfe, *, reward, distance, exploded=0):
     )
     total = nfe * 3 // 2 if solver == "epd" else nfe
     sigmas = torch.linspace(10, 1, nfe + 1, dtype=torch.float64)
-    plan = Plan(label, solver, Grid(schedule, 1.0), sigmas, NetworkEvaluations(nfe, total), {}, lambda denoise, x, s: x)
+    plan = Plan(
+        label, solver, Grid(schedule, 1.0), sigmas, NetworkEvaluations(nfe, total, total), {}, lambda denoise, x, s: x
+    )
     return Entry(plan, measured)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from schedules import get_schedule
-from solvers import SAMPLERS, EPDTable, epd_sampler, network_evaluations, num_steps_for
+from solvers import SAMPLERS, EPDTable, epd_sampler, network_evaluations, num_steps_for, with_ipndm_history
 from tests import golden
 from tests.analytic import GaussianMixture, Level, Recorder, gaussian, gaussian_solution, mixture_solution_1d
 
@@ -71,12 +71,11 @@ OPTIONS = ("afs", "denoise_to_zero", "max_order", "predict_x0", "lower_order_fin
 
 
 def is_ours(case: dict[str, Any]) -> bool:
-    """Left out: Heun down to zero, EPD on iPNDM, several DPM-2 steps in an interval, dynamic thresholding, and the case
-    where the peer applies the analytical first step in every interval."""
+    """Left out: Heun down to zero, several DPM-2 steps in an interval, dynamic thresholding, and the case where the
+    peer applies the analytical first step in every interval."""
     name, function = case["case"], case["function"]
-    plugin = function == "ipndm_sampler" and case["table"] is not None
     return function in GOLDEN_SAMPLERS and not (
-        plugin or "inner_steps" in case["kwargs"] or "dynthr" in name or name == "dpm_afs_n11"
+        "inner_steps" in case["kwargs"] or "dynthr" in name or name == "dpm_afs_n11"
     )
 
 
@@ -91,9 +90,21 @@ def golden_table(name: str) -> EPDTable:
     return EPDTable(positions, weights, scale_dir, scale_time)
 
 
+def golden_problem(case: dict[str, Any]) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
+    """The denoiser, the start and the grid of a run."""
+    reference, flow = golden_mixture(), case["net"] == "gm_flow"
+    sigmas = golden.tensor("solvers", f"{case['case']}__sigmas")
+    start = golden.tensor("solvers", "latents") * (1 if flow else sigmas[0])
+    return reference.denoise_flow if flow else reference.denoise, start, sigmas
+
+
+def golden_mixture() -> GaussianMixture:
+    return GaussianMixture(*(golden.tensor("solvers", f"gm_{field}") for field in ("means", "stds", "weights")))
+
+
 @golden.needs_golden
 def test_golden_cases_cover_every_sampler() -> None:
-    assert len(CASES) == 167
+    assert len(CASES) == 171
     assert {GOLDEN_SAMPLERS[case["function"]] for case in CASES} == set(SAMPLERS)
 
 
@@ -101,20 +112,18 @@ def test_golden_cases_cover_every_sampler() -> None:
 def test_golden_trajectory(case: dict[str, Any]) -> None:
     """Every state of every run to 1e-11 of the largest entry; the same number of calls and rows."""
     name = case["case"]
-    reference = GaussianMixture(*(golden.tensor("solvers", f"gm_{field}") for field in ("means", "stds", "weights")))
-    recorder = Recorder(reference.denoise_flow if case["net"] == "gm_flow" else reference.denoise)
-    sigmas = golden.tensor("solvers", f"{name}__sigmas")
-    start = golden.tensor("solvers", "latents") * (1 if case["net"] == "gm_flow" else sigmas[0])
+    denoise, start, sigmas = golden_problem(case)
+    recorder = Recorder(denoise)
     options = {option: case["kwargs"][option] for option in OPTIONS if option in case["kwargs"]}
-    arguments = []
+    sampler, arguments = GOLDEN_SAMPLERS[case["function"]], []
     if case["table"]:
-        arguments = [golden_table(case["table"])]
-        options["parallel"] = case["function"] == "epd_parallel_sampler"
+        table, options["parallel"] = golden_table(case["table"]), case["function"] == "epd_parallel_sampler"
+        if sampler == "ipndm":  # EPD's plug-in for it
+            table = with_ipndm_history(table.to(dtype=torch.float64), options.pop("max_order"))
+        sampler, arguments = "epd", [table]
     states: list[Tensor] = []
 
-    result = SAMPLERS[GOLDEN_SAMPLERS[case["function"]]](
-        recorder, start, sigmas, *arguments, callback=lambda _, x: states.append(x), **options
-    )
+    result = SAMPLERS[sampler](recorder, start, sigmas, *arguments, callback=lambda _, x: states.append(x), **options)
 
     expected = golden.tensor("solvers", f"{name}__traj")
     assert len(states) == len(expected)
@@ -146,7 +155,7 @@ def test_golden_noise_levels_told_to_the_network(case: dict[str, Any]) -> None:
 
 @golden.needs_golden
 def test_golden_denoisers() -> None:
-    reference = GaussianMixture(*(golden.tensor("solvers", f"gm_{field}") for field in ("means", "stds", "weights")))
+    reference = golden_mixture()
     x, sigma, expected = (golden.tensor("solvers", f"probe_{field}") for field in ("x", "sigma", "D"))
     torch.testing.assert_close(reference.denoise(x, sigma), expected, rtol=1e-12, atol=1e-13)
     x, sigma, expected = (golden.tensor("solvers", f"probe_flow_{field}") for field in ("x", "t", "D"))
@@ -511,9 +520,11 @@ def test_evaluations_are_what_the_sampler_makes(name: str, afs: bool, denoise_to
 
 
 def test_evaluations_by_hand() -> None:
-    assert network_evaluations("epd", 4, num_points=2) == (6, 9)
-    assert network_evaluations("epd", 4, num_points=3, afs=True) == (5, 11)
-    assert network_evaluations("dpmpp", 7) == (6, 6)
+    assert network_evaluations("epd", 4, num_points=2) == (6, 9, 9)
+    assert network_evaluations("epd", 4, num_points=3, afs=True, guidance=7.5) == (5, 11, 22)
+    assert network_evaluations("epd", 4, num_points=0) == (3, 3, 3)
+    assert network_evaluations("dpmpp", 7, guidance=3) == (6, 6, 12)
+    assert [num_steps_for("epd", nfe, num_points=0) for nfe in (1, 4, 20)] == [2, 5, 21]
     assert [num_steps_for("epd", nfe) for nfe in (4, 6, 8, 12, 20)] == [3, 4, 5, 7, 11]
     assert [num_steps_for("ddim", nfe) for nfe in (4, 6, 8, 12, 20)] == [5, 7, 9, 13, 21]
     assert num_steps_for("heun", 5, afs=True) == 4
@@ -531,8 +542,10 @@ def test_evaluations_by_hand() -> None:
         (lambda: network_evaluations("ddim", 1), r"num_steps .* at least 2; got 1"),
         (
             lambda: network_evaluations("ddim", 5, num_points=2),
-            r"num_points must be 1, or more with epd; got 2 with ddim",
+            r"num_points must be 1, or with epd any number from 0; got 2 with ddim",
         ),
+        (lambda: num_steps_for("heun", 4, num_points=0), r"num_points must be 1, .* got 0 with heun"),
+        (lambda: network_evaluations("epd", 5, num_points=-1), r"num_points must be 1, .* got -1 with epd"),
         (lambda: run("dpm2", None, noise(), grid(3), r=0.0), r"dpm2 needs r in \(0, 1\]; got 0.0"),
         (lambda: run("ipndm", None, noise(), grid(3), max_order=5), r"ipndm needs max_order in \[1, 2, 3, 4\]; got 5"),
         (lambda: run("dpmpp", None, noise(), grid(3), max_order=0), r"dpmpp needs max_order in \[1, 2, 3\]; got 0"),
@@ -555,7 +568,7 @@ def test_refuses(call: Callable[[], Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("sigmas", "message"),
     [
-        ([[2.0, 1.0]], "at least 2 points"),
+        ([[[2.0, 1.0]]], "at least 2 points"),
         ([2.0], "at least 2 points"),
         ([2.0, 0.0], "finite and positive"),
         ([math.inf, 1.0], "finite and positive"),
@@ -565,9 +578,7 @@ def test_refuses(call: Callable[[], Any], message: str) -> None:
     ],
 )
 def test_refuses_what_is_no_grid(name: str, sigmas: list[float], message: str) -> None:
-    tables = [midpoint_table(len(sigmas) - 1 if len(sigmas) > 1 else 1)] if name == "epd" else []
-    if name == "epd" and message == "at least 2 points":
-        message = "table needs a grid of 2 points"
+    tables = [midpoint_table(1)] if name == "epd" else []
     with pytest.raises(ValueError, match=message):
         SAMPLERS[name](lambda x, sigma: x, noise(), tensor(sigmas), *tables)
 
@@ -579,8 +590,8 @@ HALF = torch.full((2, 2), 0.5)
     ("fields", "message"),
     [
         ({"positions": torch.full((2,), 0.5)}, r"positions must have shape \[S, K\] or \[B, S, K\].*got \[2\]"),
-        ({"positions": torch.empty(0, 2)}, r"none of them 0; got \[0, 2\]"),
-        ({"weights": torch.full((2, 3), 1 / 3)}, r"weights has shape \[2, 3\], positions have \[2, 2\]"),
+        ({"positions": torch.empty(0, 2)}, r"S and B at least 1; got \[0, 2\]"),
+        ({"weights": torch.full((2, 3), 1 / 3)}, r"weights has shape \[2, 3\], positions .* must be \[2, 2\]"),
         ({"positions": HALF.half()}, r"positions must be float32 or float64; got torch.float16"),
         ({"weights": HALF.double()}, r"weights is torch.float64 on cpu, positions are torch.float32 on cpu"),
         (

@@ -263,7 +263,9 @@ def fake_run(world: Path, root: Path, name: str, seed: int, gains: list[float]) 
 
 def entry(label: str, nfe: int, values: torch.Tensor) -> Entry:
     measured = Measured({"reward": values}, torch.zeros(len(values), 2), values > 99, torch.zeros(0), label)
-    plan = Plan(label, "ddim", Grid("discrete", 1.0), torch.ones(2), NetworkEvaluations(nfe, nfe), {}, lambda *_: _[0])
+    plan = Plan(
+        label, "ddim", Grid("discrete", 1.0), torch.ones(2), NetworkEvaluations(nfe, nfe, nfe), {}, lambda *_: _[0]
+    )
     return Entry(plan, measured)
 
 
