@@ -27,6 +27,11 @@ def is_too_little_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or TOO_LITTLE_MEMORY.search(str(error)) is not None
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line; its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a click command's body: an `InputError` becomes one clear message and exit status 2, no traceback.
 
@@ -48,10 +53,9 @@ def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parame
         except (MemoryError, RuntimeError) as error:
             if not is_too_little_memory(error):
                 raise
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise _failure(
                 "There is too little memory: end what else runs on the device, do less at once (a smaller batch), or "
-                f"use half precision. ({first_line})"
+                f"use half precision. ({first_line(error)})"
             ) from None
 
     return wrapped

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import sys
+import tracemalloc
 import types
 from collections import OrderedDict
 from pathlib import Path
@@ -122,6 +123,15 @@ def test_a_pair_that_contradicts_itself_is_refused(tmp_path):
     for suffix in (".pkl", ".json"):
         with pytest.raises(InputError, match="contradict each other"):
             load_snapshot(path.with_suffix(suffix))
+
+
+def test_a_pair_whose_metadata_differs_is_refused(tmp_path):
+    path = save_snapshot(tmp_path / "snapshot.pkl", _table(), METADATA).with_suffix(".json")
+    text = path.read_text()
+    assert text.count('"guidance_rate": 7.5') == 1
+    path.write_text(text.replace('"guidance_rate": 7.5', '"guidance_rate": 3.5'))  # one bit
+    with pytest.raises(InputError, match="contradict each other"):
+        load_snapshot(path)
 
 
 # ------------------------------------------------------------------------------- the public code base's own format
@@ -340,6 +350,14 @@ def _with_attribute(name, value):
     return change
 
 
+def _without_attribute(name):
+    def change(model):
+        del vars(model)[name]
+        return {"model": model}
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -351,6 +369,18 @@ def _with_attribute(name, value):
         (_with_attribute("num_steps", 7), "num_steps=7"),
         (_with_attribute("num_points", 5), "num_points=5"),
         (_with_attribute("scale_dir", -1.0), "scale_dir is -1.0"),
+        (_with_attribute("scale_dir", math.nan), "scale_dir is nan"),
+        (_with_attribute("scale_time", math.inf), "scale_time is inf"),
+        (_with_attribute("scale_dir", "0.05"), "scale_dir is a str"),
+        (_with_attribute("scale_dir", True), "scale_dir is True"),
+        (_with_attribute("scale_time", None), "scale_time is None"),
+        (_with_attribute("scale_time", torch.tensor(0.05)), "scale_time is a Tensor"),
+        (_with_attribute("scale_dir", 10**400), "scale_dir is a int"),
+        (_without_attribute("scale_time"), "scale_time is missing"),
+        (_with_attribute("guidance_rate", math.nan), "guidance_rate is nan"),
+        (_with_attribute("sigma_max", math.inf), "sigma_max is inf"),
+        (_with_attribute("num_steps", 4.0), "num_steps=4.0"),
+        (_with_attribute("dataset_name", "half a character \ud800"), "dataset_name is a str"),
         (lambda model: model, "EPD_predictor under the key 'model'"),
         (lambda model: {"ema": model}, "EPD_predictor under the key 'model'"),
         (lambda model: {"model": model.state_dict()}, "EPD_predictor under the key 'model'"),
@@ -383,7 +413,12 @@ def _edited(**changes):
         (_edited(r=[[[0.3]]] * 3), "r must be rows"),
         (_edited(r=[]), "r must be rows"),
         (_edited(r=None), "r must be rows"),
+        (_edited(r=[[0.3, 10**400]] * 3), "r must be rows"),
         (_edited(scale_time=[[0.0, 1.0]] * 3), "scale_time must be positive"),
+        (_edited(num_steps=4.0), "num_steps=4.0"),
+        (_edited(num_steps=[[4]]), r"num_steps=\[\[4\]\]"),
+        (_edited(metadata={"guidance_rate": 10**400}), "metadata"),
+        (_edited(metadata={"dataset_name": "half a character \ud800"}), "metadata"),
         (_edited(num_steps=3), "num_steps=3"),
         (_edited(metadata=[1]), "metadata"),
         (_edited(metadata=json.loads('{"a": ' + "[" * 600 + "]" * 600 + "}")), "metadata"),
@@ -410,6 +445,63 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, kept):
         path.with_suffix(other).unlink()
     path.write_bytes(content[: int(kept * len(content)) if kept < 1 else kept])
     with pytest.raises(InputError, match="cut off"):
+        load_snapshot(path)
+
+
+def _spliced(path, opcodes):
+    """A valid .pkl with an attribute that these opcodes make."""
+    mark = 123_456_789
+    model = EPD_predictor(3)
+    vars(model)["note"] = mark
+    content = pickle.dumps({"model": model}, protocol=3)  # no frames, whose lengths would have to be right
+    before = b"J" + mark.to_bytes(4, "little")
+    assert content.count(before) == 1
+    path.write_bytes(content.replace(before, opcodes))
+    return path
+
+
+def _kept(number):
+    """The opcodes that keep what was made last under a number, and that fetch it."""
+    place = number.to_bytes(4, "little")
+    return b"r" + place, b"j" + place
+
+
+KEEP, FETCH = _kept(240)
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "message"),
+    [
+        (b"]" + KEEP + FETCH + b"a", "holds itself"),
+        (b"}" + KEEP + b"K\x01" + FETCH + b"s", "holds itself"),
+        (b"]" * 3000 + b"a" * 2999, "levels deep"),
+        (b"K\x01" + b"\x85" * 3000, "levels deep"),
+        (b"](K\x01" + (KEEP + b"](" + FETCH * 10 + b"e") * 8 + b"e", "more than 50,000 entries"),
+        (b"})" + (KEEP + FETCH + b"\x86") * 40 + b"K\x01s", "nested tuples"),
+        (b"](" + b"N" * 60_000 + b"e", "more than 50,000 opcodes"),
+    ],
+)
+def test_settings_that_no_walk_gets_through_are_refused(tmp_path, opcodes, message):
+    path = _spliced(tmp_path / "network-snapshot-000001.pkl", opcodes)
+    with pytest.raises(InputError, match=message) as caught:
+        load_snapshot(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_large_number_for_a_place_takes_no_memory(tmp_path):
+    path = _spliced(tmp_path / "network-snapshot-000001.pkl", b"]" + _kept(2**27)[0])
+    tracemalloc.start()
+    load_snapshot(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_all_tensors_together_are_of_bounded_size(tmp_path):
+    model = EPD_predictor(3)
+    vars(model)["notes"] = [torch.zeros(2**18) for _ in range(3)]
+    path = tmp_path / "network-snapshot-000001.pkl"
+    path.write_bytes(pickle.dumps({"model": model}))
+    with pytest.raises(InputError, match="a tensor of 262,144 numbers"):
         load_snapshot(path)
 
 

@@ -1,8 +1,8 @@
 """Snapshots of EPD tables: a `.pkl` that the public EPD code base loads too, and a `.json` of plain numbers beside it.
 
-A pickle is a program. This module never runs one: its reader knows a short list of names, each of which it answers
-with a harmless stand-in of its own, and refuses a file at the first other name. Source code that a file carries
-(the public code base's snapshots do) is skipped over as the text that it is.
+A pickle is a program, and none is run here (`models.pickles`): a short list of names is answered with harmless
+stand-ins, and a file is refused at the first other name. Source code that a file carries (the public code base's
+snapshots do) is skipped over as the text that it is.
 """
 
 from __future__ import annotations
@@ -12,29 +12,35 @@ import json
 import math
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, first_line
 from files import write_atomically
+from models.pickles import STORAGES, PickleReader, StandIn, plain_dict, plain_set, require_tree
 from solvers import EPDTable
-from training.networks import EPD_predictor, Plain
+from training.networks import PUBLIC_ATTRIBUTES, EPD_predictor, Plain
 
 SIZES = ("num_steps", "num_points")
 JSON_KEYS = {"positions": "r", "weights": "w", "scale_dir": "scale_dir", "scale_time": "scale_time"}
+BOUNDS = ("scale_dir", "scale_time")
+# What a table is used with: a value that cannot be read must not be taken for one that is not there.
+NEEDED = frozenset({*PUBLIC_ATTRIBUTES, *SIZES, *BOUNDS, "sigma_min", "sigma_max", "model_path"})
 PARAMETERS = ("r_params", "weight_s", "scale_dir_params", "scale_time_params")
 
 Snapshot: TypeAlias = tuple[EPDTable, dict[str, Plain]]
 
 LARGEST_FILE = 16 * 2**20  # bytes; a snapshot has some ten thousand
-LARGEST_TENSOR = 2**20  # numbers
+LARGEST_TENSOR = 2**20  # numbers, of all its tensors together
+MOST_PARTS = 50_000  # of a .pkl's structure; a snapshot has some five hundred
 DEEPEST = 20  # levels of nested settings
+LARGEST_NUMBER = 2**64  # of whole ones
 SHOWN_OF_A_PATH = 60  # characters, in a message
 # How far a .pkl may be from its .json: float32 parameters, and weights that sum to 1 by construction, beside float64
 # numbers whose weights may miss 1 by 1e-5 (EPDTable).
@@ -185,7 +191,7 @@ def load_snapshot(path: str | Path) -> Snapshot:
     if path.suffix not in pair:
         raise InputError(f"{path}: no such file")
     read = {suffix: _READERS[suffix](file, _content(file)) for suffix, file in pair.items()}
-    if len(read) == 2 and not _agree(read[".pkl"][0], read[".json"][0]):
+    if len(read) == 2 and not _agree(read[".pkl"], read[".json"]):
         raise InputError(f"{pair['.pkl']} and {pair['.json'].name} contradict each other: move one of them away")
     return read.get(".json", read.get(".pkl"))
 
@@ -208,7 +214,7 @@ def _read_json(path: Path, content: bytes) -> Snapshot:
     if not isinstance(described, dict) or not {"r", "w", "num_steps", "num_points"} <= described.keys():
         raise InputError(f"{path}: is no snapshot: it lacks one of the keys num_steps, num_points, r and w")
     metadata = described.get("metadata", {})
-    if not isinstance(metadata, dict) or not _is_plain(metadata):
+    if not isinstance(metadata, dict) or not _is_plain({**metadata, **{key: described[key] for key in SIZES}}):
         raise InputError(f"{path}: metadata is no object of plain, finite values")
     metadata = _without_module_state({**metadata, **{key: described[key] for key in SIZES}})
     rows = {field: _rows(path, key, described.get(key)) for field, key in JSON_KEYS.items()}
@@ -220,36 +226,38 @@ def _rows(path: Path, key: str, rows: object) -> Tensor | None:
     if rows is None and key in ("scale_dir", "scale_time"):
         return None
     alike = isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
-    if not alike or not rows or not all(type(number) in (int, float) for row in rows for number in row):
+    if not alike or not rows or not all(_is_number(number) for row in rows for number in row):
         raise InputError(f"{path}: {key} must be rows of equally many numbers, one row per interval")
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def _read_pickle(path: Path, content: bytes) -> Snapshot:
     try:
-        unpickled = _RestrictedUnpickler(path, content).load()
-    except InputError:
-        raise
-    except Exception as error:  # what a cut-off or forged pickle makes the machine trip over can be anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{path}: is no pickle, or was cut off ({type(error).__name__}: {reason})") from error
-    model = unpickled.get("model") if isinstance(unpickled, dict) else None
-    state = model.state if isinstance(model, _Predictor) else None
+        unpickled = _SnapshotReader(path).read(content)
+        model = unpickled.get("model") if isinstance(unpickled, dict) else None
+        state = model.state if isinstance(model, _Predictor) else None
+        require_tree(state, most=MOST_PARTS)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path}: is no pickle of a snapshot, or was cut off ({first_line(error)})") from error
     parameters = state.get("_parameters") if isinstance(state, dict) else None
     if not isinstance(parameters, dict) or not all(isinstance(parameters.get(name), Tensor) for name in PARAMETERS):
         raise InputError(f"{path}: is no snapshot: it must hold an EPD_predictor under the key 'model'")
 
-    metadata = _without_module_state({name: _plain(value) for name, value in state.items() if _is_plain(_plain(value))})
+    attributes = {name: _plain(value) for name, value in state.items() if isinstance(name, str)}
+    metadata = _without_module_state({name: value for name, value in attributes.items() if _is_plain(value)})
+    for name in sorted(NEEDED & attributes.keys() - metadata.keys()):
+        raise InputError(f"{path}: {name} is {_shown(attributes[name])}; it must be a plain, finite value")
     shape = tuple(parameters["r_params"].shape)
     for name in PARAMETERS:
         if len(shape) != 2 or 0 in shape or tuple(parameters[name].shape) != shape:
             raise InputError(f"{path}: {name} has the shape {tuple(parameters[name].shape)}; all need one shape [S, K]")
         if not (parameters[name].is_floating_point() and parameters[name].isfinite().all()):
             raise InputError(f"{path}: {name} holds NaN, infinity or no real numbers")
-    bounds = {key: metadata.get(key, 0.0) for key in ("scale_dir", "scale_time")}
+    bounds = {key: metadata.get(key) for key in BOUNDS}
     for key, bound in bounds.items():
-        if type(bound) not in (int, float) or bound < 0:
-            raise InputError(f"{path}: {key} is {bound!r}; the bound of a scale is a number from 0 up")
+        if not _is_number(bound) or bound < 0:
+            shown = _shown(bound) if key in metadata else "missing"
+            raise InputError(f"{path}: {key} is {shown}; the bound of a scale is a number from 0 up")
     try:
         predictor = EPD_predictor(shape[0] + 1, shape[1], **bounds, fcn=metadata.get("fcn", False)).double()
         with torch.no_grad():
@@ -276,7 +284,7 @@ def _table(path: Path, metadata: Mapping[str, Plain], **rows: Tensor | None) -> 
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     said, found = tuple(metadata.get(key) for key in SIZES), (table.num_steps, table.num_points)
-    if table.batch_size is not None or said != found:
+    if table.batch_size is not None or said != found or any(type(size) is not int for size in said):
         raise InputError(
             f"{path}: num_steps={said[0]!r} and num_points={said[1]!r}, but the rows are {[*table.positions.shape]}; "
             "they must be [num_steps - 1, num_points]"
@@ -284,9 +292,12 @@ def _table(path: Path, metadata: Mapping[str, Plain], **rows: Tensor | None) -> 
     return table
 
 
-def _agree(one: EPDTable, other: EPDTable) -> bool:
-    """Whether two tables are the same to the precision of a .pkl."""
-    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(EPDTable)]
+def _agree(one: Snapshot, other: Snapshot) -> bool:
+    """Whether two tables are the same to the precision of a .pkl, and no metadata that both have differs."""
+    (table, metadata), (other_table, other_metadata) = one, other
+    if any(metadata[name] != other_metadata[name] for name in metadata.keys() & other_metadata.keys()):
+        return False
+    pairs = [(getattr(table, field.name), getattr(other_table, field.name)) for field in fields(EPDTable)]
     return all(
         a is b or (a is not None and b is not None and a.shape == b.shape and bool(((a - b).abs() < AGREEMENT).all()))
         for a, b in pairs
@@ -301,7 +312,18 @@ def _is_plain(value: object, depth: int = 0) -> bool:
         return all(isinstance(key, str) and _is_plain(entry, depth + 1) for key, entry in value.items())
     if isinstance(value, list):
         return all(_is_plain(entry, depth + 1) for entry in value)
-    return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, str):
+        return value.isascii() or value.encode(errors="replace").decode() == value  # half a character is none
+    return value is None or isinstance(value, bool) or (_is_number(value) and math.isfinite(value))
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number, finite or not, that others than Python can hold."""
+    return type(value) is float or (type(value) is int and abs(value) < LARGEST_NUMBER)
+
+
+def _shown(value: object) -> str:
+    return repr(value) if value is None or isinstance(value, bool) or _is_number(value) else f"a {type(value).__name__}"
 
 
 def _plain(value: object) -> object:
@@ -321,47 +343,17 @@ def _without_module_state(attributes: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- the restricted reader
 
 
-class _Inert:
-    """Stands for an object that is of no interest here; keeps what the pickle says of its state."""
-
-    state: object = None
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-class _Predictor(_Inert):
+class _Predictor(StandIn):
     """Stands for an EPD_predictor: none of its code runs while the file is read."""
 
 
-class _Dict(dict[str, object]):
-    """Stands for the public code base's dict with attribute access."""
-
-
-def _persistent(meta: object) -> _Inert:
+def _persistent(meta: object) -> StandIn:
     """Stands for the public code base's reconstruction from embedded source: keeps the state, ignores the source."""
     if not isinstance(meta, dict):
         raise pickle.UnpicklingError("a persistent object without its description")
-    stand_in = _Predictor() if meta.get("class_name") == "EPD_predictor" else _Inert()
+    stand_in = _Predictor() if meta.get("class_name") == "EPD_predictor" else StandIn()
     stand_in.state = meta.get("state")
     return stand_in
-
-
-def _storage(content: object) -> Tensor:
-    """Stands for torch.storage._load_from_bytes, which would run a pickle within the pickle."""
-    if not isinstance(content, bytes):
-        raise pickle.UnpicklingError("a tensor's storage must be bytes")
-    storage = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    if not isinstance(storage, torch.TypedStorage):
-        raise pickle.UnpicklingError(f"a tensor's storage holds {type(storage).__name__}")
-    return torch.tensor([], dtype=storage.dtype).set_(storage)
-
-
-def _tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> Tensor:
-    """Stands for torch._utils._rebuild_tensor_v2: a copy, of bounded size."""
-    if math.prod(size) > LARGEST_TENSOR:
-        raise pickle.UnpicklingError(f"a tensor of {math.prod(size):,} numbers")
-    return storage.as_strided(tuple(size), tuple(stride), offset).clone()
 
 
 def _parameter(tensor: Tensor, *_: object) -> Tensor:
@@ -369,34 +361,66 @@ def _parameter(tensor: Tensor, *_: object) -> Tensor:
     return tensor
 
 
-_STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = {
-    ("builtins", "set"): set,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("dnnlib.util", "EasyDict"): _Dict,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch.nn.modules.activation", "Sigmoid"): _Inert,
-    ("torch.nn.modules.activation", "Softmax"): _Inert,
-    ("torch.storage", "_load_from_bytes"): _storage,
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
-    ("training.networks", "EPD_predictor"): _Predictor,
+_STAND_INS: Mapping[str, Any] = {
+    "builtins.set": plain_set,
+    "collections.OrderedDict": plain_dict,
+    "dnnlib.util.EasyDict": plain_dict,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.nn.modules.activation.Sigmoid": StandIn,
+    "torch.nn.modules.activation.Softmax": StandIn,
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+    "training.networks.EPD_predictor": _Predictor,
 }
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
+class _SnapshotReader:
     """Builds tensors, plain containers and stand-ins, and nothing else: no name in the file is ever imported."""
 
-    def __init__(self, path: Path, content: bytes) -> None:
-        super().__init__(io.BytesIO(content))
+    def __init__(self, path: Path) -> None:
         self.path = path
+        self._numbers = 0  # of all tensors so far
+        self._known = {
+            **_STAND_INS,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch.storage._load_from_bytes": self._storage,
+        }
 
-    def find_class(self, module: str, name: str) -> Callable[..., object]:
-        """The stand-in for a name, or InputError."""
+    def read(self, content: bytes) -> object:
+        """What the pickle describes. Raises InputError at a name that no snapshot needs."""
+        return PickleReader(self._stand_in, most=MOST_PARTS).load(io.BytesIO(content))
+
+    def _stand_in(self, module: str, name: str) -> Any:
         if module == "solvers" and name.endswith("_sampler"):  # the public training loss names its samplers
-            return _Inert
-        stand_in = _STAND_INS.get((module, name))
-        if stand_in is None:
+            return StandIn
+        return self._one_of(self._known, module, name)
+
+    def _one_of(self, known: Mapping[str, Any], module: str, name: str) -> Any:
+        if f"{module}.{name}" not in known:
             raise InputError(
                 f"{self.path}: refused, nothing in it was run: it asks for {module}.{name}, which no snapshot needs"
             )
-        return stand_in
+        return known[f"{module}.{name}"]
+
+    def _count(self, numbers: int) -> None:
+        self._numbers += numbers
+        if self._numbers > LARGEST_TENSOR:
+            raise pickle.UnpicklingError(f"a tensor of {numbers:,} numbers")
+
+    def _storage(self, content: bytes) -> Tensor:
+        """Stands for torch.storage._load_from_bytes: the numbers [M] of a tensor, in torch's format of five pickles.
+
+        They are a mark, a version, facts of the machine, the description and the names of what follows: for the one
+        tensor its length in eight bytes, and its numbers.
+        """
+        file = io.BytesIO(content)
+        resolve = partial(self._one_of, STORAGES)
+        *_, described, _ = (PickleReader(resolve, tuple, most=MOST_PARTS).load(file) for _ in range(5))
+        _, dtype, _, _, numbers, _ = described
+        self._count(numbers)
+        start = file.tell() + 8
+        return torch.frombuffer(bytearray(content[start : start + numbers * dtype.itemsize]), dtype=dtype)
+
+    def _tensor(self, storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> Tensor:
+        """Stands for torch._utils._rebuild_tensor_v2: a copy."""
+        self._count(math.prod(size))
+        return storage.as_strided(tuple(size), tuple(stride), offset).clone()
