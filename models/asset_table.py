@@ -1,19 +1,18 @@
 """The files that are fetched, never committed: where each lies here, where it comes from, how it is told to be whole.
 
 Sizes and digests are those that public documentation states. Where it states none, the SHA-256 of the first fetch is
-written beside the file and holds from then on (`record_of`); on the way in, a large file is also held against the
+written beside the file and holds from then on (`models.digests`); on the way in, a large file is also held against the
 SHA-256 that the hub itself names.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from models.checkpoints import looks_like
+from models.digests import digest_of, recorded_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -183,29 +182,12 @@ PIPELINE_FILES = [
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def digest_of(path: Path, algorithm: str = "sha256") -> str:
-    """The digest of a file's bytes, in hexadecimal; a file that has not changed since is not read again."""
-    state = path.stat()
-    return _digest(path, algorithm, state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _digest(path: Path, algorithm: str, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-def record_of(path: Path) -> Path:
-    """Where the SHA-256 of the first fetch is kept, in the format of sha256sum."""
-    return path.with_name(path.name + ".sha256")
-
-
 def pinned_digest(asset: AssetFile, path: Path) -> str | None:
     """What the file's digest must be: as published, else as recorded by the first fetch, else None."""
     if asset.digest is not None:
         return asset.digest
-    record = record_of(path)
-    return f"sha256:{record.read_text().split()[0]}" if record.is_file() and record.stat().st_size else None
+    recorded = recorded_digest(path)
+    return recorded and f"sha256:{recorded}"
 
 
 def fault_of(asset: AssetFile, path: Path, pinned: str | None) -> str | None:

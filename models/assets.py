@@ -30,19 +30,18 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-from errors import InputError, shows_input_errors
+from errors import InputError, first_line, shows_input_errors
 from models import asset_table
 from models.asset_table import (
     BUNDLES,
     HUB_ID,
     PIPELINE_FILES,
     AssetFile,
-    digest_of,
     fault_of,
     pinned_digest,
-    record_of,
 )
 from models.devices import free_memory, gigabytes
+from models.digests import digest_of, record_digest, record_of
 
 PACKAGES = ("torch", "diffusers", "transformers", "lightning", "omegaconf", "safetensors", "huggingface_hub", "numpy")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -91,7 +90,7 @@ def fetch(asset: AssetFile, target: Path, note: Note) -> None:
         raise InputError(f"{asset.name} was not fetched from {asset.source}: {_reason(error)}{_kept(target)}") from None
     digest = _verify(asset, remote, part)
     if asset.digest is None:
-        record_of(target).write_text(f"{digest}  {target.name}\n")
+        record_digest(target, digest)
     part.replace(target)
     recorded = f"; no published digest is known, recorded in {record_of(target).name}" if asset.digest is None else ""
     note(f"{target}: fetched, {target.stat().st_size} bytes, SHA-256 {digest}{recorded}")
@@ -192,7 +191,7 @@ def _reason(error: HTTPError | OSError) -> str:
         return "404, it is not there (any more): check HF_ENDPOINT."
     if status is not None:
         return f"the server answered {status}; try again later."
-    return f"{(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}."
+    return f"{first_line(error).rstrip('.')}."
 
 
 def _verified_by(asset: AssetFile, pinned: str | None) -> str:

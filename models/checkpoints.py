@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errors import InputError, is_too_little_memory
+from errors import InputError, first_line, is_too_little_memory
+from models.digests import check_recorded
+from models.pickles import STORAGES, PickleReader, StandIn, plain_dict, plain_set, require_tree
 
 # What Lightning writes beside the weights: settings and scalars of the training run, of no use here. Objects of these
 # types are read as empty stand-ins; the classes that a file names are never imported.
@@ -23,18 +27,33 @@ BOOKKEEPING = re.compile(
     r"|_codecs\.encode|typing\.Any"
 )
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
-UNREADABLE = (RuntimeError, ValueError, EOFError, IndexError, pickle.UnpicklingError)
+UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.PickleError)
+MOST_PARTS = 1_000_000  # of a checkpoint's structure; Stable Diffusion 1.x has some fifty thousand
+
+# What the structure of tensors and plain data names; what is called makes no more of what it is given.
+TENSOR_NAMES = re.compile(
+    r"torch\.(\w+Storage|storage\.UntypedStorage|(bool|b?float|u?int|complex)\w*|Size|device)"
+    r"|torch\._utils\._rebuild_(tensor_v2|tensor_v3|parameter|parameter_with_state)"
+    r"|collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.(set|complex)"
+)
+
+_MADE = {**STORAGES, "collections.OrderedDict": plain_dict, "builtins.set": plain_set, "__builtin__.set": plain_set}
+
+# Put before the names of all tensors: by DataParallel and averaging, by torch.compile.
+WRAPPERS = ("module.", "_orig_mod.")
+AVERAGED = "n_averaged"  # how many updates an average has seen (torch.optim.swa_utils)
 
 
-class _StandIn:
-    """Takes the place of any bookkeeping object: accepts every argument and state, keeps nothing, does nothing."""
+class ForeignNames(pickle.UnpicklingError):
+    """A checkpoint names what is neither a tensor nor the bookkeeping of a training run."""
 
-    def __new__(cls, *_: Any) -> _StandIn:
-        return super().__new__(cls)
 
-    def __init__(self, *_: Any) -> None: ...
+class _Bookkeeping(StandIn):
+    """Takes the place of any bookkeeping object, which keeps nothing."""
 
     def __setstate__(self, _: Any) -> None: ...
+
+    def __setitem__(self, *_: Any) -> None: ...
 
 
 def check_checkpoint(path: Path) -> None:
@@ -47,59 +66,165 @@ def check_checkpoint(path: Path) -> None:
             with safe_open(path, framework="pt"):
                 return
         except SafetensorError as error:
-            raise InputError(f"{path} is no readable safetensors file: {looks_like(path)} ({error}).") from error
+            raise _no_safetensors(path, error) from error
     if path.suffix not in TORCH_SUFFIXES:
         raise InputError(f"{path}: a model file must end in .safetensors, .ckpt, .pt or .pth.")
-    # Only the zip format of torch >= 1.6: it can be mapped, and what it names can be listed before anything is built.
-    if not zipfile.is_zipfile(path):
+    # Only the zip format of torch >= 1.6: it has checksums, and can be looked through before anything is built.
+    if not _is_zip(path):
         raise InputError(f"{path} is no readable torch checkpoint: {looks_like(path)}.")
+
+
+def _no_safetensors(path: Path, error: SafetensorError) -> InputError:
+    return InputError(f"{path} is no readable safetensors file: {looks_like(path)} ({error}).")
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it claims to be one of several parts
+        return False
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .ckpt, .pt or .pth file, by name, on the CPU, mapped from disk where possible.
 
-    All but the first may nest them under `state_dict`. Raises `InputError`, which says what the file is instead, for
-    anything that is no such file, is cut off, or names objects that are neither tensors nor the bookkeeping of a
-    training run.
+    All but the first may nest them under `state_dict`. What wrappers of a whole module put before its names
+    (`WRAPPERS`) is dropped. Raises `InputError`, which says what the file is instead, for anything that is no such
+    file, is cut off or damaged, or names objects that are neither tensors nor the bookkeeping of a training run.
     """
     check_checkpoint(path)
-    return load_file(path) if path.suffix == ".safetensors" else _read_ckpt(path)
+    return read_weights(path)
 
 
-def _read_ckpt(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """`read_state_dict` of a file whose kind is known; what is no .safetensors was written by torch."""
+    if path.suffix == ".safetensors":
+        check_recorded(path)
+        try:
+            return without_wrappers(load_file(path))
+        except SafetensorError as error:
+            raise _no_safetensors(path, error) from error
     try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except UNREADABLE as error:
-        raise InputError(f"{path} is no readable torch checkpoint: {error}") from error
-    refused = sorted(name for name in named if not BOOKKEEPING.fullmatch(name))
-    if refused:
-        raise InputError(
-            f"{path} is refused: besides tensors it names {', '.join(refused)}, which could run code. "
-            "Nothing of it was run. Get the .safetensors version of this model."
-        )
-    try:
-        with torch.serialization.safe_globals([(_StandIn, name) for name in named]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_archive(path, mapped=True)
+    except ForeignNames as error:
+        raise InputError(f"{path} is refused: {error} Get the .safetensors version of this model.") from error
     except UNREADABLE as error:
         if is_too_little_memory(error):
             raise
-        raise InputError(f"{path} is no readable torch checkpoint: {error}") from error
+        raise InputError(f"{path} is no readable torch checkpoint: {first_line(error)}") from error
     return _tensors_of(content, path)
 
 
 def _tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, dict) and "state_dict" in content:
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not the named tensors of a model.")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        inner = sorted(str(name) for name, value in content.items() if isinstance(value, dict))
+        raise InputError(
+            f"{path} holds no named tensors of a model"
+            + (f", but more such under {', '.join(inner)}: save the one that is wanted by itself." if inner else ".")
+        )
+    return without_wrappers(tensors)
+
+
+def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without what DataParallel, torch.compile and averaging put before the names of a module's own.
+
+    Only what stands before all names is dropped (an average's count of updates aside), in whatever order it came.
+    """
+    names = state.keys() - {AVERAGED}
+    for prefix in WRAPPERS:
+        if names and all(name.startswith(prefix) for name in names):
+            return without_wrappers({name.removeprefix(prefix): state[name] for name in state if name in names})
+    return state
+
+
+def load_archive(path: Path, *, mapped: bool) -> Any:
+    """What `torch.save` wrote to `path`, on the CPU, after `check_archive`; no code of the file is run.
+
+    mapped: tensors stay on disk until they are used. Raises what `check_archive` raises, and what torch does.
+    """
+    names = check_archive(path)
+    with torch.serialization.safe_globals([(_Bookkeeping, name) for name in names]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def check_archive(path: Path) -> list[str]:
+    """Look through a file that `torch.save` wrote, before anything is built: every byte of it, none of it run.
+
+    torch itself holds nothing against its checksum, and where it maps a file it takes whatever lies there for numbers.
+
+    Returns:
+        The names of bookkeeping objects in it.
+
+    Raises:
+        ForeignNames: see there.
+        pickle.UnpicklingError: it is damaged, compressed or forged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            _check_entries(archive, path.stat().st_size)
+            root = entries[0].filename.partition("/")[0]
+            pickled = archive.read(f"{root}/data.pkl")
+    except (FileNotFoundError, MemoryError, pickle.UnpicklingError):
+        raise
+    except Exception as error:  # zipfile raises many kinds for what is damaged
+        raise pickle.UnpicklingError(f"{looks_like(path)} ({error})") from error
+    return _check_pickle(pickled, {entry.filename: entry.file_size for entry in entries}, root)
+
+
+def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise pickle.UnpicklingError(
+            "it was compressed, which torch never does: unzip it, and zip it again without compression (zip -0)"
+        )
+    if len({entry.filename for entry in entries}) < len(entries) or sum(entry.file_size for entry in entries) > size:
+        raise pickle.UnpicklingError("its entries lie over each other")
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise pickle.UnpicklingError(
+            f"it is damaged, or was saved without checksums: {damaged} does not match its CRC-32; fetch or copy it anew"
+        )
+
+
+def _check_pickle(pickled: bytes, sizes: Mapping[str, int], root: str) -> list[str]:
+    """Hold the structure of a checkpoint against what tensors and plain data need, and against its records' sizes."""
+    names: set[str] = set()
+
+    def resolve(module: str, name: str) -> Any:
+        names.add(f"{module}.{name}")
+        return _MADE.get(f"{module}.{name}", StandIn)
+
+    def record(described: tuple[str, torch.dtype, str, str, int]) -> StandIn:
+        _, dtype, key, _, numbers = described
+        found = sizes.get(f"{root}/data/{key}")
+        if found != numbers * dtype.itemsize:
+            raise pickle.UnpicklingError(f"{numbers} numbers are to lie in data/{key}, which has {found} bytes")
+        return StandIn()
+
+    content = PickleReader(resolve, record, most=MOST_PARTS).load(io.BytesIO(pickled))
+    require_tree(content, most=MOST_PARTS)
+    others = {name for name in names if not TENSOR_NAMES.fullmatch(name)}
+    if refused := sorted(name for name in others if not BOOKKEEPING.fullmatch(name)):
+        raise ForeignNames(
+            f"besides tensors it names {', '.join(refused)}, which could run code. Nothing of it was run."
+        )
+    return sorted(others)
 
 
 def looks_like(path: Path) -> str:
     """What a file that cannot be read appears to be, by its first bytes."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(512)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     if size == 0:
         return "it is empty; fetch it again"
     if start.lstrip()[:1] == b"<":

@@ -15,7 +15,8 @@ from huggingface_hub import constants
 import download_hpsv2_weights
 from errors import InputError
 from models import asset_table, assets
-from models.asset_table import BUNDLES, AssetFile, Bundle, HubFile, published_name, record_of
+from models.asset_table import BUNDLES, AssetFile, Bundle, HubFile, published_name
+from models.digests import record_of
 from models.registry import REGISTERED, SOURCE
 from tests.hub import Hub, running_hub
 

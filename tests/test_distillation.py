@@ -436,7 +436,7 @@ def test_a_damaged_state_is_named(tmp_path):
     with pytest.raises(Interrupted):
         carried_out(tmp_path, options, _Stopping(55), PROMPTS)
     (tmp_path / "training-state.pt").write_bytes(b"rubbish")
-    with pytest.raises(InputError, match=r"training-state\.pt: is damaged"):
+    with pytest.raises(InputError, match=r"training-state\.pt: the state of the run is corrupt.*remove it"):
         carried_out(tmp_path, options, GuidedMixture(), PROMPTS)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 
 import torch
 
-from errors import InputError
+from errors import InputError, first_line, is_too_little_memory
 from files import move, write_atomically
+from models.checkpoints import UNREADABLE, load_archive
 
 NAME = re.compile(r"policy-step(\d{6,})\.pt")
 BEST_NAME = "policy-best.pt"
-UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -93,18 +92,19 @@ def write_tensors(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_tensors(path: Path, kind: str) -> Any:
-    """What `write_tensors` wrote, on the CPU; no code of the file is run.
+    """What `write_tensors` wrote, on the CPU, every byte held against its checksum; no code of the file is run.
 
     Raises:
         InputError: there is no such file, or it is corrupt; `kind` says what it should be.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_archive(path, mapped=False)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such {kind}") from None
     except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: the {kind} is corrupt and cannot be read ({reason})") from error
+        if is_too_little_memory(error):
+            raise
+        raise InputError(f"{path}: the {kind} is corrupt and cannot be read ({first_line(error)})") from error
 
 
 def step_path(folder: Path, step: int) -> Path:

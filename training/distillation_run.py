@@ -12,7 +12,6 @@ and, until it is finished, teacher.pt (the teacher's states) and training-state.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -30,6 +29,7 @@ from files import only_writer, write_atomically
 from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
 from models.randomness import generator_of
 from solvers import EPDTable, network_evaluations
+from training.checkpoint import read_tensors, write_tensors
 from training.distillation import (
     HELD_OUT_SHARE,
     SEARCHED_POSITIONS,
@@ -325,7 +325,7 @@ def _taught(file: Path, task: Task, sampler: str, lesson: Lesson) -> Trajectorie
             raise InputError(f"{file}: belongs to other prompts; the prompt file has changed since the run began")
         return Trajectories(lesson.prompts, state["states"].to(task.denoiser.device))
     trajectories = teacher_trajectories(task, sampler, lesson.sigmas, lesson.prompts, lesson.seeds)
-    _save(file, {"states": trajectories.states.cpu(), "prompts": lesson.prompts})
+    write_tensors(file, {"states": trajectories.states.cpu(), "prompts": lesson.prompts})
     return trajectories
 
 
@@ -368,28 +368,20 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
             bar.set_postfix(held_out=f"{loss:.4f}", best=f"{best_loss:.4f}")
         line = {"update": refinement.done, "trajectories": refinement.done * refinement.batch, **line}
         stats.append(line)
-        _save(folder / STATE, {"refinement": refinement.state_dict(), "best_loss": best_loss, "best": best})
-
-
-def _save(file: Path, state: dict[str, Any]) -> None:
-    """Tensors and plain values, whole or not at all."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_atomically(file, content.getvalue())
+        write_tensors(folder / STATE, {"refinement": refinement.state_dict(), "best_loss": best_loss, "best": best})
 
 
 def _load(file: Path, keys: frozenset[str]) -> dict[str, Any]:
-    """What `_save` wrote: a dict of these keys.
+    """What `write_tensors` wrote: a dict of these keys.
 
     Raises:
         InputError: it is damaged, or holds something else.
     """
     remedy = "remove it, and the run starts this part again"
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged archives raise many kinds
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{file}: is damaged ({reason}); {remedy}") from error
+        state = read_tensors(file, "state of the run")
+    except InputError as error:
+        raise InputError(f"{error}; {remedy}") from error
     if not isinstance(state, dict) or state.keys() != keys:
         raise InputError(f"{file}: does not hold {', '.join(sorted(keys))}; {remedy}")
     return state

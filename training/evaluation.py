@@ -8,9 +8,7 @@ where it was, and another reward, verifier or metric judges the latents that are
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from errors import InputError
-from files import write_atomically
 from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
 from models.generate import Denoise, generate
 from models.pictures import to_pixels
+from training.checkpoint import read_tensors, write_tensors
 from training.networks import Plain
 from training.sampling import Grid, Plan, classical_plan
 
@@ -146,13 +144,11 @@ class Store:
         file = self._file(description)
         if file.is_file():
             try:
-                return torch.load(file, weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                self._note(f"{file}: cannot be read ({type(error).__name__}); it is computed again")
+                return read_tensors(file, "kept result")
+            except InputError as error:
+                self._note(f"{error}; it is computed again")
         computed = compute()
-        buffer = io.BytesIO()
-        torch.save(computed, buffer)
-        write_atomically(file, buffer.getvalue())
+        write_tensors(file, computed)
         return computed
 
     def holds(self, description: Mapping[str, Plain]) -> bool:

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
+from models.digests import record_weights
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import IMAGE_SIZE, to_tensor
@@ -114,6 +115,7 @@ def main(
     averaged = fit(autoencoder, loss, options)
     averaged.register_to_config(scaling_factor=measured_scaling_factor(averaged, (2 * rendered[:512] - 1).to(device)))
     averaged.to(torch.float16).save_pretrained(output)
+    record_weights(output)
     click.echo(f"wrote {output}, scaling factor {averaged.config.scaling_factor:.4f}")
 
 

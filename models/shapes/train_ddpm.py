@@ -15,6 +15,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 from torch.nn import functional
 
+from models.digests import record_weights
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import to_tensor
@@ -91,6 +92,7 @@ def main(
     options = TrainingOptions(steps, learning_rate, scratch / "ddpm.pt", averaging_decay=0.995)
     averaged = fit(network, loss, options)
     DDPMPipeline(averaged.to("cpu", torch.float16), scheduler).save_pretrained(output)
+    record_weights(output)
     click.echo(f"wrote {output}")
 
 

@@ -21,12 +21,13 @@ from torch.nn import functional
 from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from models.digests import record_weights
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.layout import LayoutHead, layout_of
 from models.shapes.scenes import to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
-from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
+from models.shapes.training_loop import TrainingOptions, fit, read_scratch, step_generator, training_command
 
 TEXT_WIDTH = 128
 LAYOUT_STEPS = 1000
@@ -97,7 +98,7 @@ def cached_latents(file: Path, autoencoder: AutoencoderKL, images: Tensor) -> Te
     """`encode_images`, kept in a file between runs."""
     if not file.exists():
         torch.save(encode_images(autoencoder, images).half(), file)
-    return torch.load(file, weights_only=True).float()
+    return read_scratch(file).float()
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -199,6 +200,7 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
+    record_weights(output)
     _forget_origin(output / "vae" / "config.json")
 
 

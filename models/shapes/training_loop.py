@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from errors import InputError, first_line, shows_input_errors
 from files import replacing
+from models.checkpoints import UNREADABLE, load_archive
 from models.randomness import generator_of
 
 
@@ -58,6 +61,7 @@ def training_command(
     )
 
     def decorate(function: Callable[..., None]) -> click.Command:
+        function = shows_input_errors(function)
         for option in reversed(options):
             function = option(function)
         return click.command(context_settings={"show_default": True})(function)
@@ -124,6 +128,14 @@ def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: Tra
     return averaged.module
 
 
+def read_scratch(file: Path) -> Any:
+    """What `torch.save` wrote to a file of `scratch`. Raises InputError where it is damaged."""
+    try:
+        return load_archive(file, mapped=False)
+    except UNREADABLE as error:
+        raise InputError(f"{file}: cannot be read ({first_line(error)}); remove it, and it is made anew") from error
+
+
 def _save(file: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     state = {
         "step": step,
@@ -139,7 +151,7 @@ def _resume(file: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.
     """The step to go on from; 0 where there is no checkpoint."""
     if not file.exists():
         return 0
-    state = torch.load(file, weights_only=True)
+    state = read_scratch(file)
     model.load_state_dict(state["model"])
     averaged.load_state_dict(state["averaged"])
     optimizer.load_state_dict(state["optimizer"])
