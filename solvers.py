@@ -29,7 +29,8 @@ Denoise = Callable[..., Tensor]
 """D(x [N, ...], sigma) -> estimate of x0 [N, ...] in x's dtype.
 
 sigma is float64: one level for all rows, 0-dim on the CPU, or one per row, [N] on the device of x. A table with a
-guidance column asks D(x, sigma, guidance), guidance [N] in the dtype and on the device of x."""
+guidance column asks D(x, sigma, guidance), guidance [N] float64 on the CPU: whoever calls the network sees there which
+rows need no guidance, without waiting for a device."""
 
 Callback = Callable[[int, Tensor], None]
 """Called with (0, start), then with (i + 1, state at sigmas[i + 1]) after interval i.
@@ -353,7 +354,7 @@ class EPDSteps:
         self._told = (points * rows.get("scale_time", 1.0)).to(x.device)
         self._offsets = (points - current).to(x)
         self._gains = ((following - current) * rows["weights"] * rows.get("scale_dir", 1.0) / points).to(x)
-        self._guidance = rows["guidance"].to(x) if "guidance" in rows else None
+        self._guidance = rows["guidance"].cpu() if "guidance" in rows else None
         self._history, self._direction_history = (
             rows[name].to(x) if name in rows else None for name in ("history", "direction_history")
         )

@@ -30,26 +30,27 @@ class Conditioning:
     embeddings: Tensor
     unconditional: Tensor | None
     guidance_scale: float
-    _repeated: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _repeated: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         """The number of prompts."""
         return len(self.embeddings)
 
-    def rows(self, count: int) -> Tensor:
-        """The text rows for `count` latents, made once for each count and kept.
+    def rows(self, count: int, *, guided: bool = True) -> Tensor:
+        """The text rows for `count` latents, made once for each count and kept; `guided`: with the unconditional half.
 
         `count` is K times the number of prompts; latents are sample-major, so row b*K + k holds prompt b. Returns
         [count, L, D], or with guidance [2 * count, L, D], the unconditional half first.
         """
-        if count not in self._repeated:
+        doubled = guided and self.unconditional is not None
+        if (count, doubled) not in self._repeated:
             if count == 0 or count % len(self):
                 raise ValueError(f"{count} latents cannot be shared out among {len(self)} prompts: it is no multiple")
             rows = self.embeddings.repeat_interleave(count // len(self), dim=0)
-            if self.unconditional is not None:
+            if doubled:
                 rows = torch.cat([self.unconditional.expand_as(rows), rows])
-            self._repeated[count] = rows
-        return self._repeated[count]
+            self._repeated[count, doubled] = rows
+        return self._repeated[count, doubled]
 
 
 class Denoiser(Protocol):
@@ -86,10 +87,12 @@ class Denoiser(Protocol):
         """Encode the prompts and bind the guidance: None is the model's default, 1 drops the unconditional half."""
         ...
 
-    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Tensor | None = None) -> Tensor:
         """The estimate D(x, sigma) of the clean latents, [N, C, H, W], in x's dtype; differentiable in x and sigma.
 
         x: [N, C, H, W] = x0 + sigma * noise, N a multiple of the number of prompts, sample-major. sigma: scalar or [N].
+        guidance: [N] on the CPU, a scale for each row in place of the conditioning's one scale; where none of them
+        differs from 1 the unconditional half is left out. Needs a conditioning that has that half.
         """
         ...
 

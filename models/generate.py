@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.denoiser import Denoiser
+from models.denoiser import Conditioning, Denoiser
 from models.devices import to_device
 from models.randomness import generator_of
+from solvers import Denoise
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
 Solve = Callable[[Denoise, Tensor, Tensor], Tensor]
 
 
@@ -27,6 +26,15 @@ def initial_noise(
     """
     rows = [torch.randn(shape, generator=generator_of(seed), dtype=torch.float32) for seed in seeds]
     return to_device(torch.stack(rows).to(dtype), device)
+
+
+def conditioned(denoiser: Denoiser, conditioning: Conditioning) -> Denoise:
+    """The closure that a sampler asks: D(x, sigma), or D(x, sigma, guidance) by a table with guidance."""
+
+    def denoise(x: Tensor, sigma: Tensor, *guidance: Tensor) -> Tensor:
+        return denoiser.denoise(x, sigma, conditioning, *guidance)
+
+    return denoise
 
 
 @torch.no_grad()
@@ -62,7 +70,7 @@ def generate(
             batch = slice(start, start + batch_size)
             conditioning = denoiser.encode(prompts[batch], guidance_scale)
             noise = initial_noise(seeds[batch], denoiser.latent_shape, device=denoiser.device, dtype=dtype)
-            denoise = partial(denoiser.denoise, conditioning=conditioning)
+            denoise = conditioned(denoiser, conditioning)
             batches.append(solve(denoise, noise * sigmas[0], sigmas))
             bar.update(len(noise))
     return torch.cat(batches)

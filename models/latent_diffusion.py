@@ -131,11 +131,12 @@ class LatentDiffusion:
             guidance_scale=scale,
         )
 
-    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Tensor | None = None) -> Tensor:
         """The estimate D(x, sigma) of the clean latents; see `Denoiser.denoise` for shapes."""
         levels = sigma.to(torch.float64).expand(len(x))
         inverse_norm = (1.0 + levels**2).rsqrt()
-        prediction = self._predict(x * _per_row(inverse_norm, x), self._timesteps(levels, x.dtype), conditioning)
+        timesteps = self._timesteps(levels, x.dtype)
+        prediction = self._predict(x * _per_row(inverse_norm, x), timesteps, conditioning, guidance)
         if self.prediction_type == "epsilon":
             return x - _per_row(levels, x) * prediction
         return _per_row(inverse_norm**2, x) * x - _per_row(levels * inverse_norm, x) * prediction
@@ -154,15 +155,17 @@ class LatentDiffusion:
         # Half precision cannot tell step 998 from 998.3.
         return steps.to(self.device, torch.promote_types(dtype, torch.float32), non_blocking=True)
 
-    def _predict(self, z: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def _predict(self, z: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: Tensor | None) -> Tensor:
         """The network's guided prediction in z's dtype, both halves of the guidance in one call. z: [N, C, H, W]."""
-        inputs, rows = z.to(self.dtype), conditioning.rows(len(z))
-        if conditioning.unconditional is None:
+        unguided = guidance is not None and bool((guidance == 1).all())
+        inputs, rows = z.to(self.dtype), conditioning.rows(len(z), guided=not unguided)
+        if conditioning.unconditional is None or unguided:
             return self.unet(inputs, timesteps, rows, return_dict=False)[0].to(z.dtype)
         # [2N, C, H, W], the unconditional half first
         doubled = self.unet(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), rows, return_dict=False)[0]
         without, with_text = doubled.to(z.dtype).chunk(2)
-        return without + conditioning.guidance_scale * (with_text - without)
+        scale = conditioning.guidance_scale if guidance is None else _per_row(guidance, z)
+        return without + scale * (with_text - without)
 
     def _prompt_faults(self, prompt: str) -> list[str]:
         if fault := text_fault(prompt):

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 from errors import InputError
 from models.denoiser import Denoiser
-from models.generate import initial_noise
+from models.generate import conditioned, initial_noise
 from models.randomness import generator_of
 from schedules import get_schedule
 from solvers import SAMPLERS, Denoise, EPDTable, epd_sampler
@@ -97,7 +97,7 @@ class Task:
     def bind(self, prompts: Sequence[str]) -> Denoise:
         """The solver's view of the model for these prompts."""
         conditioning = self.denoiser.encode(prompts, self.guidance_scale)
-        estimate = partial(self.denoiser.denoise, conditioning=conditioning)
+        estimate = conditioned(self.denoiser, conditioning)
         if self.recompute:
             estimate = partial(checkpoint, estimate, use_reentrant=False)
 

@@ -1,4 +1,4 @@
-"""Snapshots of EPD tables: a `.pkl` that the public EPD code base loads too, and a `.json` of plain numbers beside it.
+"""Snapshots of EPD tables: a `.json` of plain numbers, and beside it a `.pkl` that the public EPD code base loads too.
 
 A pickle is a program, and none is run here (`models.pickles`): a short list of names is answered with harmless
 stand-ins, and a file is refused at the first other name. Source code that a file carries (the public code base's
@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,11 +25,15 @@ from torch import Tensor
 from errors import InputError, first_line
 from files import write_atomically
 from models.pickles import STORAGES, PickleReader, StandIn, plain_dict, plain_set, require_tree
-from solvers import EPDTable
+from solvers import COLUMNS, EPDTable
 from training.networks import PUBLIC_ATTRIBUTES, EPD_predictor, Plain
 
 SIZES = ("num_steps", "num_points")
-JSON_KEYS = {"positions": "r", "weights": "w", "scale_dir": "scale_dir", "scale_time": "scale_time"}
+VERSION = 2  # of our .json; 1, without a number, had positions, weights and scales alone
+PUBLIC_KEYS = {"positions": "r", "weights": "w"}  # columns that the published tables call otherwise
+JSON_KEYS = {column.name: PUBLIC_KEYS.get(column.name, column.name) for column in COLUMNS}
+GRID = "sigmas"  # in the metadata: noise levels of the table's own, in place of a named schedule
+PUBLIC_COLUMNS = ("positions", "weights", "scale_dir", "scale_time")  # what a .pkl can hold
 BOUNDS = ("scale_dir", "scale_time")
 # What a table is used with: a value that cannot be read must not be taken for one that is not there.
 NEEDED = frozenset({*PUBLIC_ATTRIBUTES, *SIZES, *BOUNDS, "sigma_min", "sigma_max", "model_path"})
@@ -53,18 +58,20 @@ SNAPSHOT_NAME = re.compile(r"network-snapshot-.*?(\d+)\.(pkl|json)")
 
 
 def save_snapshot(path: str | Path, table: EPDTable, metadata: Mapping[str, Plain]) -> Path:
-    """Write a table and what it was made for as `<path>.pkl` and `<path>.json`; each appears whole or not at all.
+    """Write a table and what it was made for as `<path>.json`, and as `<path>.pkl` where the public code can hold it.
 
-    The .json holds the table's numbers exactly (float64), the .pkl to float32 precision, as an `EPD_predictor` under
-    the key `model`, pickled by reference.
+    The .json holds every column's numbers exactly (float64). The .pkl holds positions, weights and scales to float32
+    precision, as an `EPD_predictor` under the key `model`, pickled by reference; for a table with other columns, with
+    noise levels of its own or without points there is none. Each file appears whole or not at all.
 
     Args:
         path: where to; its suffix, if any, is .pkl or .json. Missing folders are made, files replaced.
-        table: positions, weights and scales [S, K].
-        metadata: plain values (None, bool, int, finite float, str, and lists and dicts of them), by name.
+        table: one table, no batch.
+        metadata: plain values (None, bool, int, finite float, str, and lists and dicts of them), by name. `sigmas`, a
+            list of S + 1 descending numbers, is a grid of the table's own.
 
     Returns:
-        The path of the .pkl.
+        The path of the .pkl where there is one, otherwise of the .json.
 
     Raises:
         InputError: the table is not valid, the metadata is not plain, or the files cannot be written.
@@ -75,22 +82,35 @@ def save_snapshot(path: str | Path, table: EPDTable, metadata: Mapping[str, Plai
     for name, value in metadata.items():
         if not _is_plain(value):
             raise InputError(f"{path}: metadata {name!r} is {value!r}; a snapshot holds plain, finite values only")
-    try:
-        predictor = EPD_predictor.from_table(table, metadata)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
-    table = table.detach().to(device="cpu", dtype=torch.float64)
-    rows = {key: getattr(table, field) for field, key in JSON_KEYS.items()}
-    described = {
-        "num_steps": predictor.num_steps,
-        "num_points": predictor.num_points,
-        **{key: None if tensor is None else tensor.tolist() for key, tensor in rows.items()},
-        "metadata": predictor.metadata,
-    }
-    text = json.dumps(described, indent=1, allow_nan=False) + "\n"
+    if table.batch_size is not None:
+        raise InputError(f"{path}: a snapshot holds one table [S, K]; this is a batch of {table.batch_size}")
+    sizes = {"num_steps": table.num_steps, "num_points": table.num_points}
+    predictor, described = None, {**PUBLIC_ATTRIBUTES, **metadata, **sizes}
+    if not private_parts(table, metadata):
+        try:
+            predictor = EPD_predictor.from_table(table, metadata)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from error
+        described = predictor.metadata
+    numbers = table.detach().to(device="cpu", dtype=torch.float64).columns()
+    columns = {JSON_KEYS[name]: entries.tolist() for name, entries in numbers.items()}
+    # What version 1 always wrote is written always, so that readers of it go on.
+    content = {"version": VERSION, **sizes, "scale_dir": None, "scale_time": None, **columns, "metadata": described}
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_atomically(path.with_suffix(".json"), text.encode())
+    if predictor is None:
+        path.with_suffix(".pkl").unlink(missing_ok=True)  # of a table that stood here before
+        return path.with_suffix(".json")
     write_atomically(path.with_suffix(".pkl"), pickle.dumps({"model": predictor}, protocol=4))
     return path.with_suffix(".pkl")
+
+
+def private_parts(table: EPDTable, metadata: Mapping[str, Plain]) -> list[str]:
+    """What the public code base's .pkl cannot hold of a solver, in words; empty where it can hold all."""
+    parts = [f"the column {name}" for name in table.columns() if name not in PUBLIC_COLUMNS]
+    if metadata.get(GRID) is not None:
+        parts.append("noise levels of its own")
+    return parts if table.num_points else [*parts, "intervals without points"]
 
 
 # ---------------------------------------------------------------------------------------------------------- find
@@ -213,17 +233,39 @@ def _read_json(path: Path, content: bytes) -> Snapshot:
         raise InputError(f"{path}: is no JSON, or was cut off ({error})") from error
     if not isinstance(described, dict) or not {"r", "w", "num_steps", "num_points"} <= described.keys():
         raise InputError(f"{path}: is no snapshot: it lacks one of the keys num_steps, num_points, r and w")
+    version = described.get("version", 1)
+    if version not in (1, VERSION):
+        raise InputError(f"{path}: has version {_shown(version)}; this RLEPD reads versions 1 and {VERSION}")
+    unknown = described.keys() - {"version", *SIZES, *JSON_KEYS.values(), "metadata"}
+    if unknown and version == VERSION:
+        raise InputError(f"{path}: has a column {min(unknown)!r}, which this RLEPD (version {VERSION}) does not know")
     metadata = described.get("metadata", {})
     if not isinstance(metadata, dict) or not _is_plain({**metadata, **{key: described[key] for key in SIZES}}):
         raise InputError(f"{path}: metadata is no object of plain, finite values")
     metadata = _without_module_state({**metadata, **{key: described[key] for key in SIZES}})
     rows = {field: _rows(path, key, described.get(key)) for field, key in JSON_KEYS.items()}
+    _check_grid(path, metadata)
     return _table(path, metadata, **rows), metadata
 
 
+def _check_grid(path: Path, metadata: Mapping[str, Plain]) -> None:
+    """Refuse noise levels of a table's own that are no grid, or not one for its intervals."""
+    sigmas = metadata.get(GRID)
+    if sigmas is None:
+        return
+    if not isinstance(sigmas, list) or not all(_is_number(level) for level in sigmas):
+        raise InputError(f"{path}: sigmas must be a list of numbers")
+    falling = all(math.isfinite(a) and a > b > 0 for a, b in pairwise(sigmas))
+    if len(sigmas) != metadata["num_steps"] or not falling:
+        raise InputError(
+            f"{path}: sigmas must be num_steps={metadata['num_steps']} positive numbers, each below the one before; "
+            f"they are {[float(f'{level:.4g}') for level in sigmas[:9]]}"
+        )
+
+
 def _rows(path: Path, key: str, rows: object) -> Tensor | None:
-    """float64 [S, K] from lists of numbers; None stays None for what a table may lack."""
-    if rows is None and key in ("scale_dir", "scale_time"):
+    """float64 [S, n] from S lists of numbers; None stays None for what a table may lack."""
+    if rows is None and key not in PUBLIC_KEYS.values():
         return None
     alike = isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
     if not alike or not rows or not all(_is_number(number) for row in rows for number in row):

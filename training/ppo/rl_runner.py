@@ -205,9 +205,9 @@ class RLRunner:
         with self.clock.measure("text"):
             conditioning = self.denoiser.encode(prompts, self.guidance_scale)
 
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        def denoise(x: Tensor, sigma: Tensor, *guidance: Tensor) -> Tensor:
             with self.clock.measure("network"):
-                return self.denoiser.denoise(x, sigma, conditioning)
+                return self.denoiser.denoise(x, sigma, conditioning, *guidance)
 
         with self.clock.measure("solver"):
             noise = initial_noise(seeds, self.denoiser.latent_shape, device=device, dtype=self.dtype)
