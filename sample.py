@@ -99,19 +99,20 @@ def main(
         plan = _replayed(predictor, chosen_grid, denoiser)
     else:
         plan = classical_plan(solver, num_steps, chosen_grid or parse_grid(USUAL_GRID), denoiser, afs=afs)
+    scale = _guidance(guidance, predictor, denoiser)
     job = Job(
         prompts=wanted,
         seeds=numbers,
         plan=plan,
         model=spec,
         predictor=predictor,
-        guidance_scale=_guidance(guidance, predictor, denoiser),
+        guidance_scale=scale,
         batch_size=batch,
         dtype=torch.promote_types(number_type, torch.float32),
     )
-    doubled = "" if job.guidance_scale == 1 else "; guidance doubles both"
+    doubled = "" if scale == 1 else "; guidance doubles both" if scale else "; guidance doubles those it is not 1 in"
     click.echo(
-        f"{plan.label} on {spec}: {len(plan.sigmas)} grid points ({plan.grid}), guidance {job.guidance_scale:g}, "
+        f"{plan.label} on {spec}: {len(plan.sigmas)} grid points ({plan.grid}), guidance {scale or 'its own'}, "
         f"an image takes {plan.evaluations.parallel} evaluations in sequence, {plan.evaluations.total} in all{doubled}"
     )
     click.get_current_context().with_resource(only_writer(outdir))
@@ -161,7 +162,14 @@ def _replayed(predictor: Predictor, grid: Grid | None, denoiser: Denoiser) -> Pl
     return predictor_plan(predictor, denoiser, grid)
 
 
-def _guidance(wanted: float | None, predictor: Predictor | None, denoiser: Denoiser) -> float:
+def _guidance(wanted: float | None, predictor: Predictor | None, denoiser: Denoiser) -> float | None:
+    """The one scale for all evaluations; None where the table has one of its own for each."""
+    if predictor is not None and predictor.table.guidance is not None:
+        if wanted is not None:
+            raise InputError(
+                f"--guidance {wanted:g}: {predictor.file} has a scale of its own for each evaluation; leave it out"
+            )
+        return None
     usual = None if predictor is None else predictor.guidance_scale
     if wanted is not None and usual not in (None, wanted):
         click.echo(f"--guidance {wanted:g} overrides the predictor's guidance, {usual:g}")

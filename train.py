@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from errors import InputError, shows_input_errors
 from interrupts import goes_on_by
-from models import load_denoiser
+from models import Denoiser, load_denoiser
 from models.devices import resolve_device
 from models.prompts import read_prompts
 from schedules import SCHEDULES
@@ -33,10 +33,11 @@ from training.distillation_run import (
     load_options,
     next_folder,
     prepare,
-    write_cold_start,
+    write_start,
 )
 from training.sampling import MODEL_OF_DATASET, USUAL_RHO
 from training.snapshot import find_run
+from training.starts import NEAR_EULER, check_start, needs_grid, start_table
 
 USUAL_PROMPTS = {
     "shapes": "src/prompts/shapes_train.csv",
@@ -47,6 +48,7 @@ EXAMPLES = """
 Examples:
   python train.py --dataset_name shapes --num_steps 3 --num_points 2
   python train.py --dataset_name shapes --num_steps 4 --init-only
+  python train.py --dataset_name shapes --num_steps 7 --num_points 0 --init-only --start dpmpp:2
   python train.py --resume 3
 """
 
@@ -58,10 +60,10 @@ Examples:
 @click.option("--num_steps", type=click.IntRange(2, 1000), default=4, show_default=True, help="Grid points.")
 @click.option(
     "--num_points",
-    type=click.IntRange(1, SEARCHED_POSITIONS),
+    type=click.IntRange(0, SEARCHED_POSITIONS),
     default=2,
     show_default=True,
-    help="Points an interval, K.",
+    help="Points an interval, K; 0 with --init-only and a classical --start.",
 )
 @click.option("--sampler_stu", type=click.Choice(["epd"]), default="epd", show_default=True, help="The student.")
 @click.option(
@@ -107,7 +109,14 @@ Examples:
 )
 @click.option("--recompute", is_flag=True, help="Less memory for a third more time: for large models.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
-@click.option("--init-only", is_flag=True, help="Write an untrained table near DDIM; train nothing.")
+@click.option("--init-only", is_flag=True, help="Write a table to start from; train nothing.")
+@click.option(
+    "--start",
+    default=NEAR_EULER,
+    show_default=True,
+    help="Which, with --init-only: near_euler, or a classical sampler as a table: ddim, ipndm, dpmpp:2 (no points), "
+    "dpm2 (one point); ipndm with points is EPD's plug-in.",
+)
 @click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("exps"), show_default=True)
 @click.option("--resume", help="Go on with an interrupted run: its folder or its number in --outdir.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
@@ -133,8 +142,11 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
         f"{folder or next_folder(outdir, options)}: {options.nfe} evaluations in sequence an image, before guidance"
     )
     if options.init_only:
+        check_start(options)
         if not dry_run:
-            click.echo(f"wrote {write_cold_start(folder or claim_folder(outdir, options), options)}")
+            denoiser = _denoiser(options, device) if needs_grid(options) else None
+            table = start_table(options, denoiser)
+            click.echo(f"wrote {write_start(folder or claim_folder(outdir, options), options, table, denoiser)}")
         return
     prompts = read_prompts(options.prompt_file)
     costs = options.evaluations()
@@ -142,7 +154,7 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
     click.echo(f"network evaluations, before guidance and gradients: {sum(costs.values()):,} ({parts})")
     if dry_run:
         return
-    denoiser = load_denoiser(_model(options), device=resolve_device(device), dtype=torch.float32)
+    denoiser = _denoiser(options, device)
     lesson = prepare(options, denoiser, prompts)  # before there is a folder: what cannot be taught leaves none behind
     folder = folder or claim_folder(outdir, options)
     click.echo(f"run: {folder}")
@@ -160,12 +172,18 @@ def _options(told: dict[str, object]) -> Options:
     prompt_file = told["prompt_file"] or USUAL_PROMPTS.get(name)
     if prompt_file is None and not told["init_only"]:
         raise InputError(f"--prompt-file is missing: {name} has no prompts of its own")
+    if not told["init_only"] and (told["num_points"] == 0 or told["start"] != NEAR_EULER):
+        raise InputError(
+            f"--num_points {told['num_points']} and --start {told['start']} are for --init-only: what is distilled has "
+            "points, and makes its own start"
+        )
     rho = USUAL_RHO.get(told["schedule_type"], 1.0) if rho is None else rho
     return Options(**{**told, "schedule_rho": rho, "prompt_file": prompt_file})
 
 
-def _model(options: Options) -> str:
-    return options.model_path or MODEL_OF_DATASET.get(options.dataset_name, options.dataset_name)
+def _denoiser(options: Options, device: str) -> Denoiser:
+    spec = options.model_path or MODEL_OF_DATASET.get(options.dataset_name, options.dataset_name)
+    return load_denoiser(spec, device=resolve_device(device), dtype=torch.float32)
 
 
 def _refuse_contradictions(context: click.Context, options: Options, told: dict[str, object], folder: Path) -> None:

@@ -22,7 +22,7 @@ USUAL_GUIDANCE_SCALE = 7.5
 class Conditioning:
     """Encoded prompts, with the guidance they are used at.
 
-    embeddings: [B, L, D], one row a prompt. unconditional: [1, L, D], or None where there is no unconditional half.
+    embeddings: [B, L, D], one row a prompt. unconditional: [1, L, D], or None where nothing will ask for guidance.
     guidance_scale: g of classifier-free guidance (arXiv 2207.12598): prediction = uncond + g (cond - uncond); 1 without
     guidance.
     """
@@ -36,13 +36,13 @@ class Conditioning:
         """The number of prompts."""
         return len(self.embeddings)
 
-    def rows(self, count: int, *, guided: bool = True) -> Tensor:
-        """The text rows for `count` latents, made once for each count and kept; `guided`: with the unconditional half.
+    def rows(self, count: int, *, guided: bool | None = None) -> Tensor:
+        """The text rows for `count` latents, made once for each count and kept.
 
         `count` is K times the number of prompts; latents are sample-major, so row b*K + k holds prompt b. Returns
-        [count, L, D], or with guidance [2 * count, L, D], the unconditional half first.
+        [count, L, D], or where `guided` [2 * count, L, D], the unconditional half first; None: as the scale says.
         """
-        doubled = guided and self.unconditional is not None
+        doubled = self.guidance_scale != 1.0 if guided is None else guided
         if (count, doubled) not in self._repeated:
             if count == 0 or count % len(self):
                 raise ValueError(f"{count} latents cannot be shared out among {len(self)} prompts: it is no multiple")
@@ -92,7 +92,7 @@ class Denoiser(Protocol):
 
         x: [N, C, H, W] = x0 + sigma * noise, N a multiple of the number of prompts, sample-major. sigma: scalar or [N].
         guidance: [N] on the CPU, a scale for each row in place of the conditioning's one scale; where none of them
-        differs from 1 the unconditional half is left out. Needs a conditioning that has that half.
+        differs from 1 the unconditional half is left out.
         """
         ...
 

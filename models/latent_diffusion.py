@@ -115,7 +115,7 @@ class LatentDiffusion:
     def encode(
         self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str = ""
     ) -> Conditioning:
-        """Encode the prompts and bind the guidance: None is the model's default, 1 leaves the unconditional half out.
+        """Encode the prompts and bind the guidance: None is the model's default, 1 for none.
 
         Each prompt is encoded once, by itself, so that its embedding depends neither on its batch nor on what came
         before. Raises `InputError` for a prompt that the text encoder would cut off.
@@ -127,7 +127,7 @@ class LatentDiffusion:
             raise InputError("No prompts to encode.")
         return Conditioning(
             embeddings=torch.stack([self._embedding(prompt) for prompt in prompts]),
-            unconditional=None if scale == 1.0 else self._embedding(negative_prompt)[None],
+            unconditional=self._embedding(negative_prompt)[None],
             guidance_scale=scale,
         )
 
@@ -157,9 +157,9 @@ class LatentDiffusion:
 
     def _predict(self, z: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: Tensor | None) -> Tensor:
         """The network's guided prediction in z's dtype, both halves of the guidance in one call. z: [N, C, H, W]."""
-        unguided = guidance is not None and bool((guidance == 1).all())
-        inputs, rows = z.to(self.dtype), conditioning.rows(len(z), guided=not unguided)
-        if conditioning.unconditional is None or unguided:
+        guided = conditioning.guidance_scale != 1.0 if guidance is None else bool((guidance != 1).any())
+        inputs, rows = z.to(self.dtype), conditioning.rows(len(z), guided=guided)
+        if not guided:
             return self.unet(inputs, timesteps, rows, return_dict=False)[0].to(z.dtype)
         # [2N, C, H, W], the unconditional half first
         doubled = self.unet(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), rows, return_dict=False)[0]

@@ -93,7 +93,7 @@ def test_init_only_writes_the_cold_start_without_any_model(workplace):
     for number in range(2):
         result = run("--dataset_name", "shapes", "--num_steps", 5, "--num_points", 3, "--init-only")
         assert result.exit_code == 0, result.output
-        assert f"0000{number}-shapes-5-8-epd-dpm2-9-discrete" in result.output
+        assert f"0000{number}-shapes-5-8-epd-near_euler-discrete" in result.output
     table, metadata = load_snapshot(find_snapshot(1))
     assert table.positions.flatten().tolist() == pytest.approx([0.05, 0.05 + 0.7 / 3, 0.05 + 1.4 / 3] * 4)
     assert table.weights.flatten().tolist() == pytest.approx([0.75, 0.125, 0.125] * 4)

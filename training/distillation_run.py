@@ -16,7 +16,7 @@ import json
 import math
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ from training.distillation import (
     teacher_schedule,
     teacher_trajectories,
 )
-from training.networks import EPD_predictor, Plain, near_euler_table
+from training.networks import EPD_predictor, Plain
 from training.run_folder import MetricsLog
 from training.snapshot import load_snapshot, save_snapshot
 
@@ -64,7 +64,7 @@ class Options:
     grid. trajectories: how many the teacher is followed on; a quarter of them is held out. batch: trajectories an
     update. batch_gpu: trajectories at once on the device. total_kimg: thousands of trajectories that all updates
     together see. lr, coslr: Adam's step size, and whether it decays. target: what the last states are compared as.
-    prompt_file: None with init_only. init_only: write the cold start, train nothing.
+    prompt_file: None with init_only. init_only: write a start, train nothing. start: which (`training.starts`).
     """
 
     dataset_name: str
@@ -91,6 +91,7 @@ class Options:
     seed: int
     prompt_file: str | None
     init_only: bool
+    start: str = "near_euler"
 
     @property
     def nfe(self) -> int:
@@ -101,7 +102,8 @@ class Options:
     def description(self) -> str:
         """The run folder's name without its number."""
         schedule = {"polynomial": f"poly{self.schedule_rho:g}", "time_uniform": f"uni{self.schedule_rho:g}"}
-        parts = (self.dataset_name, self.num_steps, self.nfe, self.sampler_stu, self.sampler_tea, self.M)
+        teacher = (self.start.replace(":", ""),) if self.init_only else (self.sampler_tea, self.M)
+        parts = (self.dataset_name, self.num_steps, self.nfe, self.sampler_stu, *teacher)
         named = "-".join(map(str, (*parts, schedule.get(self.schedule_type, self.schedule_type))))
         return named + ("-afs" if self.afs else "")
 
@@ -192,15 +194,10 @@ def load_options(folder: Path) -> Options:
         raise InputError(f"{folder / OPTIONS}: no readable options of a distillation ({error})") from error
 
 
-def write_cold_start(folder: Path, options: Options) -> Path:
-    """A run without training: `near_euler_table`, scales 1 where the options ask for scales. Returns the snapshot."""
-    table = near_euler_table(options.num_steps - 1, options.num_points)
-    ones = torch.ones_like(table.positions)
-    table = replace(
-        table, scale_dir=ones if options.scale_dir else None, scale_time=ones if options.scale_time else None
-    )
+def write_start(folder: Path, options: Options, table: EPDTable, denoiser: Denoiser | None) -> Path:
+    """A run without training: a table to start from (`training.starts`). Returns the snapshot."""
     _write_options(folder, options)
-    return save_snapshot(folder / "network-snapshot-000000.pkl", table, options.metadata(None))
+    return save_snapshot(folder / "network-snapshot-000000.pkl", table, options.metadata(denoiser))
 
 
 @dataclass(frozen=True)
@@ -280,7 +277,7 @@ def _distil(folder: Path, options: Options, denoiser: Denoiser, lesson: Lesson) 
 def is_finished(folder: Path, options: Options) -> bool:
     """Whether there is nothing left to do."""
     if options.init_only:
-        return (folder / "network-snapshot-000000.pkl").exists()
+        return (folder / "network-snapshot-000000.json").exists()
     return _last_snapshot(folder, options).exists() and not (folder / STATE).exists()
 
 

@@ -31,7 +31,10 @@ LINE_BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One line of images.jsonl; evaluations are an image's, before guidance, which doubles them unless it is 1."""
+    """One line of images.jsonl; evaluations are an image's, before guidance, which doubles them unless it is 1.
+
+    guidance: None where the table has a scale of its own for each evaluation.
+    """
 
     file: str
     prompt: str
@@ -40,7 +43,7 @@ class ImageRecord:
     solver: str
     schedule: str
     num_steps: int
-    guidance: float
+    guidance: float | None
     parallel_evaluations: int
     total_evaluations: int
     predictor: str | None
@@ -61,7 +64,7 @@ class Job:
     plan: Plan
     model: str
     predictor: Predictor | None
-    guidance_scale: float
+    guidance_scale: float | None
     batch_size: int
     dtype: torch.dtype
 

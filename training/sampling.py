@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from errors import InputError
@@ -15,9 +16,9 @@ from models.denoiser import Denoiser
 from models.fingerprints import file_sha256
 from models.generate import Denoise, Solve
 from schedules import SCHEDULES, get_schedule
-from solvers import SAMPLERS, EPDTable, NetworkEvaluations, network_evaluations
+from solvers import COLUMNS, SAMPLERS, EPDTable, NetworkEvaluations, network_evaluations
 from training.networks import Plain
-from training.snapshot import find_snapshot, load_snapshot
+from training.snapshot import GRID, find_snapshot, load_snapshot
 
 # The exponent that a schedule is commonly used with; the others have none.
 USUAL_RHO = {"polynomial": 7.0, "time_uniform": 1.0, "discrete": 1.0}
@@ -53,6 +54,10 @@ class Grid(NamedTuple):
         """As it is written on the command line: `discrete`, or `discrete:2` where the exponent is not the usual one."""
         usual = self.rho == USUAL_RHO.get(self.schedule_type, 1.0)
         return self.schedule_type if usual else f"{self.schedule_type}:{self.rho:g}"
+
+
+OWN_GRID = Grid("own", 1.0)
+"""Stands for noise levels that a table's file names one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +106,24 @@ class Predictor:
 
     @property
     def guidance_scale(self) -> float | None:
-        """The scale of classifier-free guidance: 1 for none, None where the file does not say."""
+        """The one scale of classifier-free guidance: 1 for none, None where the file does not say or has a column."""
+        if self.table.guidance is not None:
+            return None
         if self._text("guidance_type") == "uncond":
             return 1.0
         return self._number("guidance_rate")
 
     @property
+    def sigmas(self) -> Tensor | None:
+        """The noise levels of its own, float64 [num_steps]; None where it goes by a named schedule."""
+        own = self.metadata.get(GRID)
+        return None if own is None else torch.tensor(own, dtype=torch.float64)
+
+    @property
     def grid(self) -> Grid | None:
-        """The schedule that it was made for; None where the file does not say."""
+        """The schedule that it was made for, `OWN_GRID` for noise levels of its own; None where the file is silent."""
+        if self.sigmas is not None:
+            return OWN_GRID
         name, rho = self._text("schedule_type"), self._number("schedule_rho")
         if name is None:
             return None
@@ -125,8 +140,8 @@ class Predictor:
         return value
 
     def evaluations(self) -> NetworkEvaluations:
-        """What an image costs."""
-        return network_evaluations("epd", self.table.num_steps, num_points=self.table.num_points, afs=self.afs)
+        """What an image costs, before guidance where the table has none of its own."""
+        return self.table.evaluations(afs=self.afs)
 
     def sigma_range(self, denoiser: Denoiser) -> tuple[float, float]:
         """sigma_min and sigma_max: the file's where it names them, otherwise the model's."""
@@ -174,20 +189,18 @@ def predictor_plan(predictor: Predictor, denoiser: Denoiser, grid: Grid | None =
     chosen = grid or predictor.grid
     if chosen is None:
         raise InputError(f"{predictor.file}: does not say its schedule_type; name one with --schedule")
-    low, high = predictor.sigma_range(denoiser)
-    sigmas = _sigmas(chosen, predictor.table.num_steps, low, high, denoiser, f"{predictor.file}: ")
     table, afs = predictor.table, predictor.afs
+    sigmas = predictor.sigmas
+    if sigmas is None or grid is not None:
+        low, high = predictor.sigma_range(denoiser)
+        sigmas = _sigmas(chosen, table.num_steps, low, high, denoiser, f"{predictor.file}: ")
 
     def solve(denoise: Denoise, x: Tensor, levels: Tensor) -> Tensor:
         return SAMPLERS["epd"](denoise, x, levels, table, afs=afs)
 
-    settings: dict[str, Plain] = {
-        "positions": table.positions.tolist(),
-        "weights": table.weights.tolist(),
-        "scale_dir": None if table.scale_dir is None else table.scale_dir.tolist(),
-        "scale_time": None if table.scale_time is None else table.scale_time.tolist(),
-        "afs": afs,
-    }
+    columns: dict[str, Plain] = {column.name: None for column in COLUMNS}
+    columns |= {name: entries.tolist() for name, entries in table.columns().items()}
+    settings: dict[str, Plain] = {**columns, "afs": afs, "own_grid": sigmas.tolist() if chosen is OWN_GRID else None}
     return Plan(predictor.label, "epd", chosen, sigmas, predictor.evaluations(), settings, solve)
 
 
@@ -199,7 +212,7 @@ def classical_plan(name: str, num_steps: int, grid: Grid, denoiser: Denoiser, *,
     """
     solver, order = parse_classical(name)
     options = {} if order is None else {"max_order": order}
-    sigmas = _sigmas(grid, num_steps, denoiser.sigma_min, denoiser.sigma_max, denoiser, "")
+    sigmas = levels_of(grid, num_steps, denoiser)
     settings: dict[str, Plain] = {**options, "afs": afs}
     solve = partial(SAMPLERS[solver], afs=afs, **options)
     return Plan(name, solver, grid, sigmas, network_evaluations(solver, num_steps, afs=afs), settings, solve)
@@ -238,6 +251,11 @@ def parse_grid(text: str) -> Grid:
     if not 0 < rho < float("inf"):
         raise InputError(f"schedule {text!r}: rho is {exponent}; it must be positive and finite")
     return Grid(name, rho)
+
+
+def levels_of(grid: Grid, num_steps: int, denoiser: Denoiser) -> Tensor:
+    """A schedule's noise levels over the model's whole range, float64 [num_steps]. InputError where it has none."""
+    return _sigmas(grid, num_steps, denoiser.sigma_min, denoiser.sigma_max, denoiser, "")
 
 
 def _sigmas(grid: Grid, num_steps: int, low: float, high: float, denoiser: Denoiser, where: str) -> Tensor:

@@ -31,6 +31,7 @@ from training.ppo.rewards import Reward, build_reward, find_reward_files, load_r
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptStream
 from training.sampling import MODEL_OF_DATASET, Predictor, load_predictor
+from training.snapshot import private_parts
 
 COCO_PROMPTS = "MS-COCO_val2014_30k_captions.csv"
 FETCH_COCO = f"Fetch {COCO_PROMPTS} (some 2 MB):  python -m models.assets fetch coco-prompts"
@@ -138,6 +139,8 @@ def start_from_snapshot(loaded: LoadedConfig) -> Start:
     """
     predictor = load_predictor(loaded.config.data.predictor_snapshot)
     table = predictor.table
+    if untuned := private_parts(table, predictor.metadata):
+        raise InputError(f"{predictor.file}: has {', '.join(untuned)}, which PPO does not tune yet")
     config, notes = apply_snapshot(loaded, table.num_steps, table.num_points, predictor.metadata, str(predictor.file))
     cold_start = prepare_table(table)
     return Start(config, predictor, cold_start.table, (*notes, *cold_start.repairs))

@@ -1,0 +1,240 @@
+"""What `train.py --init-only --start` writes is what `sample.py` draws; and tables with every column."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import sample
+import train
+from errors import InputError
+from models.latent_diffusion import LatentDiffusion
+from solvers import EPDTable
+from tests.tiny_pipeline import save_tiny_pipeline
+from training.ppo.assembly import start_from_snapshot
+from training.ppo.config import SCHEMA
+from training.snapshot import load_snapshot, private_parts, save_snapshot
+
+STARTS = [("ddim", 0), ("ipndm", 0), ("ipndm:2", 0), ("dpmpp:2", 0), ("dpmpp", 0), ("dpm2", 1)]
+METADATA = {"dataset_name": "tiny", "guidance_rate": 3.0, "schedule_type": "polynomial", "schedule_rho": 4.0}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def run(command, *arguments):
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def drawn(folder, pipeline, *arguments):
+    """Pixels of one image, and its record."""
+    common = ("--model_path", pipeline, "--prompt", "a dog", "--seeds", 5, "--device", "cpu", "--outdir", folder)
+    result = run(sample.main, *arguments, *common)
+    assert result.exit_code == 0, result.output
+    [picture] = folder.glob("*.png")
+    return np.array(Image.open(picture)).astype(int), json.loads((folder / "images.jsonl").read_text())
+
+
+def full_table(guidance=2.0):
+    """Every column, two points, three intervals."""
+    draw = torch.Generator().manual_seed(1)
+    rows = {name: 0.8 + 0.1 * torch.rand(3, 2, generator=draw, dtype=torch.float64) for name in ("a", "b", "c")}
+    lower = torch.tril(torch.rand(3, 3, generator=draw, dtype=torch.float64), -1)
+    return EPDTable(
+        torch.tensor([[0.3, 0.7]] * 3, dtype=torch.float64),
+        torch.tensor([[0.6, 0.4]] * 3, dtype=torch.float64),
+        scale_dir=rows["a"],
+        scale_time=rows["b"],
+        guidance=torch.full((3, 3), guidance, dtype=torch.float64),
+        history=-0.2 * lower,
+        direction_history=0.1 * lower,
+    )
+
+
+@pytest.mark.parametrize(("start", "points"), STARTS)
+def test_a_start_draws_what_its_sampler_draws(pipeline, tmp_path, start, points):
+    shape = ("--num_steps", 5, "--num_points", points, "--schedule_type", "polynomial", "--schedule_rho", 3)
+    made = run(
+        train.main,
+        *("--dataset_name", "tiny", "--model_path", pipeline, "--init-only", "--start", start, "--outdir", tmp_path),
+        *shape,
+    )
+    assert made.exit_code == 0, made.output
+    table, table_record = drawn(tmp_path / "table", pipeline, "--predictor_path", next(tmp_path.glob("00000-*")))
+    sampler, sampler_record = drawn(
+        tmp_path / "sampler", pipeline, "--solver", start, "--num-steps", 5, "--schedule", "polynomial:3"
+    )
+    assert np.abs(table - sampler).max() <= 1
+    assert table.std() > 5
+    for cost in ("parallel_evaluations", "total_evaluations", "guidance", "num_steps"):
+        assert table_record[cost] == sampler_record[cost]
+
+
+@pytest.mark.parametrize(
+    ("start", "points", "message"),
+    [
+        ("heun", 0, "heun is no table"),
+        ("ddim", 2, "needs --num_points 0, not 2"),
+        ("dpm2", 0, "needs --num_points 1, not 0"),
+        ("near_euler", 0, "needs --num_points 1 or more"),
+        ("dpmpp:7", 0, "the orders of dpmpp are 1, 2, 3"),
+        ("euler", 0, "unknown solver 'euler'"),
+    ],
+)
+def test_a_start_that_is_none_is_refused_and_leaves_no_folder(tmp_path, start, points, message):
+    result = run(
+        train.main,
+        *("--dataset_name", "shapes", "--init-only", "--start", start, "--num_points", points, "--outdir", tmp_path),
+    )
+    assert result.exit_code == 2
+    assert message in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_distillation_has_points_and_its_own_start(tmp_path):
+    for arguments in (("--num_points", 0), ("--start", "ddim")):
+        result = run(train.main, "--dataset_name", "shapes", *arguments, "--outdir", tmp_path)
+        assert result.exit_code == 2
+        assert "are for --init-only" in result.output
+
+
+def test_the_plug_in_for_ipndm_has_points_and_a_history_of_directions(tmp_path):
+    made = run(
+        train.main,
+        *("--dataset_name", "shapes", "--init-only", "--start", "ipndm:2", "--num_points", 2, "--outdir", tmp_path),
+    )
+    assert made.exit_code == 0, made.output
+    table, _ = load_snapshot(next(tmp_path.glob("*/network-snapshot-000000.json")))
+    assert table.direction_history.tolist() == [[0, 0, 0], [-0.5, 0, 0], [0, -0.5, 0]]
+    assert table.num_points == 2
+
+
+@pytest.mark.parametrize("points", [0, 2])
+def test_every_column_and_a_grid_of_its_own_survive_the_file_exactly(tmp_path, points):
+    table = full_table()
+    if points == 0:
+        empty = torch.empty(3, 0, dtype=torch.float64)
+        table = EPDTable(empty, empty, guidance=table.guidance[:, :1], history=table.history)
+    metadata = {**METADATA, "sigmas": [14.0, 3.1, 0.7, 0.03]}
+    path = save_snapshot(tmp_path / "network-snapshot-000001", table, metadata)
+    assert path.suffix == ".json"
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    found, described = load_snapshot(path)
+    assert found.columns().keys() == table.columns().keys()
+    for name, entries in table.columns().items():
+        assert torch.equal(found.columns()[name], entries)
+    assert {key: described[key] for key in metadata} == metadata
+
+
+def test_a_table_that_the_public_code_cannot_hold_replaces_the_pickle_of_one_that_it_can(tmp_path):
+    table = full_table()
+    public = EPDTable(table.positions, table.weights, table.scale_dir, table.scale_time)
+    assert private_parts(public, METADATA) == []
+    assert save_snapshot(tmp_path / "one", public, METADATA).suffix == ".pkl"
+    assert save_snapshot(tmp_path / "one", table, METADATA).suffix == ".json"
+    assert not (tmp_path / "one.pkl").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 3}, "has version 3; this RLEPD reads versions 1 and 2"),
+        ({"curvature": [[0.0]]}, "a column 'curvature', which this RLEPD (version 2) does not know"),
+        ({"history": [[0, 0, 0], [0, 0.5, 0], [0, 0, 0]]}, "history must be strictly lower triangular"),
+        ({"guidance": [[1, 1, -1]] * 3}, "guidance must be at least 0; entry [0, 2] is -1"),
+        ({"guidance": [[1, 1]] * 3}, "guidance has shape [3, 2]"),
+        ({"r": [[]] * 3}, "weights has shape [3, 2], positions have [3, 0]"),
+        ({"metadata": {"sigmas": [14.0, 3.0, 3.0, 0.1]}}, "each below the one before"),
+        ({"metadata": {"sigmas": [14.0, 3.0, 0.1]}}, "sigmas must be num_steps=4 positive numbers"),
+        ({"metadata": {"sigmas": "falling"}}, "sigmas must be a list of numbers"),
+    ],
+)
+def test_what_is_no_solver_is_refused_in_a_line(tmp_path, changes, message):
+    path = save_snapshot(tmp_path / "table", full_table(), METADATA)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError) as caught:
+        load_snapshot(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_guidance_by_evaluation_reaches_the_network(pipeline, tmp_path):
+    """A column of one scale draws what that constant draws, and other scales draw something else."""
+    table = full_table(guidance=3.0)
+    constant = {name: entries for name, entries in table.columns().items() if name != "guidance"}
+    folders = {}
+    for name, variant in (
+        ("column", table),
+        ("constant", EPDTable(**constant)),
+        ("other", full_table(guidance=1.0)),
+    ):
+        file = save_snapshot(tmp_path / name / "network-snapshot-000001", variant, METADATA)
+        folders[name], record = drawn(tmp_path / name / "images", pipeline, "--predictor_path", file)
+        assert record["guidance"] == (3.0 if name == "constant" else None)
+    assert np.abs(folders["column"] - folders["constant"]).max() <= 1
+    assert np.abs(folders["column"] - folders["other"]).max() > 3
+    refused = run(
+        sample.main,
+        *("--predictor_path", tmp_path / "column", "--model_path", pipeline, "--prompt", "a dog"),
+        *("--guidance", 2, "--outdir", tmp_path / "none"),
+    )
+    assert refused.exit_code == 2
+    assert "has a scale of its own for each evaluation" in refused.output
+
+
+def test_an_evaluation_at_guidance_1_takes_one_row(pipeline, tmp_path, monkeypatch):
+    table = full_table()
+    guidance = table.guidance.clone()
+    guidance[1] = 1.0
+    table = EPDTable(**{**table.columns(), "guidance": guidance})
+    file = save_snapshot(tmp_path / "network-snapshot-000001", table, METADATA)
+    rows = []
+    predict = LatentDiffusion._predict
+
+    def counted(self, *arguments):
+        handle = self.unet.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+        try:
+            return predict(self, *arguments)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(LatentDiffusion, "_predict", counted)
+    drawn(tmp_path / "images", pipeline, "--predictor_path", file)
+    assert rows == [2, 4, 1, 2, 2, 4]
+    assert sum(rows) == table.evaluations().rows
+
+
+def test_a_grid_of_its_own_is_used_unless_a_schedule_is_named(pipeline, tmp_path):
+    sigmas = [14.0, 5.0, 1.0, 0.05]
+    empty = torch.empty(3, 0, dtype=torch.float64)
+    own = save_snapshot(tmp_path / "own", EPDTable(empty, empty), {**METADATA, "sigmas": sigmas})
+    named = save_snapshot(tmp_path / "named", EPDTable(empty, empty), METADATA)
+    pictures = {
+        "own": drawn(tmp_path / "1", pipeline, "--predictor_path", own),
+        "named": drawn(tmp_path / "2", pipeline, "--predictor_path", named),
+        "overridden": drawn(tmp_path / "3", pipeline, "--predictor_path", own, "--schedule", "polynomial:4"),
+    }
+    assert [pictures[name][1]["schedule"] for name in pictures] == ["own", "polynomial:4", "polynomial:4"]
+    assert np.array_equal(pictures["named"][0], pictures["overridden"][0])
+    assert not np.array_equal(pictures["named"][0], pictures["own"][0])
+
+
+def test_ppo_refuses_what_it_would_drop(tmp_path):
+    file = save_snapshot(tmp_path / "table", full_table(), METADATA)
+    loaded = SCHEMA.build(
+        {
+            "data": {"predictor_snapshot": str(file), "prompt_csv": "p.csv"},
+            "reward": {"weights_path": "w.pt"},
+            "logging": {"eval_interval": 0},
+        },
+        "x.yaml",
+    )
+    with pytest.raises(InputError, match=r"the column guidance, the column history.*which PPO does not tune yet"):
+        start_from_snapshot(loaded)
