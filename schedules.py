@@ -48,7 +48,8 @@ def get_schedule(
         flowmatch     the model's own σ(t) at uniform t; ρ plays no part. Needs `denoiser`
 
     The last two span the model's own range; sigma_min and sigma_max must be that range.
-    Raises ValueError for an unknown type, a bad number of steps, range or rho, a missing denoiser or another's range.
+    Raises ValueError for an unknown type, a bad number of steps, range or rho, a missing denoiser or another's range,
+    and for a rho whose powers float64 cannot hold or tell apart.
     """
     if schedule_type not in SCHEDULES:
         raise ValueError(f"unknown schedule_type {schedule_type!r}; known: {', '.join(SCHEDULES)}")
@@ -60,8 +61,12 @@ def get_schedule(
         raise ValueError(f"rho must be positive; got {rho}")
     u = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     if schedule_type in _MODEL_TIMES:
-        return _model_grid(schedule_type, u, sigma_min, sigma_max, rho, denoiser)
-    return _FORMULAS[schedule_type](u, sigma_min, sigma_max, rho)
+        sigmas = _model_grid(schedule_type, u, sigma_min, sigma_max, rho, denoiser)
+    else:
+        sigmas = _FORMULAS[schedule_type](u, sigma_min, sigma_max, rho)
+    if not (sigmas.diff() < 0).all():
+        raise ValueError(_beyond_float64(rho))
+    return sigmas
 
 
 def log_gaps(sigmas: Tensor) -> Tensor:
@@ -100,7 +105,16 @@ def _time_uniform(u: Tensor, sigma_min: float, sigma_max: float, rho: float) -> 
 
 def _power_interpolation(u: Tensor, start: float, end: float, rho: float) -> Tensor:
     """From start (u = 0) to end (u = 1), uniform in the rho-th root; no rounding of start reaches end."""
-    return ((1 - u) * start ** (1 / rho) + u * end ** (1 / rho)) ** rho
+    ends = torch.tensor([start, end], dtype=torch.float64)
+    roots = ends ** (1 / rho)
+    levels = ((1 - u) * roots[0] + u * roots[1]) ** rho
+    if not torch.isclose(levels[[0, -1]], ends, rtol=_RANGE_TOLERANCE, atol=0).all():
+        raise ValueError(_beyond_float64(rho))
+    return levels
+
+
+def _beyond_float64(rho: float) -> str:
+    return f"rho is {rho:g}: float64 cannot hold its powers, or tell the levels apart; take one between 0.1 and 100"
 
 
 def _model_grid(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +145,19 @@ def test_time_uniform_is_a_variance_preserving_process() -> None:
     time = torch.linspace(1, 1e-3, 5, dtype=torch.float64)
     quotient = torch.log1p(sigmas**2) / time  # linear in t
     torch.testing.assert_close(quotient.diff(), quotient.diff()[0].expand(4), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("schedule_type", ["polynomial", "time_uniform", "discrete"])
+@pytest.mark.parametrize("rho", [5e-324, 1e-20, 1e-3, 1e14, 1e20, 1e300])
+def test_an_exponent_beyond_float64_is_refused(schedule_type: str, rho: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"rho is {rho:g}: float64 cannot hold its powers")):
+        schedule_of(schedule_type, 5, rho=rho)
+
+
+@pytest.mark.parametrize("schedule_type", ["polynomial", "time_uniform", "discrete"])
+@pytest.mark.parametrize("rho", [0.1, 100.0])
+def test_the_exponents_that_the_message_proposes_have_grids(schedule_type: str, rho: float) -> None:
+    assert (schedule_of(schedule_type, 1000, rho=rho).diff() < 0).all()
 
 
 def test_rho_bends_discrete_time_towards_its_small_end() -> None:

@@ -288,7 +288,7 @@ def _grid(start: Start, denoiser: Denoiser) -> Tensor:
     low, high = start.predictor.sigma_range(denoiser)
     try:
         return get_schedule(model.schedule_type, model.num_steps, low, high, rho=model.schedule_rho, denoiser=denoiser)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise InputError(
             f"model.schedule_type={model.schedule_type}, model.schedule_rho={model.schedule_rho:g}, "
             f"sigmas from {low:g} to {high:g} (of {start.predictor.file}): {error}"
