@@ -8,6 +8,7 @@ from torch import Tensor
 from training.ddpm.config import DDPMConfig
 from training.ddpm.rollout import ImageReward
 from training.ppo.rewards import load_reward
+from training.scoring import scores_by
 
 
 def preference_reward(config: DDPMConfig, device: torch.device) -> ImageReward:
@@ -19,6 +20,6 @@ def preference_reward(config: DDPMConfig, device: torch.device) -> ImageReward:
     judge = load_reward(config.path.preference, device=device, batch_size=config.finetune.microbatch)
 
     def score(images: Tensor) -> Tensor:
-        return judge.score(images, [config.finetune.prompt] * len(images))
+        return scores_by(judge, images, [config.finetune.prompt] * len(images))
 
     return score

@@ -27,6 +27,7 @@ from models.pictures import to_pixels
 from training.checkpoint import read_tensors, write_tensors
 from training.networks import Plain
 from training.sampling import Grid, Plan, classical_plan
+from training.scoring import scores_by
 
 # A solver of order 2 at 200 evaluations in steps that are uniform in the model's own time: what is left of its error is
 # far below that of 20 evaluations; and it has no coefficients that grow where guidance bends the path, as order 3 has.
@@ -309,7 +310,7 @@ class Evaluation:
         lost = ~images.isfinite().flatten(1).all(dim=1)
         images = images.nan_to_num(0.0)
         prompts = self.setting.prompts[start : start + len(images)]
-        scores = self.panel.reward.score(images, prompts).double().cpu()
+        scores = scores_by(self.panel.reward, images, prompts).double().cpu()
         if not scores.isfinite().all():
             raise InputError("the reward gives scores that are not finite for finite images: its weights are broken")
         judged = {

@@ -101,7 +101,9 @@ class PPOConfig:
     kl_coef: float = knob(0.0, "weight of KL(policy || cold start), nats summed over the table's intervals", at_least=0)
     entropy_coef: float = knob(0.0, "weight of the policy's entropy bonus, nats", at_least=0)
     max_grad_norm: float = knob(1.0, "gradients are clipped to this Euclidean norm", above=0)
-    dirichlet_concentration: float = knob(20.0, "total concentration c of each Dirichlet at the cold start", above=0)
+    dirichlet_concentration: float = knob(
+        20.0, "total concentration c of each Dirichlet at the cold start", at_least=1e-6, at_most=1e9
+    )
     scale_std: float = knob(
         0.05, "standard deviation of log scale_dir and log scale_time, where they are trained", above=0
     )
@@ -211,6 +213,9 @@ def apply_snapshot(
     return dataclasses.replace(loaded.config, model=dataclasses.replace(loaded.config.model, **chosen)), notes
 
 
+MIX_WEIGHTS = (1e-6, 1e6)
+"""Least and largest size of a weight beside the main reward's 1: beyond it one of the two is lost in rounding."""
+
 SHAPE_KEYS = ("num_steps", "num_points")
 FIXED_FILES = ("data.predictor_snapshot", "model.model_path", "reward.weights_path", "logging.eval_prompts")
 FIXED = (
@@ -249,8 +254,12 @@ def _disagreements(config: Config) -> Disagreements:
         )
     if not config.ppo.decode_rgb:
         yield {"ppo.decode_rgb"}, "ppo.decode_rgb=false: every reward here scores RGB images; set it to true"
-    if any(not math.isfinite(weight) or weight == 0 for weight in config.reward.mix.values()):
-        yield {"reward.mix"}, f"reward.mix={config.reward.mix}: every weight must be a finite number other than 0"
+    low, high = MIX_WEIGHTS
+    if not all(low <= abs(weight) <= high for weight in config.reward.mix.values()):
+        yield (
+            {"reward.mix"},
+            f"reward.mix={config.reward.mix}: every weight must be a number other than 0, its size {low:g} to {high:g}",
+        )
 
 
 def _batch_disagreements(ppo: PPOConfig, devices: int) -> Disagreements:

@@ -20,6 +20,7 @@ from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rewards.protocol import Reward
 from training.ppo.rl_runner import Images, Shard
 from training.ppo.rollout import DivergenceError
+from training.scoring import scores_by
 from training.statistics import Interval, bootstrap_indices, paired_difference_interval
 
 HELDOUT_METRICS: Mapping[str, str] = {
@@ -113,7 +114,7 @@ class HeldoutJudge:
         parts = {name: self._gathered(raw.get(name), finite) for name in self._reward.state_dict()}
         panel = None
         if self._panel is not None:
-            panel = self._gathered(self._panel.score(shown, prompts) if prompts else None, finite)
+            panel = self._gathered(scores_by(self._panel, shown, prompts) if prompts else None, finite)
         return HeldoutScores(parts, panel, images.pixels[: self._preview_count].cpu())
 
     def _rows_here(self) -> list[int]:
@@ -187,8 +188,9 @@ class HeldoutWatch:
         return self._reward.combine(scores.parts)
 
     def _finite_rows(self, step: int, scores: HeldoutScores) -> Tensor:
-        """Rows [N] where every score of this table and of the starting one is finite."""
-        sets = [part for seen in (scores, self._start) if seen for part in (*seen.parts.values(), seen.panel)]
+        """Rows [N] where every score of this table and of the starting one, and what they come to, is finite."""
+        both = [seen for seen in (scores, self._start) if seen is not None]
+        sets = [part for seen in both for part in (*seen.parts.values(), seen.panel, self._combined(seen))]
         kept = torch.stack([part.isfinite() for part in sets if part is not None]).all(0)
         if kept.sum() < 2:
             raise DivergenceError(

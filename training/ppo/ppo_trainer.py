@@ -128,7 +128,7 @@ class PPOTrainer(Generic[Outcome]):
         """One rollout and its updates; returns the metrics named in `METRICS`.
 
         Raises:
-            DivergenceError: too many rewards, or a gradient, were not finite.
+            DivergenceError: too many rewards, or a gradient, were not finite, or the mean table is none any more.
         """
         start = perf_counter()
         trial = self._roll_out()
@@ -214,6 +214,7 @@ class PPOTrainer(Generic[Outcome]):
         log_prob = self._log_prob(batch)
         moved = algorithm.approximate_kl(log_prob, batch.log_prob)
         self._require_finite(moved, "the KL divergence between the policies before and after the update")
+        self._require_table()
         return {
             "learning_rate": rate,
             **{name: sum(metrics[name] for metrics in passes) / len(passes) for name in passes[0]},
@@ -252,6 +253,16 @@ class PPOTrainer(Generic[Outcome]):
                 f"step {self.completed_steps + 1}: {what} is {value}: the update went too far; lower ppo.learning_rate "
                 f"or ppo.ppo_epochs, and resume from the last checkpoint"
             )
+
+    @torch.no_grad()
+    def _require_table(self) -> None:
+        try:
+            self.policy().mean_table()
+        except ValueError as error:
+            raise DivergenceError(
+                f"step {self.completed_steps + 1}: the mean table is none any more ({error}): the update went too far; "
+                f"lower ppo.learning_rate or ppo.ppo_epochs, and resume from the last checkpoint"
+            ) from error
 
     @torch.no_grad()
     def _log_prob(self, batch: Batch) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from errors import InputError
 from training.ppo.rewards.protocol import Reward
+from training.scoring import scores_by
 
 
 @dataclass
@@ -72,8 +73,8 @@ class WeightedMix:
         self._moments = {name: RunningMoments() for name in parts}
 
     def raw_scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Score images [N, 3, H, W] in [0, 1] with each reward: name -> [N] float32."""
-        return {name: reward.score(images, prompts) for name, (reward, _) in self._parts.items()}
+        """Score images [N, 3, H, W] in [0, 1] with each reward: name -> [N] float32. Raises InputError if one fails."""
+        return {name: scores_by(reward, images, prompts) for name, (reward, _) in self._parts.items()}
 
     def observe(self, raw: Mapping[str, Tensor]) -> None:
         """Take raw scores, name -> [N], into the running statistics; NaN and infinite ones are left out."""

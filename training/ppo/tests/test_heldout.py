@@ -100,6 +100,13 @@ def test_images_without_finite_scores_are_left_out_and_counted():
         watch.observe(2, scores(torch.full_like(base, torch.nan), base))
 
 
+def test_scores_that_come_to_more_than_a_number_can_hold_are_left_out():
+    parts = {"brightness": torch.linspace(0, 5, COUNT), "other": torch.linspace(0, 5, COUNT)}
+    watch = HeldoutWatch(WeightedMix({name: (Brightness(), 1e300) for name in parts}))
+    with pytest.raises(DivergenceError, match="of 40 held-out images have scores"):
+        watch.observe(0, HeldoutScores(parts, None, torch.empty(0, 3, 2, 2)))
+
+
 def test_resumed_watch_goes_on_as_if_never_stopped():
     watch, base = started()
     watch.observe(1, scores(base + 0.2, base))

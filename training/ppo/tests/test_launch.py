@@ -391,6 +391,37 @@ def test_rewards_that_are_not_finite_stop_the_run_with_one_message(config: Path,
         assert message in result.output
 
 
+def test_a_reward_that_raises_ends_the_run_in_a_line_and_what_is_saved_stays(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    score, calls = rewards.RewardHPS.score, []
+
+    def broken(reward: rewards.RewardHPS, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise KeyError("no such prompt")
+        return score(reward, images, prompts)
+
+    overrides = [f"run.output_root={tmp_path}", "logging.eval_interval=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(rewards.RewardHPS, "score", broken)
+        result = launch("--config", config, "--override", *overrides)
+    assert result.exit_code == 2
+    assert (
+        "Error: the reward reward failed on 8 images: KeyError: 'no such prompt' (test_launch.py, line" in result.output
+    )
+    folder = only_run(tmp_path)
+    assert newest_checkpoint(folder.checkpoints) == step_path(folder.checkpoints, 2)
+    assert launch("--resume", folder.path).exit_code == 0
+
+
+def test_a_run_that_diverges_ends_in_a_line(config: Path, tmp_path: Path):
+    overrides = [f"run.output_root={tmp_path}", "ppo.learning_rate=1", "ppo.ppo_epochs=3", "logging.eval_interval=0"]
+    result = launch("--config", config, "--override", *overrides)
+    assert result.exit_code == 2, result.exception
+    assert "lower ppo.learning_rate" in result.output
+
+
 def test_the_panel_may_be_a_reward_that_goes_by_a_name(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with torch.random.fork_rng(devices=[]):
         clip.new_clip(CLIP).save_pretrained(tmp_path / "weights" / "clip-vit-large-patch14")

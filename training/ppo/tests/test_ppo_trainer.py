@@ -354,6 +354,12 @@ def test_an_update_that_goes_too_far_stops_the_run_with_a_clear_message(minibatc
         subject.step()
 
 
+def test_an_update_that_leaves_no_table_stops_the_run_with_a_clear_message():
+    subject = trainer(settings(learning_rate=1.0, ppo_epochs=3))
+    with pytest.raises(DivergenceError, match=r"step 1: the mean table is none any more .* lower ppo\.learning_rate"):
+        subject.step()
+
+
 # --- what is logged --------------------------------------------------------------------------------------------------
 
 
