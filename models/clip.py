@@ -27,10 +27,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from errors import InputError
+from errors import InputError, first_line
 from files import replacing
 from models.checkpoints import read_state_dict
 from models.devices import check_memory, to_device
+from models.skeletons import skeleton
 
 VIT_H_14 = Path(__file__).resolve().parent.parent / "src" / "pipelines" / "clip" / "ViT-H-14.json"
 
@@ -45,6 +46,7 @@ _REQUIRED = {
 }
 _OPTIONAL = {"": {"quick_gelu"}, "vision_cfg": {"mlp_ratio"}, "text_cfg": {"mlp_ratio"}}
 _LISTED_KEYS = 12
+LARGEST_COUNT = 2**24  # of anything in a configuration; vocabularies have some 50,000 entries
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,11 +114,14 @@ def _check_keys(model_cfg: Mapping[str, Any]) -> None:
 
 
 def _wrong_values(model_cfg: Mapping[str, Any]) -> list[str]:
-    faults = [f"{name} must be a positive whole number, not {value!r}" for name, value in _not_counts(model_cfg)]
+    faults = [
+        f"{name} must be a positive whole number, not {value!r:.40}; at most {LARGEST_COUNT}"
+        for name, value in _not_counts(model_cfg)
+    ]
     for section in ("vision_cfg", "text_cfg"):
         ratio = model_cfg[section].get("mlp_ratio", 4.0)
-        if not isinstance(ratio, int | float) or not ratio > 0:
-            faults.append(f"{section}.mlp_ratio must be a positive number, not {ratio!r}")
+        if not isinstance(ratio, int | float) or not 0 < ratio < LARGEST_COUNT:
+            faults.append(f"{section}.mlp_ratio must be a positive number, not {ratio!r:.40}")
     if not isinstance(model_cfg.get("quick_gelu", False), bool):
         faults.append(f"quick_gelu must be true or false, not {model_cfg['quick_gelu']!r}")
     return faults
@@ -127,9 +132,7 @@ def _not_counts(model_cfg: Mapping[str, Any]) -> list[tuple[str, Any]]:
     for section in ("vision_cfg", "text_cfg"):
         counts |= {f"{section}.{key}": model_cfg[section][key] for key in sorted(_REQUIRED[section])}
     return [
-        (name, value)
-        for name, value in counts.items()
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1
+        (name, value) for name, value in counts.items() if type(value) is not int or not 1 <= value <= LARGEST_COUNT
     ]
 
 
@@ -216,8 +219,7 @@ def from_open_clip(state_dict: Mapping[str, Tensor], model_cfg: Mapping[str, Any
         InputError: tensors are missing, left over or of another shape; each is listed. Or there is too little memory.
     """
     config = clip_config(model_cfg)
-    with torch.device("meta"):  # no time is spent on random weights that are replaced at once
-        model = CLIPModel(config)
+    model = _without_memory(config, state_dict, source)
     layout = _layout(config)
     check_memory(source, _float32_size(model), torch.device("cpu"))
     expected = {name: tuple(tensor.shape) for name, tensor in to_open_clip(model).items()}
@@ -247,17 +249,24 @@ def load_transformers_checkpoint(folder: Path) -> CLIPModel:
     try:
         kind = CLIPConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
         config = CLIPConfig.from_pretrained(folder, local_files_only=True) if kind == "clip" else None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'config.json'} is no readable configuration: {error}") from error
+    except Exception as error:  # what a configuration makes the library trip over can be anything
+        raise InputError(f"{folder / 'config.json'} is no readable configuration: {first_line(error)}") from error
     if config is None:
         raise InputError(f"{folder / 'config.json'} describes a model of kind {kind!r}, not 'clip'.")
-    with torch.device("meta"):
-        model = CLIPModel(config)
-    check_memory(str(weights_file), _float32_size(model), torch.device("cpu"))
     # Older files carry along the numbers 0, 1, 2, ... of the positions.
     state = {name: weight for name, weight in read_state_dict(weights_file).items() if "position_ids" not in name}
+    model = _without_memory(config, state, str(weights_file))
+    check_memory(str(weights_file), _float32_size(model), torch.device("cpu"))
     _check_tensors(state, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, str(weights_file))
     return _filled(model, {name: weight.to(torch.float32) for name, weight in state.items()})
+
+
+def _without_memory(config: CLIPConfig, weights: Mapping[str, Tensor], source: str) -> CLIPModel:
+    """A model of this size; no time is spent on random weights that are replaced at once."""
+    try:
+        return skeleton(lambda: CLIPModel(config), weights)
+    except Exception as error:  # what a configuration makes the library trip over can be anything
+        raise InputError(f"{source} holds no CLIP model of the configured size: {first_line(error)}") from error
 
 
 def _float32_size(model: CLIPModel) -> int:
@@ -305,8 +314,8 @@ def _list(names: Sequence[str]) -> str:
 def load_open_clip_checkpoint(path: Path | str, model_cfg: Mapping[str, Any]) -> CLIPModel:
     """Read a checkpoint in open_clip's layout into a CLIP model (float32, CPU, in evaluation mode).
 
-    The file (.pt, .ckpt or .safetensors) holds the tensors themselves or has them under `state_dict`. A `module.`
-    before every name, left by data-parallel training, is dropped. No code from the file is run.
+    The file (.pt, .ckpt or .safetensors) holds the tensors themselves or has them under `state_dict`; see
+    `read_state_dict`. No code from the file is run.
 
     Raises:
         InputError: the file is missing or cannot be read, or its tensors do not fit `model_cfg`; each is listed.
@@ -314,10 +323,7 @@ def load_open_clip_checkpoint(path: Path | str, model_cfg: Mapping[str, Any]) ->
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no checkpoint at {path}.")
-    tensors = read_state_dict(path)
-    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
-    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return from_open_clip(bare, model_cfg, source=str(path))
+    return from_open_clip(read_state_dict(path), model_cfg, source=str(path))
 
 
 def save_open_clip_checkpoint(model: CLIPModel, path: Path | str, dtype: torch.dtype = torch.float16) -> None:

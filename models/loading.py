@@ -19,17 +19,20 @@ from diffusers.loaders.single_file_utils import (
 )
 from diffusers.models import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
-from errors import InputError, is_too_little_memory
-from models.checkpoints import read_state_dict
+from errors import InputError, first_line, is_too_little_memory
+from models.checkpoints import read_state_dict, read_weights
 from models.latent_diffusion import Components
 from models.noise_levels import NoiseLevels
+from models.skeletons import skeleton
 
 FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 SHOWN_KEYS = 5
+LARGEST_SIDE = 2**14  # of what a network works on
+SPARE_NUMBERS = 10_000_000  # a module may have so many more weights than its files, and is then told which are missing
 
 # Parts that change what the UNet is asked for: refiners, upscalers, distilled and class-conditional models.
 FOREIGN_UNET_PARTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
@@ -90,9 +93,12 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         if missing:
             raise InputError(f"{folder} holds no tokenizer: {' and '.join(missing)} missing (and no tokenizer.json).")
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for malformed files
-        raise InputError(f"{folder} holds no readable CLIP tokenizer: {_first_line(error)}") from error
+        raise InputError(f"{folder} holds no readable CLIP tokenizer: {first_line(error)}") from error
+    if type(tokenizer.model_max_length) is not int:
+        raise InputError(f"{folder}: model_max_length is {tokenizer.model_max_length!r}; it must be a whole number")
+    return tokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -134,16 +140,39 @@ def _what_is_in(folder: Path) -> str:
 
 def load_module(kind: type[Model], folder: Path) -> Model:
     """The component in a folder, with exactly its own weights; `InputError` lists what is missing or too much."""
+    weights = _weights(folder)
     try:
+        _require_no_more(skeleton(lambda: _described(kind, folder), weights), weights)
         module, report = kind.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except UNREADABLE as error:
+    except InputError:
+        raise
+    except Exception as error:  # what a configuration makes the libraries trip over can be anything
         if is_too_little_memory(error):
             raise
-        raise InputError(f"{folder} holds no readable {kind.__name__}: {_first_line(error)}") from error
+        raise InputError(f"{folder} holds no readable {kind.__name__}: {first_line(error)}") from error
     _check_report(kind, folder, report)
     return module
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors in a component's folder, mapped, each file held against its checksum, where it has one."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
+
+
+def _described(kind: type[Model], folder: Path) -> Model:
+    if issubclass(kind, PreTrainedModel):
+        return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+    return kind.from_config(read_json(folder / "config.json"))
+
+
+def _require_no_more(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a module, that would be filled with random numbers, is far larger than its weights."""
+    asked, given = (sum(map(Tensor.numel, tensors)) for tensors in (module.parameters(), weights.values()))
+    if asked > 2 * given + SPARE_NUMBERS:
+        raise ValueError(f"its configuration describes {asked:,} weights, and its files hold {given:,}")
 
 
 def _check_compvis(state: dict[str, Tensor], path: Path) -> None:
@@ -210,7 +239,7 @@ def _converted_text_encoder(state: dict[str, Tensor], config_folder: Path, path:
     except UNREADABLE as error:
         if is_too_little_memory(error):
             raise
-        raise InputError(f"{path}: the weights do not fit a CLIPTextModel: {_first_line(error)}") from error
+        raise InputError(f"{path}: the weights do not fit a CLIPTextModel: {first_line(error)}") from error
     _check_report(CLIPTextModel, path, report)
     return module
 
@@ -229,6 +258,7 @@ def _fitting(
         raise InputError(
             f"{source}: the UNet has {', '.join(foreign)}: it is no plain Stable Diffusion 1.x or 2.x model."
         )
+    require_size(unet, source)
     if unet.config.in_channels != vae.config.latent_channels:
         raise InputError(
             f"{source}: the UNet takes {unet.config.in_channels} channels where the VAE has "
@@ -245,6 +275,17 @@ def _fitting(
         raise InputError(f"{scheduler}: prediction_type {prediction_type!r}; known are epsilon and v_prediction.")
     levels = NoiseLevels.from_scheduler_config(config, str(scheduler))
     return Components(unet, vae, text_encoder, tokenizer, levels, prediction_type)
+
+
+def require_size(network: UNet2DConditionModel | UNet2DModel, source: str | Path) -> None:
+    """Raise `InputError` where a network's configuration does not say what size, or height and width, it works at."""
+    size = network.config.sample_size
+    sides = [size, size] if type(size) is int else size
+    usable = isinstance(sides, list | tuple) and len(sides) == 2
+    if not usable or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
+        raise InputError(
+            f"{source}: the network's sample_size is {size!r}; it must be one or two numbers from 1 to {LARGEST_SIDE}"
+        )
 
 
 def _check_report(kind: type, source: Path, report: Mapping[str, Collection[Any]]) -> None:
@@ -286,7 +327,3 @@ def quiet_and_repeatable() -> Iterator[None]:
             logging.set_verbosity(verbosity)
             if bars:
                 logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

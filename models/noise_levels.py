@@ -8,13 +8,16 @@ its outermost segments go on as lines). The level in the scaling x0 + sigma n is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, first_line
+
+MOST_STEPS = 1_000_000  # of a model's training; 1,000 are usual
 
 
 class NoiseLevels:
@@ -35,6 +38,8 @@ class NoiseLevels:
         self.time_min = 1.0 / self.num_steps
         self.sigma_min = float(self.sigma_of_time(times[0]))
         self.sigma_max = float(self.sigma_of_time(times[-1]))
+        if not math.isfinite(self.sigma_max):
+            raise ValueError("the last noise level is infinite")
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], source: str) -> NoiseLevels:
@@ -55,12 +60,14 @@ class NoiseLevels:
             if trained is not None:
                 return cls(torch.tensor(trained, dtype=torch.float64))
             start, end, steps = (config[key] for key in ("beta_start", "beta_end", "num_train_timesteps"))
+            if steps > MOST_STEPS:
+                raise ValueError(f"num_train_timesteps is {steps}, more than {MOST_STEPS:,}")
             power = 2 if schedule == "scaled_linear" else 1
             return cls(torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power)
         except KeyError as error:
             raise InputError(f"{source}: the key {error} is missing.") from error
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{source}: this is no usable beta schedule: {error}.") from error
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            raise InputError(f"{source}: this is no usable beta schedule: {first_line(error)}.") from error
 
     def sigma_of_time(self, time: Tensor) -> Tensor:
         """The noise level at `time` (any shape), as float64.

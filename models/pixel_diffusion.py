@@ -7,27 +7,32 @@ files are in the local cache, or from a bare state dict (`ddpm.pth`) beside the 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, first_line
 from files import replacing
 from models.checkpoints import read_state_dict
-from models.loading import check_keys, load_module, quiet_and_repeatable, read_json
+from models.digests import record_weights
+from models.loading import check_keys, load_module, quiet_and_repeatable, read_json, require_size
 from models.noise_levels import NoiseLevels
+from models.skeletons import skeleton
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-UNUSABLE_CONFIG = (TypeError, ValueError, KeyError, NotImplementedError)
+NEWER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLDER_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def save_pixel_diffusion(network: UNet2DModel, scheduler_config: Mapping[str, An
     try:
         with replacing(folder, folder=True) as temporary, quiet_and_repeatable():
             DDPMPipeline(network, DDPMScheduler.from_config(dict(scheduler_config))).save_pretrained(temporary)
+            record_weights(temporary)
     except SafetensorError as error:  # what its library says of a full disk
         raise InputError(f"{folder}: cannot be written ({error})") from error
 
@@ -123,15 +129,23 @@ def _scheduler_file(folder: Path) -> Path:
 
 
 def _with_weights(config_file: Path, path: Path) -> UNet2DModel:
+    given = read_state_dict(path)
     try:
-        network = UNet2DModel.from_config(read_json(config_file))
-    except UNUSABLE_CONFIG as error:
-        raise InputError(f"{config_file}: this is no UNet2DModel: {error}") from error
-    given, own = read_state_dict(path), network.state_dict()
+        network = skeleton(lambda: UNet2DModel.from_config(read_json(config_file)), given)
+    except InputError:
+        raise
+    except Exception as error:  # what a configuration makes the library trip over can be anything
+        raise InputError(f"{config_file}: this is no UNet2DModel: {first_line(error)}") from error
+    given, own = in_newer_names(given), network.state_dict()
     misshapen = [name for name in given.keys() & own.keys() if given[name].shape != own[name].shape]
     check_keys(UNet2DModel, path, own.keys() - given.keys(), given.keys() - own.keys(), misshapen)
-    network.load_state_dict(given)
+    network.load_state_dict({name: tensor.to(torch.float32) for name, tensor in given.items()}, assign=True)
     return network
+
+
+def in_newer_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, with an attention's four layers called as diffusers calls them now."""
+    return {OLDER_ATTENTION.sub(lambda old: NEWER_ATTENTION[old[0]], name): tensor for name, tensor in state.items()}
 
 
 def _checked(network: UNet2DModel, scheduler: Path, spec: str) -> PixelDiffusion:
@@ -143,15 +157,19 @@ def _checked(network: UNet2DModel, scheduler: Path, spec: str) -> PixelDiffusion
         )
     if config.num_class_embeds is not None or config.class_embed_type is not None:
         raise InputError(f"{spec}: the network is conditioned on classes; an unconditional DDPM is needed")
-    if config.sample_size is None:
-        raise InputError(f"{spec}: the network's configuration does not say its sample_size")
+    require_size(network, spec)
     described = read_json(scheduler)
     prediction_type = described.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise InputError(f"{scheduler}: prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
     NoiseLevels.from_scheduler_config(described, str(scheduler))  # refuses what is no usable beta schedule
-    betas = DDPMScheduler.from_config(described).betas.double()
-    clip_range = float(described.get("clip_sample_range", 1.0)) if described.get("clip_sample", True) else None
+    try:
+        betas = DDPMScheduler.from_config(described).betas.double()
+        clip_range = float(described.get("clip_sample_range", 1.0)) if described.get("clip_sample", True) else None
+    except Exception as error:  # what a configuration makes the library trip over can be anything
+        raise InputError(f"{scheduler}: this is no DDPMScheduler: {first_line(error)}") from error
+    if clip_range is not None and not 0 < clip_range < math.inf:
+        raise InputError(f"{scheduler}: clip_sample_range is {clip_range:g}; it must be a positive number")
     # Copied: weights that are mapped from a file lie at odd addresses, where the same products are rounded otherwise.
     network = copy.deepcopy(network).float().eval()
     return PixelDiffusion(network, (1 - betas).cumprod(0), prediction_type, clip_range, {**described})

@@ -478,6 +478,16 @@ def test_damaged_component_weights_are_named(copy, part, damage):
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type 'sample'"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "beta_schedule 'cosine'"),
         ("unet/config.json", {"time_cond_proj_dim": 4}, "unet"),
+        ("unet/config.json", {"layers_per_block": 2**31}, "far more than"),
+        ("unet/config.json", {"block_out_channels": [2**12, 2**12]}, "its files hold"),
+        ("unet/config.json", {"act_fn": 3}, "no readable UNet2DConditionModel"),
+        ("unet/config.json", {"sample_size": "large"}, "sample_size is 'large'"),
+        ("vae/config.json", {"norm_num_groups": 0}, "no readable AutoencoderKL"),
+        ("text_encoder/config.json", {"num_hidden_layers": 2**31}, "no readable CLIPTextModel"),
+        ("text_encoder/config.json", {"hidden_act": 3}, "no readable CLIPTextModel"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 2**40}, "more than 1,000,000"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.9] * 400}, "the last noise level is infinite"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": [3]}, "model_max_length"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(copy, file, changes, says):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -62,6 +63,62 @@ def test_a_state_dict_of_another_architecture_lists_the_differences(folder, tmp_
         load_pixel_diffusion(str(tmp_path / "ddpm.pth"), str(folder))
     for part in ("1 missing (conv_in.bias)", "strange.weight", "of another shape"):
         assert part in str(caught.value)
+
+
+OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def test_a_state_dict_with_an_attentions_older_names_loads(folder, tmp_path):
+    other = tiny_network(seed=1)
+    renamed = {}
+    for name, tensor in other.state_dict().items():
+        for newer, older in OLDER.items():
+            name = name.replace(f".{newer}.", f".{older}.")
+        renamed[f"module.{name}"] = tensor
+    assert sum("proj_attn" in name for name in renamed) > 0
+    torch.save(renamed, tmp_path / "ddpm.pth")
+    assert torch.equal(outputs(load_pixel_diffusion(str(tmp_path / "ddpm.pth"), str(folder)).network), outputs(other))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("unet/config.json", {"layers_per_block": 2**31}),
+        ("unet/config.json", {"block_out_channels": [2**20, 2**20]}),
+        ("unet/config.json", {"act_fn": 0.5}),
+        ("unet/config.json", {"norm_num_groups": 0}),
+        ("unet/config.json", {"sample_size": "large"}),
+        ("unet/config.json", {"sample_size": [8, 2**40]}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 2**40}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": [100]}),
+        ("scheduler/scheduler_config.json", {"beta_start": 10**400}),
+        ("scheduler/scheduler_config.json", {"clip_sample": True, "clip_sample_range": "wide"}),
+        ("scheduler/scheduler_config.json", {"clip_sample": True, "clip_sample_range": 0}),
+        ("scheduler/scheduler_config.json", {"_class_name": 3}),
+    ],
+)
+@pytest.mark.parametrize("weights", ["its own", "a state dict"])
+def test_a_configuration_of_any_size_or_type_ends_in_one_message(folder, tmp_path, file, changes, weights):
+    spec, architecture = str(folder), None
+    if weights == "a state dict":
+        torch.save(tiny_network().state_dict(), tmp_path / "ddpm.pth")
+        spec, architecture = str(tmp_path / "ddpm.pth"), str(folder)
+    described = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(described | changes))
+    began = time.process_time()
+    with pytest.raises(InputError) as caught:
+        load_pixel_diffusion(spec, architecture)
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - began < 5
+
+
+def test_damaged_weights_of_a_tuned_ddpm_are_refused(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        load_pixel_diffusion(str(folder))
 
 
 def test_what_is_not_there_is_explained_without_asking_the_network(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import replace
 
 import pytest
@@ -110,6 +111,32 @@ def test_a_missing_a_foreign_and_a_misshapen_file_are_explained(tmp_path):
         load_classifier(tmp_path / "other.pt", "path.rm", CPU)
     for part in ("1 missing (head.bias)", "extra.weight", "1 of another shape (head.weight)"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights": {"head.weight": None}},
+        {"weights": [1]},
+        {"image_size": [2**40, 8]},
+        {"image_size": [8, "8"]},
+        {"image_size": 8},
+        {"width": 2**31},
+        {"width": 2**15},
+        {"width": 2.5},
+        {"width": None},
+    ],
+)
+def test_a_file_with_other_things_in_their_place_ends_in_one_message(tmp_path, changes):
+    save_classifier(tmp_path / "reward.pt", new_classifier((8, 8), 4, seed=0), {})
+    state = torch.load(tmp_path / "reward.pt", weights_only=True)
+    torch.save(state | changes, tmp_path / "reward.pt")
+    began = time.process_time()
+    with pytest.raises(InputError) as caught:
+        load_classifier(tmp_path / "reward.pt", "path.rm", torch.device("cpu"))
+    assert str(tmp_path / "reward.pt") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - began < 5
 
 
 def two_kinds(number: int = 48):

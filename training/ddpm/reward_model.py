@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from errors import InputError
+from errors import InputError, first_line
 from models.loading import check_keys
 from models.randomness import seed_globally
+from models.skeletons import skeleton
 from training.checkpoint import read_tensors, write_tensors
 
 FORMAT = 2  # 1 saw the mean colour
 LARGEST_LOG_ODDS = 20.0  # of a frozen classifier: odds of 5e8, more than any number of images can tell
+LARGEST_SIZE = 2**16  # of an image, and of a layer
 SMALLEST_MAP = 4  # pixels, of the last layer's output
 MAKE_ONE = "python -m scripts.train_reward_model --cfg <the same configuration>  writes one"
 
@@ -119,24 +121,33 @@ def load_classifier(path: Path, key: str, device: torch.device) -> RealFakeClass
     if not path.is_file():
         raise InputError(f"{key}={path}: there is no such reward model; {MAKE_ONE}")
     state = read_tensors(path, "reward model")
-    classifier = _described(state, path)
-    weights, own = state["weights"], classifier.state_dict()
+    weights = _weights_of(state, path)
+    classifier = _described(state, weights, path)
+    own = classifier.state_dict()
     misshapen = [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
     check_keys(RealFakeClassifier, path, own.keys() - weights.keys(), weights.keys() - own.keys(), misshapen)
-    classifier.load_state_dict(weights)
+    classifier.load_state_dict(weights, assign=True)
     return classifier.requires_grad_(False).eval().to(device)
 
 
-def _described(state: Any, path: Path) -> RealFakeClassifier:
-    """An untrained classifier of the architecture that a file describes."""
+def _weights_of(state: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("weights"), dict):
         found = ", ".join(sorted(map(str, state))[:5]) if isinstance(state, dict) else type(state).__name__
         raise InputError(
             f"{path}: is no reward model of this project in format {FORMAT}: it should hold format, image_size, width "
             f"and weights, and holds {found}; {MAKE_ONE}"
         )
+    if not all(isinstance(weight, Tensor) for weight in state["weights"].values()):
+        raise InputError(f"{path}: is no reward model: its weights are no tensors; {MAKE_ONE}")
+    return {str(name): weight.to(torch.float32) for name, weight in state["weights"].items()}
+
+
+def _described(state: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> RealFakeClassifier:
+    """A classifier of the architecture that a file describes, still without weights."""
     try:
         height, width = state["image_size"]
-        return new_classifier((height, width), state["width"], 0)
+        if not all(type(number) is int and 0 < number < LARGEST_SIZE for number in (height, width, state["width"])):
+            raise ValueError(f"image_size and width must be whole numbers from 1 to {LARGEST_SIZE - 1}")
+        return skeleton(lambda: RealFakeClassifier((height, width), state["width"]), weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: describes no reward model: {error}") from error
+        raise InputError(f"{path}: describes no reward model: {first_line(error)}") from error

@@ -211,6 +211,11 @@ def test_a_dry_run_finds_the_files(tmp_path, path):
     assert find_reward_files(path, tmp_path / "other").tokenizer == tmp_path / "other"
 
 
+def _with_text(**changes):
+    """A description of the small model whose text model is another."""
+    return {"model_cfg": SMALL | {"text_cfg": SMALL["text_cfg"] | changes}, "tokenizer": "tokenizer"}
+
+
 @pytest.mark.parametrize(
     ("description", "message"),
     [
@@ -219,6 +224,10 @@ def test_a_dry_run_finds_the_files(tmp_path, path):
         ({"model_cfg": SMALL | {"embed_dims": 3}, "tokenizer": "tokenizer"}, "embed_dims is unknown"),
         ({"model_cfg": SMALL | {"embed_dim": 25}, "tokenizer": "tokenizer"}, "2 of another shape: visual.proj"),
         ({"model_cfg": SMALL, "tokenizer": "elsewhere"}, "lacks vocab.json and merges.txt"),
+        (_with_text(layers=2**22), "far more than"),
+        (_with_text(layers=2**31), "text_cfg.layers must be a positive whole number"),
+        (_with_text(width=10**400), "text_cfg.width must be a positive whole number"),
+        (_with_text(mlp_ratio=math.inf), "text_cfg.mlp_ratio must be a positive number"),
     ],
 )
 def test_a_wrong_description_is_refused(path, description, message):
