@@ -115,6 +115,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _tensors_of(content, path)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says about itself; nothing for files of other kinds."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def _tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

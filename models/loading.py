@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from errors import InputError, first_line, is_too_little_memory
-from models.checkpoints import read_state_dict, read_weights
+from models.checkpoints import read_metadata, read_state_dict, read_weights
 from models.latent_diffusion import Components
 from models.noise_levels import NoiseLevels
 from models.skeletons import skeleton
@@ -33,6 +33,13 @@ UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, Safetensor
 SHOWN_KEYS = 5
 LARGEST_SIDE = 2**14  # of what a network works on
 SPARE_NUMBERS = 10_000_000  # a module may have so many more weights than its files, and is then told which are missing
+
+# What a single file carries where its network predicts v, and where its noise schedule ends in pure noise: empty
+# tensors of these names, or entries of a safetensors' metadata (Stability AI's modelspec, sd-scripts).
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+V_NAMES, EPSILON_NAMES = frozenset({"v", "v_pred", "v_prediction", "velocity"}), frozenset({"eps", "epsilon"})
+SMALLEST_SIGNAL = 1e-6  # squared signal level of the last step; Stable Diffusion's is 0.0047
 
 # Parts that change what the UNet is asked for: refiners, upscalers, distilled and class-conditional models.
 FOREIGN_UNET_PARTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
@@ -61,9 +68,12 @@ def load_folder(folder: Path) -> Components:
 def read_compvis(path: Path) -> dict[str, Tensor]:
     """The tensors of a whole Stable Diffusion 1.x in a single .safetensors or .ckpt file (the CompVis code's layout).
 
+    What its metadata says of the kind of prediction is among them, as the marker tensors that other files carry.
     Raises `InputError` that says what the file is instead.
     """
     state = read_state_dict(path)
+    for mark in _marks_of_metadata(state, path):
+        state.setdefault(mark, torch.empty(0))
     _check_compvis(state, path)
     return state
 
@@ -82,6 +92,7 @@ def assemble_compvis(state: dict[str, Tensor], path: Path, configs: Path) -> Com
             _converted_text_encoder(state, configs / "text_encoder", path),
             load_tokenizer(configs / "tokenizer"),
             configs / "scheduler" / "scheduler_config.json",
+            marked="v_prediction" if V_MARK in state else None,
         )
 
 
@@ -107,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is no readable JSON file: {error}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
@@ -179,7 +190,10 @@ def _check_compvis(state: dict[str, Tensor], path: Path) -> None:
     """Raise `InputError` unless the names of the tensors are those of a whole Stable Diffusion 1.x checkpoint."""
     if not any(name.startswith("model.diffusion_model.") for name in state):
         raise InputError(f"{path} is no Stable Diffusion checkpoint: {_kind_of_other_file(state)}.")
-    kind = infer_diffusers_model_type(state)
+    try:
+        kind = infer_diffusers_model_type(state)
+    except (IndexError, KeyError, TypeError) as error:  # what it looks at has another shape than in any model
+        raise InputError(f"{path} is no Stable Diffusion checkpoint: {first_line(error)}") from error
     if kind == "v2":
         raise InputError(
             f"{path} is a Stable Diffusion 2.x checkpoint. A single file does not say whether such a model "
@@ -194,6 +208,33 @@ def _check_compvis(state: dict[str, Tensor], path: Path) -> None:
     for prefix, part in (("first_stage_model.", "VAE"), ("cond_stage_model.transformer.", "text encoder")):
         if not any(name.startswith(prefix) for name in state):
             raise InputError(f"{path} holds a UNet but no {part} ({prefix}*); use the full checkpoint.")
+
+    if any(name.startswith("edm_") for name in state):
+        raise InputError(f"{path} is marked as an EDM model (edm_*); a single file must predict epsilon or v.")
+    last_signal = state.get("alphas_cumprod", torch.ones(1)).flatten()[-1:]
+    if ZERO_SNR_MARK in state or bool((last_signal < SMALLEST_SIGNAL).any()):
+        raise InputError(
+            f"{path} was trained to zero terminal SNR: its last noise level is infinite, and a solver cannot start "
+            "there. Use a version that was trained without it, or the model's diffusers folder, if its scheduler does "
+            "not rescale its betas."
+        )
+
+
+def _marks_of_metadata(state: Mapping[str, Tensor], path: Path) -> list[str]:
+    """The marker tensors that say what a file's metadata says; `InputError` where it contradicts the file's own."""
+    metadata = read_metadata(path)
+    said = {metadata[key].lower() for key in PREDICTION_KEYS if key in metadata}
+    if metadata.get("ss_v_parameterization") == "True":
+        said.add("v")
+    predicts_v = bool(said & V_NAMES) or V_MARK in state
+    if said - V_NAMES - EPSILON_NAMES or (predicts_v and said & EPSILON_NAMES):
+        marked = f" and it has the tensor {V_MARK}" if V_MARK in state else ""
+        raise InputError(
+            f"{path}: its metadata says that the network predicts {' and '.join(sorted(said))}{marked}; one of epsilon "
+            "and v is needed. Use the model's diffusers folder."
+        )
+    zero_snr = metadata.get("ss_zero_terminal_snr") == "True"
+    return [*([V_MARK] if predicts_v else []), *([ZERO_SNR_MARK] if zero_snr else [])]
 
 
 def _kind_of_other_file(state: dict[str, Tensor]) -> str:
@@ -251,8 +292,12 @@ def _fitting(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     scheduler: Path,
+    marked: str | None = None,
 ) -> Components:
-    """The parts together; `InputError` where they do not fit each other or this program."""
+    """The parts together; `InputError` where they do not fit each other or this program.
+
+    `marked`: what the weights themselves say of their prediction; otherwise the scheduler says it.
+    """
     foreign = [part for part in FOREIGN_UNET_PARTS if unet.config[part] is not None]
     if foreign:
         raise InputError(
@@ -270,7 +315,7 @@ def _fitting(
             f"the text encoder writes width {text_encoder.config.hidden_size}."
         )
     config = read_json(scheduler)
-    prediction_type = config.get("prediction_type", "epsilon")
+    prediction_type = marked or config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise InputError(f"{scheduler}: prediction_type {prediction_type!r}; known are epsilon and v_prediction.")
     levels = NoiseLevels.from_scheduler_config(config, str(scheduler))

@@ -254,6 +254,62 @@ def test_a_hubs_pipeline_is_found_in_its_cache(tiny, tmp_path, monkeypatch):
     assert model_fingerprint("someone/model") == model_fingerprint(tiny)
 
 
+def single_file(folder: Path, state: dict[str, Tensor], suffix: str, **metadata: str) -> Path:
+    path = folder / f"marked{suffix}"
+    torch.save(state, path) if suffix == ".ckpt" else save_file(state, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_single_file_marked_as_predicting_v_is_used_so(tiny, compvis, tmp_path, suffix):
+    path = single_file(tmp_path, {**compvis, "v_pred": torch.empty(0)}, suffix)
+    marked = assemble_compvis(read_compvis(path), path, tiny)
+    assert marked.prediction_type == "v_prediction"
+    assert_same_weights(marked, load_folder(tiny))
+    folder = load_folder(save_tiny_pipeline(tmp_path / "predicts-v", prediction_type="v_prediction"))
+    x, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(2.0)
+    models = [
+        LatentDiffusion("v", parts, device=torch.device("cpu"), dtype=torch.float32) for parts in (marked, folder)
+    ]
+    assert torch.equal(*(model.denoise(x, sigma, model.encode(["red box"])) for model in models))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "prediction_type"),
+    [
+        ({"modelspec.prediction_type": "v"}, "v_prediction"),
+        ({"modelspec.prediction_type": "V_prediction"}, "v_prediction"),
+        ({"modelspec.predict_key": "v"}, "v_prediction"),
+        ({"ss_v_parameterization": "True"}, "v_prediction"),
+        ({"modelspec.prediction_type": "epsilon", "ss_v_parameterization": "False"}, "epsilon"),
+        ({"modelspec.predict_key": "eps", "format": "pt"}, "epsilon"),
+    ],
+)
+def test_a_single_files_metadata_says_what_it_predicts(tiny, compvis, tmp_path, metadata, prediction_type):
+    path = single_file(tmp_path, compvis, ".safetensors", **metadata)
+    assert assemble_compvis(read_compvis(path), path, tiny).prediction_type == prediction_type
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "says"),
+    [
+        ({"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, {}, "zero terminal SNR"),
+        ({"ztsnr": torch.empty(0)}, {}, "zero terminal SNR"),
+        ({"alphas_cumprod": torch.linspace(0.99, 0, 1000)}, {}, "zero terminal SNR"),
+        ({}, {"ss_zero_terminal_snr": "True"}, "zero terminal SNR"),
+        ({"edm_vpred.sigma_max": torch.ones(1)}, {}, "EDM"),
+        ({}, {"modelspec.prediction_type": "sample"}, "predicts sample; one of epsilon and v"),
+        ({"v_pred": torch.empty(0)}, {"modelspec.prediction_type": "epsilon"}, "epsilon and it has the tensor v_pred"),
+        ({}, {"modelspec.predict_key": "v", "modelspec.prediction_type": "epsilon"}, "epsilon and v"),
+    ],
+)
+def test_a_single_file_that_no_solver_here_suits_is_refused(compvis, tmp_path, tensors, metadata, says):
+    path = single_file(tmp_path, {**compvis, **tensors}, ".safetensors", **metadata)
+    for attempt in (load, lambda file: registry.check_assets(str(file))):
+        with pytest.raises(InputError, match=says):
+            attempt(path)
+
+
 # --- what is wrong
 
 
