@@ -36,6 +36,7 @@ from models.asset_table import (
     BUNDLES,
     HUB_ID,
     PIPELINE_FILES,
+    PIPELINE_WEIGHTS,
     AssetFile,
     fault_of,
     pinned_digest,
@@ -100,12 +101,22 @@ def fetch_pipeline(hub_id: str, note: Note) -> Path:
     """Fetch a diffusers pipeline to the hub's cache on this machine; `models.load_denoiser(hub_id)` finds it there.
 
     Raises:
-        InputError: the server refuses, lacks or does not deliver it.
+        InputError: the server refuses, lacks or does not deliver it, or what it has is no pipeline that can be used:
+            then the message says what is missing.
     """
+    from models.loading import check_pipeline, parts_without_weights  # with diffusers, which takes seconds to import
+
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=PIPELINE_FILES))
+        older = [f"{part}/{PIPELINE_WEIGHTS[part][1]}" for part in parts_without_weights(folder)]
+        if older:
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*PIPELINE_FILES, *older]))
     except (HTTPError, OSError) as error:
         raise InputError(f"{hub_id} was not fetched: {_reason(error)}") from None
+    try:
+        check_pipeline(folder)
+    except InputError as error:
+        raise InputError(f"{hub_id} was fetched, as far as it can be read here, and is no use: {error}") from None
     note(f"{hub_id}: fetched to {folder}")
     return folder
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from errors import InputError, first_line, is_too_little_memory
+from models.asset_table import PIPELINE_CONFIGS, PIPELINE_WEIGHTS
 from models.checkpoints import read_metadata, read_state_dict, read_weights
 from models.latent_diffusion import Components
 from models.noise_levels import NoiseLevels
@@ -126,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raise `InputError` where the folder is no diffusers pipeline of this family, or lacks whole components."""
+    """Raise `InputError` where the folder is no diffusers pipeline of this family, or lacks components or files."""
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is no diffusers pipeline, model_index.json is missing: {_what_is_in(folder)}.")
     index = read_json(folder / "model_index.json")
@@ -139,6 +140,27 @@ def check_pipeline_folder(folder: Path) -> None:
             f"{folder} holds a {kind} that cannot be used here: {reason}. "
             "Models of the Stable Diffusion 1.x and 2.x family can be used (StableDiffusionPipeline)."
         )
+    lacking = [str(folder / name) for name in PIPELINE_CONFIGS if not (folder / name).is_file()]
+    lacking += [f"{folder / part / ' or '.join(PIPELINE_WEIGHTS[part])}" for part in parts_without_weights(folder)]
+    if lacking:
+        raise InputError(f"{folder} cannot be used, files are missing: {', '.join(lacking)}.")
+
+
+def parts_without_weights(folder: Path) -> list[str]:
+    """The components of a pipeline's folder that have no weights in a form that is read here."""
+    return [
+        part
+        for part, forms in PIPELINE_WEIGHTS.items()
+        if not any((folder / part / f"{form}{of}").is_file() for form in forms for of in ("", ".index.json"))
+    ]
+
+
+def check_pipeline(folder: Path) -> None:
+    """`check_pipeline_folder`, and the same error where weights or tokenizer are cut off or damaged."""
+    check_pipeline_folder(folder)
+    for part in PIPELINE_WEIGHTS:
+        _weights(folder / part)
+    load_tokenizer(folder / "tokenizer")
 
 
 def _what_is_in(folder: Path) -> str:

@@ -119,11 +119,11 @@ def check_assets(spec: str) -> None:
     that can be used, as far as the names and shapes of its tensors tell: cut off, a web page, a folder without a
     pipeline, a checkpoint of another family.
     """
-    from models.loading import check_pipeline_folder  # with diffusers, which takes seconds to import
+    from models.loading import check_pipeline  # with diffusers, which takes seconds to import
 
     path = _found(spec)
     if path.is_dir():
-        check_pipeline_folder(path)
+        check_pipeline(path)
     else:
         _open_single_file(path)
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 import download_hpsv2_weights
 from errors import InputError
 from models import asset_table, assets
 from models.asset_table import BUNDLES, AssetFile, Bundle, HubFile, published_name
 from models.digests import record_of
+from models.loading import load_folder
 from models.registry import REGISTERED, SOURCE
 from tests.hub import Hub, running_hub
+from tests.tiny_pipeline import save_tiny_pipeline
 
 BODY = bytes(range(256)) * 400
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -247,6 +253,68 @@ def test_a_hubs_pipeline_that_is_not_there(things):
     result = invoke("fetch", "nobody/nothing")
     assert result.exit_code == 2
     assert "nobody/nothing was not fetched" in result.output
+
+
+@pytest.fixture
+def pipeline_hub(tmp_path, monkeypatch) -> Path:
+    """A hub's pipeline in a folder, handed out file by file as the hub's library does."""
+    offered, cache = save_tiny_pipeline(tmp_path / "hub"), tmp_path / "cache"
+
+    def download(_: str, allow_patterns: list[str]) -> str:
+        for file in offered.rglob("*"):
+            name = file.relative_to(offered).as_posix()
+            if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(assets, "snapshot_download", download)
+    return offered
+
+
+def renamed(folder: Path, part: str, name: str) -> Path:
+    """The component's weights under another name; a .bin is what torch writes."""
+    (file,) = (folder / part).glob("*.safetensors")
+    if name.endswith(".bin"):
+        torch.save(load_file(file), folder / part / name)
+        file.unlink()
+        return folder / part / name
+    return file.rename(folder / part / name)
+
+
+OLDER = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.bin") | {"text_encoder": "pytorch_model.bin"}
+
+
+@pytest.mark.parametrize("older", [[], ["vae"], list(OLDER)])
+def test_a_hubs_pipeline_is_fetched_with_weights_that_load(pipeline_hub, older):
+    whole = load_folder(pipeline_hub)
+    for part in older:
+        renamed(pipeline_hub, part, OLDER[part])
+    said = []
+    folder = assets.fetch_pipeline("someone/model", said.append)
+    assert said == [f"someone/model: fetched to {folder}"]
+    fetched = load_folder(folder)
+    for part in OLDER:
+        expected = getattr(whole, part).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in getattr(fetched, part).state_dict().items())
+
+
+def test_a_hubs_pipeline_without_weights_that_can_be_used_says_what_is_missing(pipeline_hub):
+    renamed(pipeline_hub, "unet", "diffusion_pytorch_model.fp16.safetensors")
+    (pipeline_hub / "vae" / "config.json").unlink()
+    with pytest.raises(InputError) as caught:
+        assets.fetch_pipeline("someone/model", lambda line: pytest.fail(line))
+    for said in ("someone/model", "unet/diffusion_pytorch_model.safetensors or", "vae/config.json"):
+        assert said in str(caught.value)
+
+
+def test_a_hubs_pipeline_whose_older_weights_are_damaged_is_no_use(pipeline_hub):
+    file = renamed(pipeline_hub, "vae", OLDER["vae"])
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"someone/model.*diffusion_pytorch_model\.bin.*CRC-32"):
+        assets.fetch_pipeline("someone/model", lambda line: pytest.fail(line))
 
 
 def test_the_weights_of_hps_and_their_tokenizer(hub, tmp_path, monkeypatch):
