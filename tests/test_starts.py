@@ -14,10 +14,12 @@ import sample
 import train
 from errors import InputError
 from models.latent_diffusion import LatentDiffusion
+from scripts import show_solver
 from solvers import EPDTable
 from tests.tiny_pipeline import save_tiny_pipeline
 from training.ppo.assembly import start_from_snapshot
 from training.ppo.config import SCHEMA
+from training.ppo.figures import solver_figure
 from training.snapshot import load_snapshot, private_parts, save_snapshot
 
 STARTS = [("ddim", 0), ("ipndm", 0), ("ipndm:2", 0), ("dpmpp:2", 0), ("dpmpp", 0), ("dpm2", 1)]
@@ -238,3 +240,26 @@ def test_ppo_refuses_what_it_would_drop(tmp_path):
     )
     with pytest.raises(InputError, match=r"the column guidance, the column history.*which PPO does not tune yet"):
         start_from_snapshot(loaded)
+
+
+@pytest.mark.parametrize("own_grid", [True, False])
+def test_a_solver_is_described_and_drawn_without_its_model(tmp_path, own_grid):
+    metadata = {**METADATA, **({"sigmas": [14.0, 5.0, 1.0, 0.05]} if own_grid else {})}
+    file = save_snapshot(tmp_path / "00007-x" / "network-snapshot-000001", full_table(), metadata)
+    result = run(show_solver.main, file, "--beside", file, "--output", tmp_path / "solver.png")
+    assert result.exit_code == 0, result.output
+    assert "3 intervals of 2 points: 6 evaluations in sequence, 9 in all, 18 network rows" in result.output
+    assert ("its own noise levels" if own_grid else "schedule polynomial:4") in result.output
+    assert "guidance [2 2 2]" in result.output
+    assert ("sigma  14.0000 to   5.0000" in result.output) == own_grid
+    assert Image.open(tmp_path / "solver.png").size[0] > 500
+
+
+def test_a_figure_shows_points_where_the_sampler_asks():
+    sigmas = torch.tensor([16.0, 1.0], dtype=torch.float64)
+    table = EPDTable(
+        torch.tensor([[0.5, 0.75]], dtype=torch.float64), torch.tensor([[0.25, 0.75]], dtype=torch.float64)
+    )
+    discs = solver_figure(("x", sigmas, table)).axes[0].collections[-1]
+    assert discs.get_offsets()[:, 0].tolist() == pytest.approx([4.0, 2.0])
+    assert discs.get_sizes()[1] == pytest.approx(3 * discs.get_sizes()[0])

@@ -9,6 +9,7 @@ from itertools import cycle
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from solvers import EPDTable
 
@@ -76,6 +77,77 @@ def table_figure(table: EPDTable, start: EPDTable) -> Figure:
     for handle in legend.legend_handles:
         handle.set_sizes([40])
     return figure
+
+
+Drawn = tuple[str, Tensor, EPDTable]
+"""A solver for a figure: its label, noise levels [S + 1], and table."""
+
+
+def solver_figure(solver: Drawn, beside: Drawn | None = None) -> Figure:
+    """A solver on the axis of noise levels: where it asks the network, with what weight and guidance, and its history.
+
+    From above: ticks at the noise levels and discs at the points (area: weight; an interval without points has its disc
+    where it starts); guidance of each evaluation, where the table has it; and the history as a matrix. `beside` is
+    drawn hollow.
+    """
+    table = solver[2]
+    histories = {name: entries for name, entries in table.columns().items() if name.endswith("history")}
+    heights = [1.6, *([1.2] if table.guidance is not None else []), *([2.2] if histories else [])]
+    figure = Figure(figsize=(7.2, 0.6 + sum(heights)), layout="constrained")
+    rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    levels = rows[0].subplots()
+    _plain(levels)
+    shown = [(solver, COLOURS[0], True), *([(beside, MUTED, False)] if beside else [])]
+    for row, ((_, sigmas, drawn), colour, filled) in enumerate(shown):
+        levels.hlines(row, sigmas[-1], sigmas[0], color=GRID, linewidth=2, zorder=1)
+        levels.scatter(sigmas, [row] * len(sigmas), marker="|", s=160, color=colour, zorder=2)
+        where, weights = _points(sigmas, drawn)
+        faces = {"facecolors": colour, "alpha": 0.65} if filled else {"facecolors": "none", "edgecolors": colour}
+        levels.scatter(where, [row] * len(where), s=[MARKER_AREA * weight for weight in weights], zorder=3, **faces)
+    levels.set_yticks(range(len(shown)), [label for (label, _, _), _, _ in shown])
+    levels.set_ylim(len(shown) - 0.4, -0.6)
+    levels.set_xscale("log")
+    levels.invert_xaxis()
+    levels.set_xlabel("noise level sigma (|: grid; discs: evaluations, area: weight)")
+    if table.guidance is not None:
+        _draw_guidance(rows[1].subplots(), table.guidance)
+    panels = rows[-1].subplots(1, len(histories), squeeze=False)[0] if histories else []
+    for axes, (name, entries) in zip(panels, histories.items(), strict=True):
+        reach = max(float(entries.abs().max()), 1e-6)
+        image = axes.imshow(entries.cpu(), cmap="RdBu_r", vmin=-reach, vmax=reach)
+        axes.set_title(name.replace("_", " "), fontsize=9, color=INK)
+        axes.set_xlabel("of interval", fontsize=9)
+        axes.set_ylabel("in interval", fontsize=9)
+        ticks = range(len(entries))
+        axes.set_xticks(ticks, [tick + 1 for tick in ticks], fontsize=8)
+        axes.set_yticks(ticks, [tick + 1 for tick in ticks], fontsize=8)
+        rows[-1].colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def _points(sigmas: Tensor, table: EPDTable) -> tuple[list[float], list[float]]:
+    """Noise levels of the points, and their weights; of the intervals' starts where there are none."""
+    if table.num_points == 0:
+        return sigmas[:-1].tolist(), [0.4] * table.num_intervals
+    where = sigmas[1:, None] ** table.positions * sigmas[:-1, None] ** (1 - table.positions)
+    return where.flatten().tolist(), table.weights.flatten().tolist()
+
+
+def _draw_guidance(axes: Axes, guidance: Tensor) -> None:
+    """Bars of the guidance scale [S, 1 + K], a group for each interval, its start first."""
+    _plain(axes)
+    evaluations = guidance.shape[-1]
+    for evaluation, colour in zip(range(evaluations), cycle(COLOURS), strict=False):
+        offset = (evaluation - (evaluations - 1) / 2) * 0.8 / evaluations
+        places = [interval + 1 + offset for interval in range(len(guidance))]
+        label = "start" if evaluation == 0 else f"point {evaluation}"
+        axes.bar(places, guidance[:, evaluation].tolist(), width=0.7 / evaluations, color=colour, label=label)
+    axes.axhline(1, color=MUTED, linewidth=1, linestyle=":")
+    axes.set_xlabel("interval")
+    axes.set_ylabel("guidance")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if evaluations > 1:
+        axes.legend(frameon=False, fontsize=7, ncols=evaluations, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def movement_figure(steps: Sequence[int], history: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> Figure:

@@ -1,0 +1,103 @@
+"""Say and draw what a solver does: noise levels, points and weights, guidance and history, from its file."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from interrupts import end_at_once_on_signals
+
+    end_at_once_on_signals()
+
+import io
+from pathlib import Path
+
+import click
+from torch import Tensor
+
+from errors import InputError, shows_input_errors
+from files import write_atomically
+from schedules import get_schedule
+from training.ppo.figures import solver_figure
+from training.sampling import Predictor, load_predictor
+from training.snapshot import private_parts
+
+# Of Stable Diffusion 1.x, for files that do not say the range of their model.
+USUAL_RANGE = {"sigma_min": 0.0292, "sigma_max": 14.6146}
+RESOLUTION = 150  # dots an inch
+
+EXAMPLES = """
+\b
+Examples:
+  python -m scripts.show_solver 5
+  python -m scripts.show_solver exps/<timestamp>-shapes --beside 1 --output solver.png
+"""
+
+
+def levels_of(predictor: Predictor) -> tuple[Tensor, str]:
+    """Noise levels, float64 [num_steps], as far as the file alone tells them, and how they came about.
+
+    Schedules of a model's own time are drawn as the variance-preserving time of its range, which they are near.
+    """
+    if predictor.sigmas is not None:
+        return predictor.sigmas, "its own noise levels"
+    grid = predictor.grid
+    if grid is None:
+        raise InputError(f"{predictor.file}: does not say its schedule_type")
+    low, high = (predictor.metadata.get(name) or usual for name, usual in USUAL_RANGE.items())
+    known = grid.schedule_type if grid.schedule_type in ("polynomial", "logsnr", "time_uniform") else "time_uniform"
+    text = str(grid) if known == grid.schedule_type else f"{grid}, drawn as {known}"
+    try:
+        return get_schedule(known, predictor.table.num_steps, float(low), float(high), rho=grid.rho), f"schedule {text}"
+    except ValueError as error:
+        raise InputError(f"{predictor.file}: {error}") from None
+
+
+def description(predictor: Predictor, sigmas: Tensor, schedule: str) -> str:
+    """The solver in lines: what it is for, what it costs, and a row for each interval."""
+    table = predictor.table
+    cost = table.evaluations(afs=predictor.afs, guidance_scale=predictor.guidance_scale or 1.0)
+    guidance = "by evaluation" if table.guidance is not None else predictor.guidance_scale or "the model's"
+    lines = [
+        f"{predictor.file}",
+        f"made for {predictor.model or 'no model in particular'}, guidance {guidance}, {schedule}"
+        f"{', AFS' if predictor.afs else ''}",
+        f"{table.num_steps - 1} intervals of {table.num_points} points: {cost.parallel} evaluations in sequence, "
+        f"{cost.total} in all, {cost.rows} network rows",
+    ]
+    private = private_parts(table, predictor.metadata)
+    if private:
+        lines.append(f"no .pkl for the public EPD code, which has no place for {', '.join(private)}")
+    lines.append("")
+    for i in range(table.num_intervals):
+        row = {name: entries[i] for name, entries in table.columns().items() if entries[i].numel()}
+        columns = ", ".join(f"{name} {_numbers(entries)}" for name, entries in row.items())
+        lines.append(f"{i + 1:3d}  sigma {sigmas[i]:8.4f} to {sigmas[i + 1]:8.4f}  {columns}")
+    return "\n".join(lines)
+
+
+def _numbers(row: Tensor) -> str:
+    return "[" + " ".join(f"{value + 0.0:.3g}" for value in row.tolist()) + "]"
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("solver")
+@click.option("--beside", help="Another solver, drawn hollow: the one before tuning.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="PNG to draw into. [text only]")
+@click.option("--exps", type=click.Path(path_type=Path), default=Path("exps"), show_default=True, help="Experiments.")
+@shows_input_errors
+def main(solver: str, beside: str | None, output: Path | None, exps: Path) -> None:
+    """Describe SOLVER (a file, a folder, or an experiment's number), and draw it. Needs no model."""
+    shown = [load_predictor(source, exps) for source in (solver, beside) if source is not None]
+    drawn = []
+    for predictor in shown:
+        sigmas, schedule = levels_of(predictor)
+        drawn.append((predictor.label, sigmas, predictor.table))
+        click.echo(description(predictor, sigmas, schedule) + "\n")
+    if output is not None:
+        picture = io.BytesIO()
+        solver_figure(drawn[0], drawn[1] if beside else None).savefig(picture, format="png", dpi=RESOLUTION)
+        write_atomically(output, picture.getvalue())
+        click.echo(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
