@@ -51,6 +51,7 @@ Examples:
 @click.option("--prompt", "prompts", multiple=True, help="What to draw; may be repeated.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A .txt (one a line) or .csv (column `text`).")
 @click.option("--seeds", default="0-3", show_default=True, help="Numbers and ranges; each is used with each prompt.")
+@click.option("--pair", is_flag=True, help="Prompt i with seed i only; as many seeds as prompts.")
 @click.option("--guidance", type=Finite(min=0), help="Guidance scale. [the predictor's, or the model's own]")
 @click.option("--model_path", help="Registered name, pipeline folder or single file. [what the predictor was made for]")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at once.")
@@ -70,6 +71,7 @@ def main(
     prompts: tuple[str, ...],
     prompt_file: Path | None,
     seeds: str,
+    pair: bool,
     guidance: float | None,
     model_path: str | None,
     batch: int,
@@ -87,8 +89,11 @@ def main(
     numbers = parse_seeds(seeds)
     if not wanted:
         raise InputError("nothing to draw: give --prompt or --prompt-file")
-    if grid and len(wanted) * len(numbers) > LARGEST_SHEET:
-        raise InputError(f"--grid shows at most {LARGEST_SHEET} images, not {len(wanted) * len(numbers)}; leave it out")
+    if pair and len(numbers) != len(wanted):
+        raise InputError(f"--pair: {len(wanted)} prompts and {len(numbers)} seeds; give --seeds 0-{len(wanted) - 1}")
+    count = len(wanted) * (1 if pair else len(numbers))
+    if grid and count > LARGEST_SHEET:
+        raise InputError(f"--grid shows at most {LARGEST_SHEET} images, not {count}; leave it out")
     chosen_grid = parse_grid(schedule) if schedule else None
     predictor = _predictor(predictor_path, solver, num_steps, afs=afs)
     spec = _model(model_path, predictor)
@@ -109,6 +114,7 @@ def main(
         guidance_scale=scale,
         batch_size=batch,
         dtype=torch.promote_types(number_type, torch.float32),
+        paired=pair,
     )
     doubled = "" if scale == 1 else "; guidance doubles both" if scale else "; guidance doubles those it is not 1 in"
     click.echo(

@@ -159,6 +159,32 @@ def test_existing_images_are_replaced_and_no_other_file_is_left(pipeline, tmp_pa
         assert len(found) == 1
 
 
+def test_pairs_are_the_diagonal_of_prompts_and_seeds(pipeline, tmp_path):
+    common = (
+        "--model_path",
+        pipeline,
+        "--solver",
+        "ddim",
+        "--num-steps",
+        "3",
+        "--prompt",
+        "a dog",
+        "--prompt",
+        "a cat",
+    )
+    assert run(*common, "--seeds", "3-4", "--outdir", tmp_path / "all").exit_code == 0
+    assert run(*common, "--seeds", "3-4", "--pair", "--grid", "--outdir", tmp_path / "pairs").exit_code == 0
+    every, paired = pixels(tmp_path / "all"), pixels(tmp_path / "pairs")
+    assert paired.pop("grid.png").size
+    assert [(line["prompt"], line["seed"]) for line in records(tmp_path / "pairs")] == [("a dog", 3), ("a cat", 4)]
+    assert len(every) == 4
+    assert len(paired) == 2
+    # Another batch sums in another order: a unit of the last place of eight bits at most.
+    assert all(np.abs(every[name].astype(int) - image).max() <= 1 for name, image in paired.items())
+    message = refused(*common, "--seeds", "3", "--pair", "--outdir", tmp_path / "none")
+    assert "--pair: 2 prompts and 1 seeds; give --seeds 0-1" in message
+
+
 def test_after_an_interrupt_the_log_speaks_of_the_new_images_alone(pipeline, tmp_path, monkeypatch):
     common = ("--model_path", pipeline, "--num-steps", "3", "--prompt", "a dog", "--seeds", "0-3", "--batch", "2")
     assert run(*common, "--outdir", tmp_path, "--solver", "ddim").exit_code == 0

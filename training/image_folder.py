@@ -53,7 +53,7 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be drawn: every prompt with every seed.
+    """What is to be drawn: every prompt with every seed, or `paired`, prompt i with seed i.
 
     model: the name or path by which the model was asked for. predictor: the table's file, for the record. dtype: of the
     latents.
@@ -67,6 +67,14 @@ class Job:
     guidance_scale: float | None
     batch_size: int
     dtype: torch.dtype
+    paired: bool = False
+
+    def pairs(self) -> list[tuple[int, str, int]]:
+        """The images in order: number of the prompt, prompt, seed."""
+        if self.paired:
+            numbers = range(len(self.prompts))
+            return list(zip(numbers, self.prompts, self.seeds, strict=True))
+        return [(number, prompt, seed) for number, prompt in enumerate(self.prompts) for seed in self.seeds]
 
 
 def draw(job: Job, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Callable[[str], None]) -> list[ImageRecord]:
@@ -77,7 +85,7 @@ def draw(job: Job, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Calla
     is black there; both are marked in their records and reported through `note`. Raises InputError where a file cannot
     be written.
     """
-    pairs = [(number, prompt, seed) for number, prompt in enumerate(job.prompts) for seed in job.seeds]
+    pairs = job.pairs()
     records: list[ImageRecord] = []
     _log(folder, [], mode="w")  # what it said of images that are replaced now
     kept: list[np.ndarray] = []
@@ -96,8 +104,9 @@ def draw(job: Job, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Calla
             kept.extend(drawn.pixels if sheet else ())
             bar.update(len(batch))
     if sheet:
-        rows = [kept[start : start + len(job.seeds)] for start in range(0, len(kept), len(job.seeds))]
-        write_sheet(folder / SHEET_NAME, rows, job.prompts, [f"seed {seed}" for seed in job.seeds])
+        columns = ["its own seed"] if job.paired else [f"seed {seed}" for seed in job.seeds]
+        rows = [kept[start : start + len(columns)] for start in range(0, len(kept), len(columns))]
+        write_sheet(folder / SHEET_NAME, rows, job.prompts, columns)
     remedy = "; use --dtype bfloat16 or float32" if denoiser.dtype == torch.float16 else ""
     overflowed = f"the decoder overflowed in {str(denoiser.dtype).removeprefix('torch.')}{remedy}"
     for lost, reason in ((exploded, "the solver exploded there"), (undecoded, overflowed)):

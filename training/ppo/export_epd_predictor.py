@@ -51,7 +51,11 @@ class Export:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="[default: the checkpoint with the largest step]")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="A path, also relative to the run: checkpoints/policy-step000050.pt. [the one with the largest step]",
+)
 @click.option("--best", is_flag=True, help="The checkpoint with the best held-out reward.")
 @click.option("--device", default="cpu", show_default=True, help="Where the policy's mean is computed: cpu or cuda.")
 @click.option("--no-manifest", is_flag=True, help="Leave out export-manifest-*.json.")
@@ -126,6 +130,8 @@ def _chosen(folder: RunFolder, checkpoint: Path | None, *, best: bool) -> Path:
     if best and checkpoint is not None:
         raise InputError("--best and --checkpoint both name a checkpoint: give one of them")
     if checkpoint is not None:
+        if not checkpoint.exists() and (folder.path / checkpoint).exists():
+            checkpoint = folder.path / checkpoint
         if checkpoint.resolve().parent.parent != folder.path.resolve():
             raise InputError(
                 f"--checkpoint {checkpoint}: is no checkpoint of {folder.path}; name the run that it is of"

@@ -23,8 +23,19 @@ from files import only_writer, write_atomically
 from interrupts import Interrupted
 from training.checkpoint import newest_checkpoint
 from training.command_line import SeveralPairs
-from training.configuration import refuse_changes, to_plain, to_yaml
-from training.ppo.assembly import Parts, Start, build, costs, from_plain, make_fabric, path_faults, prepare, refuse
+from training.configuration import LoadedConfig, refuse_changes, to_plain, to_yaml
+from training.ppo.assembly import (
+    Parts,
+    Start,
+    build,
+    costs,
+    from_plain,
+    make_fabric,
+    path_faults,
+    prepare,
+    refuse,
+    start_from_snapshot,
+)
 from training.ppo.checkpoint import load_checkpoint
 from training.ppo.config import FIXED, FIXED_FILES, Config, build_config, load_config
 from training.ppo.report import write_report
@@ -80,17 +91,32 @@ def main(
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     pairs = with_options(overrides, run_name, device)
     if resume is None:
-        job = Job(prepare(load_config(config_path or DEFAULT_CONFIG, pairs)), None, None)
+        loaded = load_config(config_path or DEFAULT_CONFIG, pairs)
+        if dry_run:
+            preview(loaded)
+        job = Job(prepare(loaded), None, None)
     elif config_path is not None or run_name is not None:
         raise InputError("--resume goes on with a run's own configuration and name: change it by --override only")
     else:
         job = resumed_job(resume, pairs)
     if dry_run:
-        click.echo(to_yaml(job.start.config))
-        describe(job)
+        if resume is not None:
+            click.echo(to_yaml(job.start.config))
+            describe(job)
         click.echo("dry run: every path is there; nothing was trained")
         return
     train(job)
+
+
+def preview(loaded: LoadedConfig) -> None:
+    """Print the merged configuration and what a run would cost, as far as the predictor can be read: needs no asset."""
+    try:
+        start = start_from_snapshot(loaded)
+    except InputError:  # `prepare` says so, beside all else that is missing
+        click.echo(to_yaml(loaded.config))
+        return
+    click.echo(to_yaml(start.config))
+    describe(Job(start, None, None))
 
 
 def with_options(overrides: Sequence[str], run_name: str | None, device: str | None) -> list[str]:

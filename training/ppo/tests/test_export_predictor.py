@@ -130,6 +130,11 @@ def test_best_and_named_checkpoints(folder: RunFolder):
     best = load_snapshot(folder.export / "network-snapshot-export-step000002.pkl")[0]
     assert export(folder.path, "--checkpoint", step_path(folder.checkpoints, 2)).exit_code == 0
     assert_tables_equal(load_snapshot(folder.export / "network-snapshot-export-step000002.pkl")[0], best, 0.0)
+    named = "network-snapshot-export-step000002.pkl"
+    (folder.export / named).unlink()
+    relative = export(folder.path, "--checkpoint", "checkpoints/policy-step000002.pt")
+    assert relative.exit_code == 0, relative.output
+    assert (folder.export / named).exists()
     both = export(folder.path, "--best", "--checkpoint", step_path(folder.checkpoints, 2))
     assert both.exit_code == 2
     assert "give one of them" in both.output

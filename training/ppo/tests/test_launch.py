@@ -117,6 +117,19 @@ def test_a_run_is_called_what_was_typed(config: Path, name: str):
     assert yaml.safe_load(result.output.split("\nnum_steps")[0])["run"]["run_name"] == name
 
 
+def test_a_dry_run_shows_what_it_can_before_it_says_what_is_missing(config: Path):
+    gone = ("--config", config, "--dry-run", "--override", "reward.weights_path=none/HPS_v2.1.pt", "ppo.steps=7")
+    result = launch(*gone)
+    assert result.exit_code == 2
+    assert "num_steps 3 (2 intervals), num_points 2" in result.output
+    assert yaml.safe_load(result.output.split("\nnum_steps")[0])["ppo"]["steps"] == 7
+    assert result.output.index("num_steps 3") < result.output.index("reward none/HPS_v2.1.pt")
+    result = launch(*gone, "data.predictor_snapshot=none.pkl")
+    assert result.exit_code == 2
+    assert yaml.safe_load(result.output.split("\nError")[0])["ppo"]["steps"] == 7
+    assert "none.pkl" in result.output
+
+
 def test_a_dry_run_finds_a_name_that_no_folder_can_have(config: Path):
     result = launch("--config", config, "--dry-run", "--run-name", "a/b")
     assert result.exit_code == 2
