@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from interrupts import Interrupted
 from training.checkpoint import newest_checkpoint
 from training.command_line import SeveralPairs
 from training.configuration import LoadedConfig, refuse_changes, to_plain, to_yaml
+from training.ppo.algorithm import learning_rate
 from training.ppo.assembly import (
     Parts,
     Start,
@@ -167,14 +168,29 @@ def changes(job: Job) -> list[str]:
     """What differs from the configuration that the checkpoint was made with, one line a key."""
     if job.state is None:
         return []
-    before, now = job.state["config"], to_plain(job.start.config)
+    step, before, now = job.state["step"], job.state["config"], to_plain(job.start.config)
     lines = [
-        f"{section}.{key}={value!r}; it was {before[section].get(key)!r} up to step {job.state['step']}"
+        f"{section}.{key}={value!r}; it was {before[section].get(key)!r} up to step {step}"
         for section, keys in now.items()
         for key, value in keys.items()
         if before[section].get(key) != value
     ]
-    return [f"goes on after step {job.state['step']}", *lines]
+    if "optimizer" in job.state["trainer"]:
+        lines += _changed_rate(step, before["ppo"], now["ppo"])
+    return [f"goes on after step {step}", *lines]
+
+
+def _changed_rate(step: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line where the learning rate leaves the schedule that the run had: more steps are another schedule."""
+    planned, coming = (_learning_rate(step, ppo) for ppo in (before, now))
+    if step == 0 or planned == coming:
+        return []
+    last = _learning_rate(step - 1, before)
+    return [f"the learning rate of step {step + 1} is {coming:.2g}; that of step {step} was {last:.2g}"]
+
+
+def _learning_rate(step: int, ppo: Mapping[str, Any]) -> float:
+    return learning_rate(step, ppo["steps"], ppo["learning_rate"], ppo["learning_rate_schedule"])
 
 
 def train(job: Job, assemble: Callable[[Start, Fabric], Parts] = build, command: str = "training.ppo.launch") -> None:

@@ -223,6 +223,17 @@ def test_a_run_longer_than_planned_says_what_changed(finished: RunFolder, tmp_pa
     assert [row["step"] for row in read_metrics(folder.metrics)] == [0, 1, 2, 3, 4, 5]
 
 
+def test_more_steps_than_planned_say_where_the_learning_rate_goes(finished: RunFolder):
+    """A cosine over 4 steps ends at 0.00073 of 0.005; over 8 steps its second half begins at 0.0025."""
+    result = launch("--resume", finished.path, "--dry-run", "--override", "ppo.steps=8")
+    assert "note: the learning rate of step 5 is 0.0025; that of step 4 was 0.00073" in result.output
+    one_before = step_path(finished.checkpoints, 2)
+    for unchanged in ("ppo.steps=4", "ppo.clip_range=0.1"):
+        result = launch("--resume", one_before, "--dry-run", "--override", unchanged)
+        assert result.exit_code == 0, result.output
+        assert "learning rate of" not in result.output
+
+
 @pytest.mark.parametrize(
     "change",
     [
