@@ -32,7 +32,6 @@ from scripts.preference import preference_reward
 from training.checkpoint import list_checkpoints, read_tensors, write_tensors
 from training.command_line import SeveralPairs
 from training.configuration import to_yaml
-from training.ddpm.command import finish
 from training.ddpm.comparison import Judged
 from training.ddpm.config import RENDERED, SCHEMA, DDPMConfig, judge_file, reward_file
 from training.ddpm.jobs import FINETUNE, TRAIN_REWARD_MODEL, compare, finetune, load_start, train_reward_model
@@ -191,9 +190,9 @@ def run_seed(config: DDPMConfig, folder: Path) -> dict[str, Any]:
     """Train, fine-tune and measure one seed, as far as that has not been done yet."""
     runs, results = Path(config.path.runs), folder / "measured.pt"
     if not (reward_file(config).exists() and judge_file(config).exists()):
-        finish(train_reward_model(config, begun(runs, TRAIN_REWARD_MODEL), overwrite=True, say=click.echo))
+        train_reward_model(config, begun(runs, TRAIN_REWARD_MODEL), overwrite=True, say=click.echo)
     if not Path(config.finetune.save).exists():
-        finish(finetune(config, begun(runs, FINETUNE), preference_reward, overwrite=False, say=click.echo))
+        finetune(config, begun(runs, FINETUNE), preference_reward, overwrite=False, say=click.echo)
     if not results.exists():
         found, longer = (compare(each, preference_reward) for each in (config, in_more_steps(config)))
         parts = {"before": found.before, "after": found.after, "real": found.real}

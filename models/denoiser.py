@@ -42,7 +42,7 @@ class Conditioning:
         `count` is K times the number of prompts; latents are sample-major, so row b*K + k holds prompt b. Returns
         [count, L, D], or where `guided` [2 * count, L, D], the unconditional half first; None: as the scale says.
         """
-        doubled = self.guidance_scale != 1.0 if guided is None else guided
+        doubled = self.unconditional is not None and (self.guidance_scale != 1.0 if guided is None else guided)
         if (count, doubled) not in self._repeated:
             if count == 0 or count % len(self):
                 raise ValueError(f"{count} latents cannot be shared out among {len(self)} prompts: it is no multiple")
