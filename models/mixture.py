@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from models.randomness import generator_of
+
 _FAR = 1e3  # no solution lies beyond
 
 
@@ -51,7 +53,7 @@ class MixtureWorld:
         """Draw the modes."""
         self.latent_shape = (coordinates, 1, 1)
         scale = torch.logspace(*map(math.log10, scales), coordinates, dtype=torch.float64)[:, None]
-        drawn = torch.randn(coordinates, modes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        drawn = torch.randn(coordinates, modes, generator=generator_of(seed), dtype=torch.float64)
         self.means, self.stds = scale * drawn, spread * scale  # [N, J], [N, 1]
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:

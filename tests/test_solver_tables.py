@@ -141,7 +141,7 @@ def test_one_estimate_drawn_towards_an_earlier_one_by_hand() -> None:
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_guidance_reaches_the_evaluation_that_it_is_for(parallel: bool) -> None:
-    """The interval's start with entry 0, point k with entry 1 + k; rows sample-major; in the dtype of x."""
+    """The interval's start with entry 0, point k with entry 1 + k; rows sample-major; float64 on the CPU."""
     table, x, sigmas = full_table(2, 2, batch=3), noise().float() * 20, grid(3)
     recorder = Recorder(lambda x, sigma, guidance: 0.1 * x)
     epd_sampler(recorder, x, sigmas, table, parallel=parallel, denoise_to_zero=True)
@@ -153,17 +153,17 @@ def test_guidance_reaches_the_evaluation_that_it_is_for(parallel: bool) -> None:
     expected.append(table.guidance[:, -1, 0])  # of the estimate at the end
     assert len(recorder.guidances) == len(recorder.rows) == len(expected)
     for found, wanted in zip(recorder.guidances, expected, strict=True):
-        assert torch.equal(found, wanted.float())
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("points", [0, 2])
 @pytest.mark.parametrize("grid_of_each", [False, True])
 def test_everything_asked_lies_on_the_device_of_x(points: int, grid_of_each: bool) -> None:
-    """Table and grid stay where they are; a level for all rows is a number on the CPU."""
+    """Table and grid stay where they are; a level for all rows is a number on the CPU, where all guidance is."""
     x = torch.empty(3, 2, 3, 3, device="meta")
 
     def denoise(x: Tensor, sigma: Tensor, guidance: Tensor) -> Tensor:
-        assert guidance.device == x.device
+        assert (guidance.device, guidance.dtype) == (torch.device("cpu"), torch.float64)
         assert sigma.device == (x.device if sigma.ndim else torch.device("cpu"))
         return 0.1 * x
 
