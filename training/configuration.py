@@ -177,7 +177,10 @@ class Schema(Generic[Config]):
         if float in _members(self._kinds[key]) and isinstance(value, str) and NOT_FINITE.fullmatch(value):
             value = float(value.replace(".", ""))
         try:
-            OmegaConf.update(node, key, value, merge=False)
+            holds_dataclasses = any(map(dataclasses.is_dataclass, typing.get_args(self._kinds[key])))
+            if holds_dataclasses:  # emptied, then merged: only a merge makes dataclasses of plain entries
+                OmegaConf.update(node, key, {}, merge=False)
+            OmegaConf.update(node, key, value, merge=holds_dataclasses)
         except (OmegaConfBaseException, ValueError, OverflowError) as error:
             return _cut(str(error).splitlines()[0].replace(str(value), _shown(value).strip("'")[:40]))
         return None
