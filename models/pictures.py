@@ -1,23 +1,53 @@
-"""Images on disk: PNG files with their story as metadata, and captioned contact sheets."""
+"""Images on disk: how they are read, PNG files with their story as metadata, and captioned contact sheets."""
 
 from __future__ import annotations
 
 import re
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from errors import InputError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+LARGEST = 25_000_000  # pixels of an image that is read: on its way to RGB each may take twenty bytes
+LARGE = 8_000_000  # pixels: of larger images one is unpacked at a time
+_ONE_LARGE = Lock()
 MARGIN = 8  # pixels around every cell and caption
 FONT_SIZE = 14
 SMALLEST_CELL = 128  # pixels: smaller images are enlarged by a whole factor, without smoothing
 LINE_HEIGHT = round(FONT_SIZE * 1.3)
 CHARACTER_WIDTH = 0.56 * FONT_SIZE  # of the widest common letters of the default font, for wrapping
 ROW_CAPTION_WIDTH = 190
+
+
+@contextmanager
+def opened_picture(file: Path) -> Iterator[Image.Image]:
+    """A PNG, JPEG or WebP file, decoded. Whatever goes wrong with it, also inside the `with`, becomes an `InputError`.
+
+    Contents tell the format, and no other one is tried: for PostScript, under any name, Pillow starts Ghostscript. The
+    size is looked at before anything is unpacked.
+    """
+    try:
+        if not file.is_file():
+            raise ValueError("there is no such file")
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > LARGEST:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, above {LARGEST:,} in all")
+            with _ONE_LARGE if image.width * image.height > LARGE else nullcontext():
+                image.load()
+                yield image
+    except Exception as error:  # damaged files raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file} cannot be read as an image: {reason}") from None
 
 
 def to_images(values: Tensor) -> Tensor:

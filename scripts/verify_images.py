@@ -16,11 +16,11 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from errors import InputError, shows_input_errors
-from models.shapes.scenes import parse, to_tensor
+from models.pictures import opened_picture
+from models.shapes.scenes import IMAGE_SIZE, parse, to_tensor
 from models.shapes.verify import Verdict, verify
 from training.image_folder import LOG_NAME
 from training.statistics import bootstrap_indices, mean_interval
@@ -71,17 +71,11 @@ def verify_file(file: Path, prompt: str) -> Verdict:
     Raises:
         InputError: the file is missing, no image or of another size, or the prompt is no caption of this world.
     """
-    try:
-        with Image.open(file) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{file} cannot be read as an image: {error}") from None
-    try:
-        return verify(to_tensor(pixels), prompt)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{file}: {error}") from None
+    with opened_picture(file) as image:
+        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(f"it has {image.width} x {image.height} pixels, not {IMAGE_SIZE} x {IMAGE_SIZE}")
+        pixels = np.array(image.convert("RGB"))
+    return verify(to_tensor(pixels), prompt)
 
 
 @click.command(epilog=EXAMPLES)

@@ -70,6 +70,17 @@ def imported_names(path: Path, package: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
+def calls_of(method: str) -> Iterator[tuple[str, ast.Call]]:
+    """(module, call) of every `something.method(...)` in the project's code, tests left out."""
+    for path in source_files(REPOSITORY):
+        module = module_name(path, REPOSITORY)
+        if floor_of(module) != TESTS:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                match node:
+                    case ast.Call(func=ast.Attribute(attr=name)) if name == method:
+                        yield module, node
+
+
 def within(module: str, room: str) -> bool:
     """Whether a dotted name is the room or lies in it."""
     return module == room or module.startswith(f"{room}.")

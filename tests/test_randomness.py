@@ -10,7 +10,7 @@ import torch
 
 from models.generate import initial_noise
 from models.randomness import derived_seed, generator_of, seed_globally
-from tests.test_import_boundaries import REPOSITORY, TESTS, floor_of, module_name, source_files
+from tests.test_import_boundaries import calls_of
 
 SHAPE = (4, 8, 8)
 
@@ -73,14 +73,9 @@ def test_derived_seeds_belong_to_their_purpose_and_numbers():
 
 
 def test_no_code_hands_torch_a_seed_of_which_it_takes_half():
-    found = []
-    for path in source_files(REPOSITORY):
-        module = module_name(path, REPOSITORY)
-        if floor_of(module) == TESTS or module == "models.randomness":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            match node:
-                case ast.Call(func=ast.Attribute(attr="manual_seed"), args=[argument]):
-                    if not isinstance(argument, ast.Constant):
-                        found.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}")
-    assert not found, "use models.randomness"
+    halved = [
+        f"{module}:{call.lineno}"
+        for module, call in calls_of("manual_seed")
+        if module != "models.randomness" and not isinstance(call.args[0], ast.Constant)
+    ]
+    assert not halved, "use models.randomness"

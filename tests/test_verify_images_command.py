@@ -73,6 +73,15 @@ def test_a_truncated_image_is_refused(tmp_path):
     assert "0.png cannot be read as an image" in result.output
 
 
+def test_another_format_under_the_name_of_a_png_is_refused(tmp_path):
+    caption = "a large red star on a white background"
+    write_folder(tmp_path, [(caption, caption)])
+    Image.open(tmp_path / "0.png").save(tmp_path / "0.png", format="dds")
+    result = CliRunner().invoke(main, [str(tmp_path)])
+    assert result.exit_code == 2
+    assert "0.png cannot be read as an image: cannot identify" in " ".join(result.output.split())
+
+
 def test_other_sizes_and_captions_are_refused(tmp_path):
     caption = "a large red star on a white background"
     write_folder(tmp_path, [(caption, caption)])

@@ -84,6 +84,25 @@ def test_broken_files_are_skipped_and_named(tmp_path):
     assert "zzz.jpg" in line
 
 
+def test_what_unpacks_to_too_much_is_skipped_and_named(tmp_path):
+    write_images(tmp_path, 20)
+    Image.new("P", (6000, 6000)).save(tmp_path / "bomb.png", transparency=0)
+    found = read(tmp_path)
+    assert len(found.images) == 20
+    assert "bomb.png cannot be read as an image: it has 6000 x 6000 pixels" in found.notes[-1]
+
+
+def test_transparency_is_white_at_every_size(tmp_path):
+    write_images(tmp_path, 20, colour=(255, 255, 255))
+    half = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    half.paste((0, 0, 0, 255), (0, 0, 32, 16))
+    for index, image in enumerate((half, half.convert("LA"), half.quantize(4))):
+        image.save(tmp_path / f"z{index}.png")
+    for image in read(tmp_path).images[-3:]:
+        assert image[:, :3].max() < 20  # its black half
+        assert image[:, 5:].min() > 235
+
+
 def test_an_image_with_damaged_exif_data_is_kept_as_it_is(tmp_path):
     write_images(tmp_path)
     turned = Image.new("RGB", (8, 8), (200, 0, 0))

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
 from errors import InputError
+from models.pictures import opened_picture
 from models.randomness import generator_of
 from models.shapes.data import render_scenes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DAMAGED_EXIF = (struct.error, ValueError, TypeError, KeyError, SyntaxError, ZeroDivisionError)
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
 SHOWN = 3  # file names in a message
 FEWEST = 20  # images that can be shared out and say something
 
@@ -70,10 +70,10 @@ def read_folder(folder: Path, key: str, size: tuple[int, int], limit: int, *, th
     with ThreadPoolExecutor(threads) as pool:
         decoded = list(pool.map(lambda file: _decode(file, size), chosen))
     read = [result for result in decoded if isinstance(result, _Decoded)]
-    broken = [(file, result) for file, result in zip(chosen, decoded, strict=True) if isinstance(result, str)]
+    broken = [result for result in decoded if isinstance(result, str)]
     notes = [f"{key}: {len(read)} images of the {len(files)} in {folder}"]
     if broken:
-        named = "; ".join(f"{file} ({reason})" for file, reason in broken[:SHOWN])
+        named = "; ".join(broken[:SHOWN])
         more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         notes.append(f"{key}: {len(broken)} files cannot be read and are skipped: {named}{more}")
     if len(read) < FEWEST:
@@ -92,31 +92,33 @@ class _Decoded:
 def _decode(file: Path, size: tuple[int, int]) -> _Decoded | str:
     """The image, or why it cannot be read."""
     try:
-        with Image.open(file) as image:
-            was = (image.height, image.width)
-            mode = image.mode
-            image.load()
-            fitted = ImageOps.fit(_to_rgb(_upright(image)), (size[1], size[0]), Image.Resampling.BICUBIC)
-            return _Decoded(np.asarray(fitted), was, mode)
-    except UNREADABLE as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        with opened_picture(file) as image:
+            fitted = ImageOps.fit(_in_colour(_upright(image)), (size[1], size[0]), Image.Resampling.BICUBIC)
+            return _Decoded(np.asarray(_on_white(fitted)), (image.height, image.width), image.mode)
+    except InputError as error:
+        return str(error)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF data say; as it is where these are damaged."""
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except DAMAGED_EXIF:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _in_colour(image: Image.Image) -> Image.Image:
+    """As RGB, or where a part of it is transparent as RGBA."""
     if image.mode.startswith("I;16"):  # 16 bits: `convert` would cut all above 255 off, which leaves white
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
-    layered = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
+    return image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _conversions(key: str, size: tuple[int, int], read: Sequence[_Decoded]) -> list[str]:

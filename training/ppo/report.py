@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import click
 import matplotlib
 from matplotlib.figure import Figure
-from PIL import Image
 
-from errors import shows_input_errors
+from errors import InputError, shows_input_errors
 from files import write_atomically
+from models.pictures import opened_picture
 from solvers import EPDTable
 from training.checkpoint import newest_checkpoint
 from training.configuration import to_yaml
@@ -232,10 +232,9 @@ def _images(folder: RunFolder, evaluations: Sequence[Row]) -> str:
 def _preview(path: Path) -> Preview | None:
     """A held-out image; None where there is none, or it is damaged."""
     try:
-        with Image.open(path) as image:
-            image.load()
+        with opened_picture(path) as image:
             return Preview(path, image.text["prompt"], image.text["seed"])
-    except (OSError, SyntaxError, KeyError):
+    except InputError:
         return None
 
 

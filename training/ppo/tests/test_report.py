@@ -130,6 +130,13 @@ def test_same_prompts_before_and_after(reported):
     assert page.text.count(PROMPT) == 2  # as text: what is in a prompt is no markup
 
 
+def test_a_preview_that_is_no_png_of_ours_costs_its_row_and_no_more(tmp_path: Path, start):
+    folder = make_run(tmp_path, start)
+    Image.new("RGB", (16, 16)).save(folder.samples / preview_name(2, 1), format="jpeg")
+    page = read(folder)
+    assert sum("image/png" in source for source in page.sources) == 2
+
+
 def test_a_damaged_preview_costs_its_row_and_no_more(tmp_path: Path, start):
     folder = make_run(tmp_path, start)
     damaged = folder.samples / preview_name(2, 1)
