@@ -18,6 +18,7 @@ from models.generate import initial_noise
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable, epd_sampler, num_steps_for
 from tests.guided_mixture import GuidedMixture
+from training import distillation_run
 from training.distillation import (
     SEARCHED_POSITIONS,
     SEARCHED_RANGE,
@@ -429,6 +430,23 @@ def test_interruptions_anywhere_do_not_change_the_result(tmp_path):
         for file in (whole.with_suffix(".json"), whole.parent / "stats.jsonl"):
             assert (folder / file.name).read_bytes() == file.read_bytes()
         assert is_finished(folder, options)
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
+    given = {}
+    make = distillation_run.Refinement
+
+    def recorded(task, predictor, training, held_out, **settings):
+        given.update(training=training.states, held_out=held_out.states)
+        return make(task, predictor, training, held_out, **settings)
+
+    monkeypatch.setattr(distillation_run, "Refinement", recorded)
+    options = dataclasses.replace(OPTIONS, trajectories=8, M=1, total_kimg=0.008)
+    carried_out(tmp_path, options, GuidedMixture(), PROMPTS)
+    starts = {name: {tuple(state.flatten().tolist()) for state in states[0]} for name, states in given.items()}
+    assert len(starts["held_out"]) == options.held_out
+    assert len(starts["training"]) == options.trajectories - options.held_out
+    assert starts["training"].isdisjoint(starts["held_out"])
 
 
 def test_a_damaged_state_is_named(tmp_path):
