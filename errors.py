@@ -35,8 +35,8 @@ def first_line(error: Exception) -> str:
 def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a click command's body: an `InputError` becomes one clear message and exit status 2, no traceback.
 
-    So do arguments that are not UTF-8, before anything is done, and too little memory, wherever it shows. A signal that
-    nobody took ends the process with 130 or 143.
+    So do arguments that are not UTF-8, before anything is done, what the system says of files (no right, no room, too
+    long a name), and too little memory, wherever it shows. A signal that nobody took ends the process with 130 or 143.
     """
 
     @wraps(command)
@@ -50,6 +50,8 @@ def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parame
         except KeyboardInterrupt as error:
             click.echo("; ".join(filter(None, ("interrupted", str(error)))), err=True)
             raise click.exceptions.Exit(exit_status(error)) from None
+        except OSError as error:
+            raise _failure(f"{error.filename or 'a file'}: {error.strerror or error}") from None
         except (MemoryError, RuntimeError) as error:
             if not is_too_little_memory(error):
                 raise

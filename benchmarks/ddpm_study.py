@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from errors import InputError, shows_input_errors
 from files import write_atomically
+from interrupts import goes_on_by
 from models.asset_table import ROOT
 from models.pictures import contact_sheet, to_pixels
 from models.shapes import verify
@@ -264,7 +265,8 @@ def main(cfg: Path, overrides: tuple[str, ...], number: int, output: Path) -> No
     seeds = range(number)
     folders = [output / f"seed-{seed}" for seed in seeds]
     configs = [seed_config(cfg, overrides, seed, folder) for seed, folder in zip(seeds, folders, strict=True)]
-    measured = [run_seed(config, folder) for config, folder in zip(configs, folders, strict=True)]
+    with goes_on_by("the same command again"):
+        measured = [run_seed(config, folder) for config, folder in zip(configs, folders, strict=True)]
     text = "\n".join(table(seeds, measured)) + "\n"
     write_atomically(output / "table.md", text.encode())
     write_atomically(output / "before_after.png", picture(seeds, measured))

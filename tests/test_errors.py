@@ -69,6 +69,13 @@ def test_too_little_memory_is_explained(body):
     assert result.output.count("\n") == 1
 
 
+def test_what_the_system_says_of_a_file_is_a_message():
+    result = outcome(lambda: Path("x" * 300).stat())
+    assert result.exit_code == 2
+    assert result.output == f"Error: {'x' * 300}: File name too long\n"
+    assert outcome(fail(OSError(28, "No space left on device"))).output == "Error: a file: No space left on device\n"
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("ours"), KeyError("ours")])
 def test_faults_of_our_own_keep_their_traceback(error):
     assert outcome(fail(error)).exception is error

@@ -167,7 +167,10 @@ class Schema(Generic[Config]):
                 value = value_of(config, key)
                 shown = key if value in ("", {}, []) else f"{key}={_shown(value)}"
                 faults.append(f"{where}: {shown} {complaint} ({self.knobs[key].metadata['meaning']})")
-        # A pair is judged only where each of its values stands on its own.
+        # A pair is judged only where each of its values stands on its own; in the place of others the defaults do.
+        for key in unsound:
+            *section, leaf = key.split(".")
+            setattr(value_of(config, ".".join(section)), leaf, value_of(self.kind(), key))
         faults += [fault for keys, fault in self._disagreements(config) if unsound.isdisjoint(keys)]
         raise_all(faults)
         return LoadedConfig(config, frozenset(key for key, _ in overridden))
@@ -252,8 +255,8 @@ class Schema(Generic[Config]):
 
 
 def value_of(config: Any, key: str) -> Any:
-    """The value of a dotted key such as `finetune.lr`."""
-    for name in key.split("."):
+    """The value of a dotted key such as `finetune.lr`; of the empty key, all of it."""
+    for name in filter(None, key.split(".")):
         config = getattr(config, name)
     return config
 

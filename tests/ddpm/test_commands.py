@@ -252,6 +252,9 @@ def test_own_folders_of_images_are_used_as_they_are(done, tmp_path):
     ("command", "change", "message"),
     [
         ("finetune", "finetune.eta=0", "DDIM is then deterministic"),
+        ("finetune", "finetune.episodes_per_epoch=0", "finetune.episodes_per_epoch=0 must be at least 2"),
+        ("finetune", "finetune.lr=1e300", "finetune.lr=1e+300 must be at most 1e+30"),
+        ("finetune", f"path.ddpm={'x' * 300}", "File name too long"),
         ("finetune", "finetune.ddim_steps=101", "the DDPM has 100 training steps; use 2 to 100"),
         ("finetune", "seed=9223372036854775808", "seed"),
         ("finetune", "path.rm=.", "the reward model's path . names no file"),
@@ -299,6 +302,14 @@ def test_a_ddpm_that_diverged_is_not_written(done, tmp_path):
         said = fails("finetune", *smoke(folder, *wild, f"finetune.eval_interval={interval}"))
         assert "not finite: the DDPM has diverged" in " ".join(said.split())
         assert not (tmp_path / "wild").exists()
+
+
+def test_a_reward_model_that_diverged_is_not_written(done, tmp_path):
+    folder, _, _ = done
+    wild = ("train_reward.lr=1e30", f"train_reward.save={tmp_path / 'wild.pt'}", f"path.runs={tmp_path / 'runs'}")
+    said = " ".join(fails("train_reward_model", *smoke(folder, *wild)).split())
+    assert "log-odds that are not finite: the updates went too far; lower train_reward.lr" in said
+    assert not (tmp_path / "wild.pt").exists()
 
 
 def test_a_run_goes_on_with_what_it_began_with(done, tmp_path):

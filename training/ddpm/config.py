@@ -40,7 +40,7 @@ class PathConfig:
 class FinetuneConfig:
     """PPO of the DDPM's weights."""
 
-    lr: float = knob(1e-4, "AdamW's step size", above=0)
+    lr: float = knob(1e-4, "AdamW's step size", above=0, at_most=1e30)
     num_epochs: int = knob(40, "rollouts with their updates, the whole run, resumed parts included", at_least=1)
     ddim_steps: int = knob(
         10, "DDIM steps of an image, up to the DDPM's training steps; the last is no action", at_least=2
@@ -101,7 +101,7 @@ class TrainRewardConfig:
     heldout_share: float = knob(0.2, "share of the images that no classifier is trained on", above=0, at_most=0.5)
     batch_size: int = knob(64, "images per update", at_least=2)
     num_workers: int = knob(2, "threads that read image files", at_least=1)
-    lr: float = knob(1e-3, "AdamW's step size", above=0)
+    lr: float = knob(1e-3, "AdamW's step size", above=0, at_most=1e30)
     label_smoothing: float = knob(
         0.1, "share of each label that is spread evenly over both classes", at_least=0, below=1
     )

@@ -71,7 +71,11 @@ class RewardTrainer:
         self.completed_steps = 0
 
     def step(self) -> dict[str, float]:
-        """One pass over the images for each classifier; returns the metrics named in `REWARD_METRICS`."""
+        """One pass over the images for each classifier; returns the metrics named in `REWARD_METRICS`.
+
+        Raises:
+            InputError: training diverged.
+        """
         start = perf_counter()
         losses = {f"{name}/loss": self._train(name) for name in self.classifiers}
         self.completed_steps += 1
@@ -80,10 +84,19 @@ class RewardTrainer:
 
     @torch.no_grad()
     def heldout(self, name: str) -> dict[str, float]:
-        """How well a classifier does on images that neither was trained on."""
+        """How well a classifier does on images that neither was trained on.
+
+        Raises:
+            InputError: training diverged: what it says is no number.
+        """
         images, labels = self._heldout
         model = self.classifiers[name].eval()
         log_odds = torch.cat([model(part.to(self.device)).cpu() for part in images.split(self.settings.batch_size)])
+        if not log_odds.isfinite().all():
+            raise InputError(
+                f"epoch {self.completed_steps}: the {name} classifier gives log-odds that are not finite: the updates "
+                "went too far; lower train_reward.lr"
+            )
         return {
             "heldout_accuracy": accuracy(log_odds, labels),
             "heldout_cross_entropy": smoothed_loss(log_odds, labels, 0.0).item(),

@@ -230,6 +230,14 @@ def test_single_faults(overrides: list[str], part: str):
     assert part in line
 
 
+@pytest.mark.parametrize(
+    "override", ["ppo.rloo_k=0", "run.num_devices=0", "ppo.minibatch_size=0", "logging.eval_count=-1"]
+)
+def test_a_value_out_of_range_is_one_fault(override: str):
+    (line,) = faults_of(override)
+    assert f"{override} must be at least" in line
+
+
 def test_what_a_message_proposes_works():
     assert least("run.num_devices=3", "ppo.rollout_batch_size=36", "ppo.minibatch_size=36").config.run.num_devices == 3
 
