@@ -27,7 +27,7 @@ from models.pictures import to_pixels
 from models.prompts import read_prompts
 from models.shapes import scenes, verify
 from solvers import num_steps_for
-from training.command_line import Finite
+from training.command_line import Finite, require_one_process
 from training.comparison import CLASSICAL_BASELINE, Comparison, Entry, parse_baseline
 from training.evaluation import REFERENCE_GRID, REFERENCE_SOLVER, REFERENCE_STEPS, Evaluation, Panel, Setting, Store
 from training.evaluation_report import Report
@@ -155,6 +155,7 @@ def main(
     Every prompt has one noise, the same for all solvers. Written to --outdir: report.md, results.csv, results.json,
     metrics.png, and for each parallel NFE a sheet of images at each solver's best schedule by reward.
     """
+    require_one_process()
     names, budgets = _listed(solvers, "--solvers"), _budgets(nfe)
     grids = [parse_grid(text) for text in _listed(schedules, "--schedules")]
     classical = [name for name in names if name != "epd"]

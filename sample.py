@@ -17,7 +17,7 @@ from files import only_writer
 from models import Denoiser, load_denoiser
 from models.devices import DTYPES, resolve_device, resolve_dtype
 from models.prompts import parse_seeds, read_prompts
-from training.command_line import Finite
+from training.command_line import Finite, require_one_process
 from training.image_folder import LOG_NAME, SHEET_NAME, Job, draw
 from training.sampling import (
     CLASSICAL,
@@ -85,6 +85,7 @@ def main(
     A predictor fixes its number of grid points and AFS. Its schedule, guidance and model are used unless the options
     name others, which is said in a line. An image depends on its prompt, its seed and the solver, never on --batch.
     """
+    require_one_process()
     wanted = [*prompts, *(read_prompts(prompt_file) if prompt_file else [])]
     numbers = parse_seeds(seeds)
     if not wanted:

@@ -23,7 +23,7 @@ from models.devices import resolve_device
 from models.prompts import read_prompts
 from schedules import SCHEDULES
 from solvers import SAMPLERS
-from training.command_line import Finite
+from training.command_line import Finite, require_one_process
 from training.distillation import SEARCHED_POSITIONS
 from training.distillation_run import (
     Options,
@@ -128,6 +128,7 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
 
     Interrupt it at will: --resume goes on and ends in the same table.
     """
+    require_one_process()
     folder = None
     if resume is None:
         options = _options(told)

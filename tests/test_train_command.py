@@ -11,12 +11,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import evaluate
 import sample
+import scripts.eval
+import scripts.finetune
 import train
 from files import only_writer
 from tests.tiny_pipeline import save_tiny_pipeline
 from training.distillation import Refinement
 from training.snapshot import find_snapshot, load_snapshot
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +230,23 @@ def test_an_untrained_table_is_finished_when_it_is_there(workplace):
 )
 def test_bad_input_is_refused_in_a_line(workplace, arguments, message):
     assert message in refusal(run(*arguments))
+    assert [file.name for file in workplace.iterdir()] == ["prompts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (train.main, ("--dataset_name", "shapes", "--init-only")),
+        (sample.main, ("--model_path", "shapes", "--solver", "ddim", "--num-steps", "3", "--prompt", "a")),
+        (evaluate.main, ("--model", "shapes")),
+        (scripts.finetune.main, ("--cfg", str(REPOSITORY / "configs" / "smoke.yaml"))),
+        (scripts.eval.main, ("--cfg", str(REPOSITORY / "configs" / "smoke.yaml"))),
+    ],
+)
+def test_what_runs_in_one_process_is_not_run_in_several(workplace, monkeypatch, command, arguments):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refusal(CliRunner().invoke(command, arguments))
+    assert said == "Error: torchrun started 2 processes of this command, which runs in one: start it once\n"
     assert [file.name for file in workplace.iterdir()] == ["prompts.txt"]
 
 

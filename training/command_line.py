@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import click
+
+from errors import InputError
+
+LAUNCHERS = {"WORLD_SIZE": "torchrun", "SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
+"""Where those that start a command several times write how many times."""
+
+
+def started_processes() -> tuple[int, str]:
+    """How many processes of this command were started together, and by what; 1 by nothing."""
+    for variable, launcher in LAUNCHERS.items():
+        number = os.environ.get(variable, "")
+        if number.isdecimal() and int(number) > 1:
+            return int(number), launcher
+    return 1, ""
+
+
+def require_one_process() -> None:
+    """Raise InputError in one of several processes: each would do the whole work, and write to the same files."""
+    number, launcher = started_processes()
+    if number > 1:
+        raise InputError(f"{launcher} started {number} processes of this command, which runs in one: start it once")
 
 
 class Finite(click.FloatRange):

@@ -12,6 +12,7 @@ from typing import TypeVar
 import click
 
 from errors import InputError
+from training.command_line import require_one_process
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.ddpm.run import Resumed, open_run
 
@@ -57,7 +58,7 @@ def load_config(cfg: Path | None, overrides: tuple[str, ...], device: str | None
     Raises:
         InputError: there is none, or it has faults.
     """
-    _log_warnings()
+    _begin()
     if cfg is None:
         raise InputError("--cfg is missing: name a configuration, for example configs/smoke.yaml")
     return SCHEMA.load(cfg, _pairs(overrides, device)).config
@@ -71,7 +72,7 @@ def load_job(name: str, cfg: Path | None, overrides: tuple[str, ...], device: st
     """
     if resume is None:
         return Job(load_config(cfg, overrides, device), None)
-    _log_warnings()
+    _begin()
     if cfg is not None:
         raise InputError("--resume goes on with a run's own configuration: change it by --override only")
     resumed = open_run(resume, name, _pairs(overrides, device))
@@ -82,5 +83,6 @@ def _pairs(overrides: tuple[str, ...], device: str | None) -> tuple[str, ...]:
     return (*overrides, *([f"device={json.dumps(device)}"] if device else []))
 
 
-def _log_warnings() -> None:
+def _begin() -> None:
+    require_one_process()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

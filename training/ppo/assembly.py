@@ -20,6 +20,7 @@ from models.registry import check_assets, load_denoiser
 from models.shapes.scenes import parse
 from schedules import get_schedule
 from solvers import EPDTable, NetworkEvaluations, network_evaluations
+from training.command_line import started_processes
 from training.configuration import LoadedConfig
 from training.ppo.checkpoint import table_from_plain, table_to_plain
 from training.ppo.cold_start import prepare_table
@@ -114,6 +115,7 @@ def prepare(loaded: LoadedConfig) -> Start:
             contradicts the predictor.
     """
     config, faults = loaded.config, []
+    require_processes(config)
     try:
         start = start_from_snapshot(loaded)
         config = start.config
@@ -121,6 +123,19 @@ def prepare(loaded: LoadedConfig) -> Start:
         faults.append(f"data.predictor_snapshot={config.data.predictor_snapshot}: {error}\n{MAKE_ONE}")
     refuse([*faults, *path_faults(config)], config)
     return start
+
+
+def require_processes(config: Config) -> None:
+    """Raise InputError where other processes were started than the configuration says: each would make the same run."""
+    run, (number, launcher) = config.run, started_processes()
+    if number in (1, run.num_devices * run.num_nodes):
+        return
+    nodes = number // int(os.environ.get("LOCAL_WORLD_SIZE", number)) or 1
+    raise InputError(
+        f"{launcher} started {number} processes, and run.num_devices={run.num_devices} with run.num_nodes="
+        f"{run.num_nodes} asks for {run.num_devices * run.num_nodes}: "
+        f"set --override run.num_devices={number // nodes} run.num_nodes={nodes}"
+    )
 
 
 def refuse(faults: Sequence[str], config: Config) -> None:

@@ -35,6 +35,7 @@ from training.ppo.assembly import (
     path_faults,
     prepare,
     refuse,
+    require_processes,
     start_from_snapshot,
 )
 from training.ppo.checkpoint import load_checkpoint
@@ -136,6 +137,7 @@ def resumed_job(source: Path, overrides: Sequence[str]) -> Job:
     folder = RunFolder.open(source)
     state = load_checkpoint(source if source.suffix == ".pt" else newest_checkpoint(folder.checkpoints))
     config = load_config(folder.config, overrides).config
+    require_processes(config)
     start = from_plain(state["start"], config)
     before = build_config(state["config"], str(folder.path)).config
     refuse_changes(before, config, FIXED, FIXED_FILES, folder.path)

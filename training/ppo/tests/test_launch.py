@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -321,6 +322,32 @@ def test_other_prompts_at_resume_are_refused(finished: RunFolder, tmp_path: Path
     assert result.exit_code == 2
     assert "trained with other prompts" in result.output
     assert len(read_metrics(folder.metrics)) == 5
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "remedy"),
+    [
+        ({"WORLD_SIZE": "2"}, [], "torchrun started 2 processes.*--override run.num_devices=2 run.num_nodes=1"),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
+            ["run.num_devices=8", "ppo.rollout_batch_size=32"],
+            None,  # as many in all
+        ),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, [], "--override run.num_devices=4 run.num_nodes=2"),
+        ({"SLURM_STEP_NUM_TASKS": "3"}, [], "srun started 3 processes.*--override run.num_devices=3 run.num_nodes=1"),
+        ({"WORLD_SIZE": "1"}, [], None),
+        ({"WORLD_SIZE": "2"}, ["run.num_devices=2"], None),
+    ],
+)
+def test_processes_that_would_make_the_same_run_are_refused(
+    config: Path, monkeypatch: pytest.MonkeyPatch, environment: dict, overrides: list[str], remedy: str | None
+):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    result = launch("--config", config, "--dry-run", "--override", "run.device=cpu", *overrides)
+    assert result.exit_code == (0 if remedy is None else 2), result.output
+    if remedy is not None:
+        assert re.fullmatch(f"Error: .*{remedy}\n", result.output)
 
 
 @pytest.mark.slow
