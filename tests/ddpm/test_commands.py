@@ -236,12 +236,14 @@ def test_own_folders_of_images_are_used_as_they_are(done, tmp_path):
         image.save(tmp_path / "real" / f"{index}.jpg")
         image.convert("L").resize((10, 7)).save(tmp_path / "fake" / f"{index}.png")
     (tmp_path / "fake" / "broken.png").write_bytes(b"\x89PNG")
+    shutil.copy(tmp_path / "real" / "7.jpg", tmp_path / "real" / "7 (copy).jpg")
     own = (f"path.real_img={tmp_path / 'real'}", f"path.fake_img={tmp_path / 'fake'}")
     said = succeeds(
         "train_reward_model",
         *smoke(folder, *own, f"train_reward.save={tmp_path / 'own.pt'}", "train_reward.num_img=41"),
     )
-    assert "path.real_img: 40 images of the 40" in said
+    assert "path.real_img: 41 images of the 41" in said
+    assert "path.real_img: 1 images are equal to others and are left out" in said
     assert "path.fake_img: 40 images of the 41" in said
     assert "1 files cannot be read and are skipped" in said
     assert said.count("resized to 8x8") == 2
@@ -383,6 +385,13 @@ def test_the_shipped_configurations_have_no_faults(name):
 def test_a_prompt_that_is_none_is_a_fault_of_the_configuration(prompt):
     values = {"finetune": {"reward": "preference", "prompt": prompt}, "path": {"preference": "reward.pt"}}
     with pytest.raises(InputError, match=r"finetune\.prompt=.*: (it )?(holds|begins)"):
+        SCHEMA.build(values, "case.yaml")
+
+
+@pytest.mark.parametrize(("real", "fake"), [("data", "data/fake"), ("data/real", "data"), ("data", "data/../data")])
+def test_folders_of_real_and_fake_images_must_lie_apart(tmp_path, real, fake):
+    values = {"path": {"real_img": str(tmp_path / real), "fake_img": str(tmp_path / fake)}}
+    with pytest.raises(InputError, match=r"path\.real_img.*path\.fake_img.* overlap: .* real and as fake"):
         SCHEMA.build(values, "case.yaml")
 
 

@@ -143,6 +143,32 @@ def test_of_many_images_the_seed_draws_some(tmp_path):
     assert drawn(0) != drawn(1)
 
 
+def test_what_lies_in_hidden_folders_is_passed_over_and_counted(tmp_path):
+    root = write_images(tmp_path / ".images" / "shown", 20)  # it is what lies below the root that counts
+    for name in (".ipynb_checkpoints", "deep/.trash/down", "__MACOSX"):
+        write_images(root / name, 2)
+    Image.new("RGB", (8, 8)).save(root / "._000.png")
+    found = read(root)
+    assert len(found.images) == 20
+    assert f"{KEY}: 7 hidden images are passed over, as in .ipynb_checkpoints" in found.notes
+
+
+@given(copies=st.lists(st.integers(1, 4), min_size=20, max_size=60), share=st.floats(0.01, 0.5), data=st.data())
+def test_equal_images_never_fall_to_two_shares(copies, share, data):
+    rows = data.draw(st.permutations([row for row, number in enumerate(copies) for _ in range(number)]))
+    parts = shares(torch.tensor(rows).view(-1, 1, 1, 1), share, seed=0)
+    kept = torch.cat([parts.reward, parts.judge, parts.heldout]).flatten().tolist()
+    assert sorted(kept) == list(range(len(copies)))
+    assert parts.copies == sum(copies) - len(copies)
+
+
+def test_images_that_hardly_differ_cannot_be_shared_out():
+    with pytest.raises(
+        InputError, match=r"path\.fake_img: 19 of the 40 images differ from each other, at least 20 must"
+    ):
+        shares((torch.arange(40) % 19).view(-1, 1, 1, 1), 0.2, 0, "path.fake_img")
+
+
 @given(number=st.integers(20, 200), share=st.floats(0.01, 0.5), seed=st.integers(0, 2**31))
 def test_shares_have_no_image_in_common_and_leave_none_out(number, share, seed):
     images = torch.arange(number).view(-1, 1, 1, 1)

@@ -183,7 +183,7 @@ def _batch_disagreements(finetune: FinetuneConfig) -> Disagreements:
 
 
 def _overlap(source: str | None, output: Path) -> bool:
-    """Whether to write `output` could change what is read from `source`."""
+    """Whether one is the other or lies in it."""
     if source is None:
         return False
     start, saved = Path(source).resolve(), output.resolve()
@@ -208,6 +208,13 @@ def _file_disagreements(config: DDPMConfig) -> Disagreements:
                     f"{key}={output} and path.{source}={getattr(config.path, source)} overlap: "
                     "the DDPM that a run starts from is never overwritten",
                 )
+    own = config.path.real_img != RENDERED and config.path.fake_img != SAMPLED
+    if own and _overlap(config.path.real_img, Path(config.path.fake_img)):
+        yield (
+            {"path.real_img", "path.fake_img"},
+            f"path.real_img={config.path.real_img} and path.fake_img={config.path.fake_img} overlap: both are searched "
+            "deeply, and images would count as real and as fake",
+        )
     if judge_file(config).resolve() == reward_file(config).resolve():
         yield {"path.rm", "path.judge"}, "path.judge and path.rm are one file: a judge must never be trained against"
     if config.finetune.reward == PREFERENCE and not (config.path.preference and config.finetune.prompt):

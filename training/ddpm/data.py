@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DAMAGED_EXIF = (struct.error, ValueError, TypeError, KeyError, SyntaxError, ZeroDivisionError)
 SHOWN = 3  # file names in a message
 FEWEST = 20  # images that can be shared out and say something
+NO_IMAGES_OF_OWN = ("__MACOSX", "@eaDir")  # folders beside the hidden ones that systems fill with copies
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,19 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Shares:
-    """Images uint8 [n, 3, H, W] that have no image in common: for the reward model, the judge, and for neither."""
+    """Images uint8 [n, 3, H, W] that have no image in common: for the reward model, the judge, and for neither.
+
+    copies: how many images were left out for being equal to another one.
+    """
 
     reward: Tensor
     judge: Tensor
     heldout: Tensor
+    copies: int
 
 
 def read_folder(folder: Path, key: str, size: tuple[int, int], limit: int, *, threads: int, seed: int) -> ImageSet:
-    """Read the images of a folder and all folders in it: PNG, JPEG, WebP.
+    """Read the images of a folder and all folders in it: PNG, JPEG, WebP. What is hidden is passed over, and counted.
 
     Images of another size are cut to the wanted aspect about their centre and resized; those of another mode become
     RGB (transparency on white). Both is said once. Files that cannot be decoded are skipped and named.
@@ -62,7 +68,9 @@ def read_folder(folder: Path, key: str, size: tuple[int, int], limit: int, *, th
     """
     if not folder.is_dir():
         raise InputError(f"{key}={folder}: there is no such folder")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    hidden = [inside for file in found if (inside := _hidden_part(file.relative_to(folder)))]
+    files = [file for file in found if not _hidden_part(file.relative_to(folder))]
     if not files:
         raise InputError(f"{key}={folder}: holds no image ({', '.join(SUFFIXES)})")
     order = np.random.default_rng(seed).permutation(len(files))[:limit]
@@ -72,6 +80,10 @@ def read_folder(folder: Path, key: str, size: tuple[int, int], limit: int, *, th
     read = [result for result in decoded if isinstance(result, _Decoded)]
     broken = [result for result in decoded if isinstance(result, str)]
     notes = [f"{key}: {len(read)} images of the {len(files)} in {folder}"]
+    if hidden:
+        notes.append(
+            f"{key}: {len(hidden)} hidden images are passed over, as in {Counter(hidden).most_common(1)[0][0]}"
+        )
     if broken:
         named = "; ".join(broken[:SHOWN])
         more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
@@ -80,6 +92,11 @@ def read_folder(folder: Path, key: str, size: tuple[int, int], limit: int, *, th
         raise InputError(f"{key}={folder}: {len(read)} images can be read, at least {FEWEST} are needed\n" + notes[-1])
     notes += _conversions(key, size, read)
     return ImageSet(torch.from_numpy(np.stack([item.pixels for item in read])).movedim(-1, 1), tuple(notes))
+
+
+def _hidden_part(path: Path) -> str | None:
+    """The first part of a relative path that a file browser would not show; tools keep copies and previews there."""
+    return next((part for part in path.parts if part.startswith(".") or part in NO_IMAGES_OF_OWN), None)
 
 
 @dataclass(frozen=True)
@@ -143,12 +160,23 @@ def render_images(number: int, size: tuple[int, int], seed: int) -> ImageSet:
     return ImageSet(resized.round().byte(), (f"real images: {number} rendered scenes of the shapes world",))
 
 
-def shares(images: Tensor, heldout_share: float, seed: int) -> Shares:
-    """Share images [N, 3, H, W] out by chance: `heldout_share` for nobody, the rest half and half."""
-    order = torch.randperm(len(images), generator=generator_of(seed))
-    heldout = max(2, round(heldout_share * len(images)))
-    half = (len(images) - heldout) // 2
-    return Shares(*(images[rows] for rows in order.split([half, len(images) - heldout - half, heldout])))
+def shares(images: Tensor, heldout_share: float, seed: int, name: str = "images") -> Shares:
+    """Share images [N, 3, H, W] out by chance: `heldout_share` for nobody, the rest half and half; of equal ones one.
+
+    Raises:
+        InputError: fewer than `FEWEST` of the images, called `name`, differ from each other.
+    """
+    first_of: dict[bytes, int] = {}
+    for row, image in enumerate(images):
+        first_of.setdefault(hashlib.sha256(image.numpy().tobytes()).digest(), row)
+    distinct = images[list(first_of.values())]
+    number = len(distinct)
+    if number < FEWEST:
+        raise InputError(f"{name}: {number} of the {len(images)} images differ from each other, at least {FEWEST} must")
+    heldout = max(2, round(heldout_share * number))
+    half = (number - heldout) // 2
+    parts = torch.randperm(number, generator=generator_of(seed)).split([half, number - heldout - half, heldout])
+    return Shares(*(distinct[rows] for rows in parts), copies=len(images) - number)
 
 
 def under_noise(images: Tensor, generator: torch.Generator) -> Tensor:

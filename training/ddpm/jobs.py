@@ -79,7 +79,7 @@ def real_images(config: DDPMConfig, size: tuple[int, int]) -> ImageSet:
 
 def heldout_real_images(config: DDPMConfig, size: tuple[int, int]) -> Tensor:
     """Real images [M, 3, H, W] in [0, 1] that neither classifier was trained on."""
-    return to_unit(_shares(config, real_images(config, size)).heldout)
+    return to_unit(_shares(config, "path.real_img", real_images(config, size)).heldout)
 
 
 def fake_images(config: DDPMConfig, start: Start) -> ImageSet:
@@ -116,10 +116,14 @@ def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite
     for path in targets.values():
         _refuse_existing(path, overwrite, folder=False)
     start = load_start(config)
-    sets = (real_images(config, start.model.image_size), fake_images(config, start))
-    for note in (*sets[0].notes, *sets[1].notes):
-        say(note)
-    real, fake = (_shares(config, images) for images in sets)
+    sets = {"path.real_img": real_images(config, start.model.image_size), "path.fake_img": fake_images(config, start)}
+    for images in sets.values():
+        for note in images.notes:
+            say(note)
+    real, fake = (_shares(config, key, images) for key, images in sets.items())
+    for key, part in zip(sets, (real, fake), strict=True):
+        if part.copies:
+            say(f"{key}: {part.copies} images are equal to others and are left out")
     trainer = RewardTrainer(real, fake, config.train_reward, seed=config.seed, device=start.device)
     epochs = config.train_reward.num_epochs
     plan = Plan(epochs, max(1, epochs // 4), 0)
@@ -283,10 +287,10 @@ def _watch(config: DDPMConfig, start: Start, trainer: DDPMTrainer, reward: Image
     return observe
 
 
-def _shares(config: DDPMConfig, images: ImageSet) -> Shares:
+def _shares(config: DDPMConfig, key: str, images: ImageSet) -> Shares:
     """Who gets which images. Scenes are rendered anew for every seed; a folder is shared out alike for all of them."""
     seed = config.seed if config.path.real_img == RENDERED else FOLDER_SEED
-    return shares(images.images, config.train_reward.heldout_share, seed)
+    return shares(images.images, config.train_reward.heldout_share, seed, key)
 
 
 def _trained(
