@@ -336,6 +336,7 @@ def judging_panel(model: str, weights: Path, denoiser: Denoiser, prompts: Sequen
     if model == SHAPES:
         judged_by += [Path(scenes.__file__), Path(verify.__file__)]
     reward = load_reward(weights, device=denoiser.device, batch_size=batch)
+    reward.say_what_is_cut(prompts)
     return Panel(reward, _verified if model == SHAPES else None, fingerprint(judged_by))
 
 

@@ -392,12 +392,21 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str], context_length: int
     Returns:
         int64 [len(texts), context_length].
     """
-    cleaned = [html.unescape(html.unescape(text)).strip() for text in texts]
-    rows = tokenizer(cleaned, truncation=True, max_length=context_length, padding=False)["input_ids"]
+    rows = tokenizer(_cleaned(texts), truncation=True, max_length=context_length, padding=False)["input_ids"]
     tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids)
     return tokens
+
+
+def number_cut(tokenizer: CLIPTokenizer, texts: Sequence[str], context_length: int) -> int:
+    """How many texts `tokenize` cuts."""
+    rows = tokenizer(_cleaned(texts), truncation=False, verbose=False)["input_ids"]
+    return sum(len(ids) > context_length for ids in rows)
+
+
+def _cleaned(texts: Sequence[str]) -> list[str]:
+    return [html.unescape(html.unescape(text)).strip() for text in texts]
 
 
 def image_features(model: CLIPModel, pixels: Tensor) -> Tensor:

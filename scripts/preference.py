@@ -18,6 +18,7 @@ def preference_reward(config: DDPMConfig, device: torch.device) -> ImageReward:
         InputError: its files are missing or malformed.
     """
     judge = load_reward(config.path.preference, device=device, batch_size=config.finetune.microbatch)
+    judge.say_what_is_cut([config.finetune.prompt])
 
     def score(images: Tensor) -> Tensor:
         return scores_by(judge, images, [config.finetune.prompt] * len(images))

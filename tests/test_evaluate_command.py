@@ -366,6 +366,16 @@ def test_what_the_verifier_cannot_judge_is_refused_before_anything_is_drawn(worl
         evaluate.judging_panel("shapes", world / "reward.pt", None, [*captions("heldout", 2, 0), "a red"], 4)
 
 
+def test_prompts_that_the_reward_cuts_are_said(world, tmp_path, caplog):
+    short = {**CLIP, "text_cfg": {**CLIP["text_cfg"], "context_length": 5}}
+    clip.save_open_clip_checkpoint(clip.new_clip(short), tmp_path / "short.pt")
+    (tmp_path / "short.json").write_text(json.dumps({"model_cfg": short, "tokenizer": str(world / "tokenizer")}))
+    result = run(world, tmp_path / "out", "--reward", tmp_path / "short.pt", *DDIM_2)
+    assert result.exit_code == 0, result.output
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["reward short reads 3 tokens of a prompt: 6 of 6 prompts are longer and judged by these"]
+
+
 def test_true_images_of_shapes_pass_the_verifier_and_depend_on_their_own_seed_only():
     prompts = list(captions("heldout", 3, 0))
     images = evaluate._true_images(prompts, 11)

@@ -20,16 +20,20 @@ import scripts.finetune
 import scripts.train_reward_model
 from errors import InputError
 from files import only_writer
+from models import clip
 from models.fingerprints import fingerprint
 from models.pixel_diffusion import load_pixel_diffusion
 from models.shapes.data import render_scenes
+from scripts.preference import preference_reward
 from tests.ddpm.tiny_ddpm import tiny_overrides, write_tiny_ddpm
+from tests.plain_clip import write_letter_tokenizer
 from training.configuration import to_plain
 from training.ddpm.config import SCHEMA, judge_file, reward_file
 from training.ddpm.jobs import heldout_real_images
 from training.ddpm.reward_model import load_classifier
 from training.ddpm.run import EpochRun
 from training.ddpm.trainer import DDPMTrainer
+from training.ppo.tests.tiny_world import CLIP
 from training.run_folder import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -368,6 +372,17 @@ def test_a_reward_of_the_main_job_is_asked_for_its_files(done, tmp_path, reward,
     asked = ("finetune.reward=preference", f"path.preference={reward}", "finetune.prompt='a red star'")
     output = fails("finetune", *smoke(folder, *asked, f"finetune.save={tmp_path / 'new'}"))
     assert message in output
+
+
+def test_a_prompt_that_the_preference_reward_cuts_is_said(tmp_path, caplog):
+    write_letter_tokenizer(tmp_path / "tokenizer")
+    clip.save_open_clip_checkpoint(clip.new_clip(CLIP), tmp_path / "reward.pt")
+    (tmp_path / "reward.json").write_text(json.dumps({"model_cfg": CLIP, "tokenizer": "tokenizer"}))
+    finetune = {"reward": "preference", "prompt": "a b c d e f g h i"}
+    values = {"finetune": finetune, "path": {"preference": str(tmp_path / "reward.pt")}}
+    preference_reward(SCHEMA.build(values, "case.yaml").config, torch.device("cpu"))
+    (record,) = caplog.records
+    assert "reads 8 tokens of a prompt: 1 of 1 prompts" in record.getMessage()
 
 
 def test_a_command_without_a_configuration_says_so():

@@ -278,14 +278,19 @@ def build(start: Start, fabric: Fabric) -> Parts:
     )
     stream = PromptStream(prompts, shuffle=config.data.shuffle, seed=config.run.seed)
     trainer = PPOTrainer(make_policy(start), runner, stream, ppo, seed=config.run.seed)
-    if not config.logging.eval_interval:
-        return Parts(denoiser, trainer, None, None)
-    heldout = _heldout_prompts(config)
+    heldout = _heldout_prompts(config) if config.logging.eval_interval else []
     denoiser.validate_prompts(heldout)
+    panel = _panel(config, fabric.device) if heldout else None
+    if fabric.is_global_zero:
+        reward.say_what_is_cut([*prompts, *heldout])
+        if panel is not None:
+            panel.say_what_is_cut(heldout)
+    if not heldout:
+        return Parts(denoiser, trainer, None, None)
     judge = HeldoutJudge(
         runner,
         reward,
-        _panel(config, fabric.device),
+        panel,
         heldout,
         first_seed=config.logging.eval_seed,
         preview_count=config.logging.preview_prompts,

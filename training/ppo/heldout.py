@@ -46,6 +46,9 @@ class VerifierPanel:
         """Scores [N] of images [N, 3, 64, 64] in [0, 1]."""
         return torch.tensor([verify(image.cpu(), prompt).score for image, prompt in zip(images, prompts, strict=True)])
 
+    def say_what_is_cut(self, prompts: Sequence[str]) -> None:
+        """Nothing is: a caption is judged whole."""
+
 
 @dataclass(frozen=True)
 class HeldoutScores:

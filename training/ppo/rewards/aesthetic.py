@@ -54,6 +54,9 @@ class AestheticScore(FolderScorer):
         features = functional.normalize(self.image_features(images), dim=-1)
         return features @ self.weight + self.bias
 
+    def say_what_is_cut(self, prompts: Sequence[str]) -> None:
+        """Nothing is: no prompt is looked at."""
+
 
 def read_head(path: Path, features: int) -> tuple[Tensor, Tensor]:
     """The predictor as the one linear map that its layers amount to: weight [features], bias [], float32.

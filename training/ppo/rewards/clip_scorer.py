@@ -62,6 +62,7 @@ class ClipScorer:
             size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
             check_memory(f"Reward {name}", size, self.device)
         self.model.to(self.device)
+        self._context_length: int = model.config.text_config.max_position_embeddings
         self._text_features: dict[str, Tensor] = {}
 
     def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -82,6 +83,15 @@ class ClipScorer:
         image_features = functional.normalize(self.image_features(images), dim=-1)
         text_features = functional.normalize(self.text_features(prompts), dim=-1)
         return (image_features * text_features).sum(dim=-1)
+
+    def say_what_is_cut(self, prompts: Sequence[str]) -> None:
+        """Warn in one line, once for a whole job, of prompts too long for it, which it judges by their beginning."""
+        different = list(dict.fromkeys(prompts))
+        if cut := clip.number_cut(self.tokenizer, different, self._context_length):
+            log.warning(
+                "reward %s reads %d tokens of a prompt: %d of %d prompts are longer and judged by these",
+                *(self.name, self._context_length - 2, cut, len(different)),  # without the marks of start and end
+            )
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
@@ -107,10 +117,9 @@ class ClipScorer:
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Embed texts: [N, D] float32, projected but not normalised, on the reward's device."""
         unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_features]
-        length = self.model.config.text_config.max_position_embeddings
         for start in range(0, len(unseen), self.batch_size):
             chunk = unseen[start : start + self.batch_size]
-            tokens = to_device(clip.tokenize(self.tokenizer, chunk, length), self.device)
+            tokens = to_device(clip.tokenize(self.tokenizer, chunk, self._context_length), self.device)
             with self._autocast():
                 features = clip.text_features(self.model, tokens).float()
             self._text_features |= dict(zip(chunk, features, strict=True))

@@ -76,6 +76,11 @@ class WeightedMix:
         """Score images [N, 3, H, W] in [0, 1] with each reward: name -> [N] float32. Raises InputError if one fails."""
         return {name: scores_by(reward, images, prompts) for name, (reward, _) in self._parts.items()}
 
+    def say_what_is_cut(self, prompts: Sequence[str]) -> None:
+        """See `Reward.say_what_is_cut`, for each reward."""
+        for reward, _ in self._parts.values():
+            reward.say_what_is_cut(prompts)
+
     def observe(self, raw: Mapping[str, Tensor]) -> None:
         """Take raw scores, name -> [N], into the running statistics; NaN and infinite ones are left out."""
         for name, moments in self._moments.items():

@@ -19,3 +19,7 @@ class Reward(Protocol):
         A score may be NaN or infinite; the caller handles it.
         """
         ...
+
+    def say_what_is_cut(self, prompts: Sequence[str]) -> None:
+        """Warn in one line, once for a whole job, of prompts too long for it, which it judges by their beginning."""
+        ...

@@ -74,6 +74,9 @@ class Brightness:
         assert len(images) == len(prompts)
         return images.mean((1, 2, 3)) + torch.tensor([len(prompt) / 100 for prompt in prompts])
 
+    def say_what_is_cut(self, prompts: Sequence[str]) -> None:
+        """Nothing is."""
+
 
 def brightness() -> WeightedMix:
     return WeightedMix({"brightness": (Brightness(), 1.0)})

@@ -534,6 +534,20 @@ def test_held_out_prompts_must_be_held_out(config: Path, tmp_path: Path):
     assert "set it to 6" in result.output
 
 
+def test_prompts_that_a_reward_cuts_are_said_once_for_the_whole_run(config: Path, tmp_path: Path, caplog):
+    long = "a b c d e f g h i"
+    (tmp_path / "train.csv").write_text("text\n" + "".join(f"{long} {letter}\n" for letter in "abcdefg"))
+    (tmp_path / "heldout.csv").write_text(f"text\n{long} z\n" + "\n".join("vwxyz"))
+    files = (f"data.prompt_csv={tmp_path / 'train.csv'}", f"logging.eval_prompts={tmp_path / 'heldout.csv'}")
+    result = launch("--config", config, "--override", *files, f"run.output_root={tmp_path / 'exps'}", "ppo.steps=2")
+    assert result.exit_code == 0, result.output
+    said = [record.getMessage() for record in caplog.records if "tokens of a prompt" in record.getMessage()]
+    assert said == [
+        "reward reward reads 8 tokens of a prompt: 8 of 13 prompts are longer and judged by these",
+        "reward panel reads 8 tokens of a prompt: 1 of 6 prompts are longer and judged by these",
+    ]
+
+
 def test_what_the_verifier_cannot_judge_is_said_before_anything_is_loaded(config: Path):
     result = launch("--config", config, "--dry-run", "--override", "logging.panel=verifier")
     assert result.exit_code == 2

@@ -122,6 +122,21 @@ def test_each_text_is_embedded_once(path, images):
     assert embedded == [2, 2]
 
 
+def test_how_many_prompts_are_cut_is_said_in_one_line(path, images, caplog):
+    reward = RewardHPS(path)
+    long, fits, entity = "a b c d e f g h i", "a b c d e f g h", "a &amp;amp; b c d e f"  # 8 tokens beside two marks
+    WeightedMix({"hps": (reward, 1.0)}).say_what_is_cut([*PROMPTS, long, fits, entity, long, long + " j"])
+    (record,) = caplog.records
+    assert (
+        record.getMessage() == "reward tiny reads 8 tokens of a prompt: 2 of 8 prompts are longer and judged by these"
+    )
+    tokens = clip.tokenize(reward.tokenizer, [long, fits], 10)
+    assert torch.equal(*tokens)  # what is cut makes no difference, and is what was said
+    caplog.clear()
+    reward.say_what_is_cut([*PROMPTS, fits])
+    assert not caplog.records
+
+
 def test_no_gradient_is_kept_but_scores_can_weigh_a_loss(path, images):
     reward = RewardHPS(path)
     scores = reward.score(images.requires_grad_(True), PROMPTS)

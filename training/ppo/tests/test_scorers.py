@@ -103,6 +103,19 @@ def test_the_aesthetic_score_is_that_of_the_layers_on_normalised_features(folder
         scorer.score(images, ["x"])
 
 
+def test_who_looks_at_no_prompt_cuts_none(folder, tmp_path, caplog):
+    write_head(tmp_path / "head.pth", 24)
+    scorers = (
+        AestheticScore(tmp_path / "head.pth", folder, tokenizer_folder=folder / "tokenizer"),
+        ClipScore(folder, tokenizer_folder=folder / "tokenizer"),
+    )
+    for scorer in scorers:
+        scorer.say_what_is_cut(["a b c d e f g h i j"])
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "reward clip_score reads 8 tokens of a prompt"
+    ]
+
+
 def test_a_nan_pixel_spoils_its_own_score_alone(folder, images):
     images[1, 0, 3, 3] = torch.nan
     for kind in (PickScore, ClipScore):
