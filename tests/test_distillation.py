@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from threading import Barrier
@@ -455,6 +456,34 @@ def test_a_damaged_state_is_named(tmp_path):
         carried_out(tmp_path, options, _Stopping(55), PROMPTS)
     (tmp_path / "training-state.pt").write_bytes(b"rubbish")
     with pytest.raises(InputError, match=r"training-state\.pt: the state of the run is corrupt.*remove it"):
+        carried_out(tmp_path, options, GuidedMixture(), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("training-state.pt", ("best_loss",), "low"),
+        ("training-state.pt", ("best",), {"r_params": torch.zeros(1)}),
+        ("training-state.pt", ("refinement",), None),
+        ("training-state.pt", ("refinement", "done"), 1.5),
+        ("training-state.pt", ("refinement", "parameters"), {}),
+        ("training-state.pt", ("refinement", "optimizer"), {"state": {0: {"exp_avg": 3}}}),
+        ("teacher.pt", ("states",), None),
+        ("teacher.pt", ("states",), torch.zeros(2, 3)),
+        ("teacher.pt", ("prompts",), torch.zeros(2)),
+    ],
+)
+def test_a_state_with_other_things_in_their_place_is_refused(tmp_path, name, place, value):
+    options = dataclasses.replace(OPTIONS, trajectories=8, M=1, total_kimg=0.064)
+    with pytest.raises(Interrupted):
+        carried_out(tmp_path, options, _Stopping(55), PROMPTS)
+    state = part = torch.load(tmp_path / name, weights_only=True)
+    for parent in place[:-1]:
+        part = part[parent]
+    assert place[-1] in part
+    part[place[-1]] = value
+    torch.save(state, tmp_path / name)
+    with pytest.raises(InputError, match=re.escape(name)):
         carried_out(tmp_path, options, GuidedMixture(), PROMPTS)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from errors import InputError, first_line, is_too_little_memory
 from files import move, write_atomically
 from models.checkpoints import UNREADABLE, load_archive
 
+UNFIT = (AttributeError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError)
 NAME = re.compile(r"policy-step(\d{6,})\.pt")
+PLAIN_KEYS = {"step": int, "config": dict, "config_hash": str}
+"""What the checkpoints of all jobs hold, and its type."""
 BEST_NAME = "policy-best.pt"
 
 
@@ -61,8 +66,12 @@ class CheckpointFormat:
 
     def _load(self, path: Path) -> dict[str, Any]:
         state = read_tensors(path, "checkpoint")
-        if not isinstance(state, dict) or state.get("format") != self.number or state.keys() != self.keys | {"format"}:
+        whole = isinstance(state, dict) and state.keys() == self.keys | {"format"}
+        if not whole or type(state["format"]) is not int or state["format"] != self.number:
             raise InputError(f"{path}: is no checkpoint of {self.job} in format {self.number}")
+        for key, kind in PLAIN_KEYS.items():
+            if type(state[key]) is not kind:
+                raise InputError(f"{path}: {key} is a {type(state[key]).__name__}, not a {kind.__name__}")
         return state
 
     def _offer(self, path: Path) -> str:
@@ -105,6 +114,35 @@ def read_tensors(path: Path, kind: str) -> Any:
         if is_too_little_memory(error):
             raise
         raise InputError(f"{path}: the {kind} is corrupt and cannot be read ({first_line(error)})") from error
+
+
+@contextmanager
+def fitting(what: Path | str, remedy: str = "go on from another checkpoint") -> Iterator[None]:
+    """What trips over other types, keys or shapes than a state should have raises one InputError that names `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UNFIT as error:
+        if is_too_little_memory(error):
+            raise
+        said = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{what}: holds other things than it should ({said}); {remedy}") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Go on from the moments of an Adam or AdamW; its settings stay what they are.
+
+    Raises:
+        ValueError: they are not those of its parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, moments in state["state"].items():
+        like = (parameters[number].shape, parameters[number].dtype)
+        found = {name: (moment.shape, moment.dtype) for name, moment in moments.items()}
+        if found != {"step": ((), torch.float32), "exp_avg": like, "exp_avg_sq": like}:
+            raise ValueError(f"the optimizer's moments of parameter {number} are not such as it needs")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def step_path(folder: Path, step: int) -> Path:

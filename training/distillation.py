@@ -31,6 +31,7 @@ on those, than what the search found. Teacher trajectories are computed once and
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,7 @@ from models.generate import conditioned, initial_noise
 from models.randomness import generator_of
 from schedules import get_schedule
 from solvers import SAMPLERS, Denoise, EPDTable, epd_sampler
+from training.checkpoint import load_optimizer
 from training.networks import EPD_predictor
 
 # The search looks at so many positions, evenly spaced between these two. Nearer to the interval's start a point repeats
@@ -387,9 +389,9 @@ class Refinement:
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Go on from where `state_dict` was called."""
-        self.done = state["done"]
+        self.done = operator.index(state["done"])
         self.predictor.load_state_dict(state["parameters"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
 
     def _drawn(self) -> list[int]:
         """The trajectories of the next update: all of them are seen in turn, in a new order each time."""

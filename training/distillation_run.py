@@ -29,7 +29,7 @@ from files import only_writer, write_atomically
 from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
 from models.randomness import generator_of
 from solvers import EPDTable, network_evaluations
-from training.checkpoint import read_tensors, write_tensors
+from training.checkpoint import fitting, read_tensors, write_tensors
 from training.distillation import (
     HELD_OUT_SHARE,
     SEARCHED_POSITIONS,
@@ -49,6 +49,8 @@ from training.snapshot import load_snapshot, save_snapshot
 OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teacher.pt", "training-state.pt"
 
 STATE_KEYS, TEACHER_KEYS = frozenset({"refinement", "best_loss", "best"}), frozenset({"states", "prompts"})
+
+REMEDY = "remove it, and the run starts this part again"
 
 # Between two looks at the held-out trajectories.
 UPDATES_PER_CHECK = 10
@@ -320,7 +322,10 @@ def _taught(file: Path, task: Task, sampler: str, lesson: Lesson) -> Trajectorie
         state = _load(file, TEACHER_KEYS)
         if state["prompts"] != lesson.prompts:
             raise InputError(f"{file}: belongs to other prompts; the prompt file has changed since the run began")
-        return Trajectories(lesson.prompts, state["states"].to(task.denoiser.device))
+        shape = (len(task.sigmas), len(lesson.prompts), *task.denoiser.latent_shape)
+        if not isinstance(state["states"], Tensor) or state["states"].shape != shape:
+            raise InputError(f"{file}: its states are no tensor of shape {[*shape]}; {REMEDY}")
+        return Trajectories(lesson.prompts, state["states"].to(task.denoiser.device, torch.float32))
     trajectories = teacher_trajectories(task, sampler, lesson.sigmas, lesson.prompts, lesson.seeds)
     write_tensors(file, {"states": trajectories.states.cpu(), "prompts": lesson.prompts})
     return trajectories
@@ -342,8 +347,11 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
     """All updates that are left; the state is on disk after each, the best parameters with it."""
     if (folder / STATE).exists():
         state = _load(folder / STATE, STATE_KEYS)
-        refinement.load_state_dict(state["refinement"])
-        best_loss, best = state["best_loss"], state["best"]
+        with fitting(folder / STATE, REMEDY):
+            best_loss, best = float(state["best_loss"]), dict(state["best"])
+            if best:
+                refinement.predictor.load_state_dict(best)  # as at the end
+            refinement.load_state_dict(state["refinement"])
     else:
         best_loss, best = math.inf, {}
     stats = MetricsLog(folder / STATS, "update")
@@ -374,11 +382,10 @@ def _load(file: Path, keys: frozenset[str]) -> dict[str, Any]:
     Raises:
         InputError: it is damaged, or holds something else.
     """
-    remedy = "remove it, and the run starts this part again"
     try:
         state = read_tensors(file, "state of the run")
     except InputError as error:
-        raise InputError(f"{error}; {remedy}") from error
+        raise InputError(f"{error}; {REMEDY}") from error
     if not isinstance(state, dict) or state.keys() != keys:
-        raise InputError(f"{file}: does not hold {', '.join(sorted(keys))}; {remedy}")
+        raise InputError(f"{file}: does not hold {', '.join(sorted(keys))}; {REMEDY}")
     return state

@@ -80,7 +80,7 @@ def save_snapshot(path: str | Path, table: EPDTable, metadata: Mapping[str, Plai
     if path.suffix not in ("", ".pkl", ".json"):
         raise InputError(f"{path}: a snapshot is a .pkl and a .json, not {path.suffix!r}")
     for name, value in metadata.items():
-        if not _is_plain(value):
+        if not is_plain(value):
             raise InputError(f"{path}: metadata {name!r} is {value!r}; a snapshot holds plain, finite values only")
     if table.batch_size is not None:
         raise InputError(f"{path}: a snapshot holds one table [S, K]; this is a batch of {table.batch_size}")
@@ -240,7 +240,7 @@ def _read_json(path: Path, content: bytes) -> Snapshot:
     if unknown and version == VERSION:
         raise InputError(f"{path}: has a column {min(unknown)!r}, which this RLEPD (version {VERSION}) does not know")
     metadata = described.get("metadata", {})
-    if not isinstance(metadata, dict) or not _is_plain({**metadata, **{key: described[key] for key in SIZES}}):
+    if not isinstance(metadata, dict) or not is_plain({**metadata, **{key: described[key] for key in SIZES}}):
         raise InputError(f"{path}: metadata is no object of plain, finite values")
     metadata = _without_module_state({**metadata, **{key: described[key] for key in SIZES}})
     rows = {field: _rows(path, key, described.get(key)) for field, key in JSON_KEYS.items()}
@@ -286,7 +286,7 @@ def _read_pickle(path: Path, content: bytes) -> Snapshot:
         raise InputError(f"{path}: is no snapshot: it must hold an EPD_predictor under the key 'model'")
 
     attributes = {name: _plain(value) for name, value in state.items() if isinstance(name, str)}
-    metadata = _without_module_state({name: value for name, value in attributes.items() if _is_plain(value)})
+    metadata = _without_module_state({name: value for name, value in attributes.items() if is_plain(value)})
     for name in sorted(NEEDED & attributes.keys() - metadata.keys()):
         raise InputError(f"{path}: {name} is {_shown(attributes[name])}; it must be a plain, finite value")
     shape = tuple(parameters["r_params"].shape)
@@ -346,14 +346,14 @@ def _agree(one: Snapshot, other: Snapshot) -> bool:
     )
 
 
-def _is_plain(value: object, depth: int = 0) -> bool:
+def is_plain(value: object, depth: int = 0) -> bool:
     """Whether JSON can say it, exactly, and it is nested no deeper than settings are."""
     if depth > DEEPEST:
         return False
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(entry, depth + 1) for key, entry in value.items())
+        return all(isinstance(key, str) and is_plain(entry, depth + 1) for key, entry in value.items())
     if isinstance(value, list):
-        return all(_is_plain(entry, depth + 1) for entry in value)
+        return all(is_plain(entry, depth + 1) for entry in value)
     if isinstance(value, str):
         return value.isascii() or value.encode(errors="replace").decode() == value  # half a character is none
     return value is None or isinstance(value, bool) or (_is_number(value) and math.isfinite(value))

@@ -27,6 +27,7 @@ from models.shapes.data import render_scenes
 from scripts.preference import preference_reward
 from tests.ddpm.tiny_ddpm import tiny_overrides, write_tiny_ddpm
 from tests.plain_clip import write_letter_tokenizer
+from training.checkpoint import newest_checkpoint
 from training.configuration import to_plain
 from training.ddpm.config import SCHEMA, judge_file, reward_file
 from training.ddpm.jobs import heldout_real_images
@@ -228,6 +229,35 @@ def test_what_somebody_else_wrote_while_a_run_trained_is_not_replaced(done, tmp_
     succeeds("finetune", "--resume", run, "--override", f"finetune.save={tmp_path / 'beside'}")
     assert fingerprint([tmp_path / "tuned"]) == theirs
     assert (tmp_path / "beside").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "value"),
+    [
+        ("finetune", ("job",), torch.zeros(2)),
+        ("finetune", ("step",), "1"),
+        ("finetune", ("config", "finetune"), 3),
+        ("finetune", ("trainer",), None),
+        ("finetune", ("trainer", "network"), {}),
+        ("finetune", ("trainer", "network"), 3),
+        ("finetune", ("trainer", "optimizer", "state"), {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}}),
+        ("finetune", ("trainer", "running_reward"), "x"),
+        ("finetune", ("trainer", "completed_steps"), 0),
+        ("train_reward_model", ("trainer", "classifiers"), {}),
+        ("train_reward_model", ("trainer", "optimizers", "reward"), {"state": [1]}),
+    ],
+)
+def test_a_checkpoint_with_other_things_in_their_place_is_refused(done, tmp_path, command, place, value):
+    run = Path(shutil.copytree(run_of(done[0], command), tmp_path / "run"))
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    state = part = torch.load(checkpoint, weights_only=True)
+    for parent in place[:-1]:
+        part = part[parent]
+    assert place[-1] in part
+    part[place[-1]] = value
+    torch.save(state, checkpoint)
+    said = fails(command, "--resume", run, "--overwrite")
+    assert str(run) in said.replace("\n", "")
 
 
 def test_own_folders_of_images_are_used_as_they_are(done, tmp_path):

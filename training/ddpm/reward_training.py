@@ -11,6 +11,7 @@ from torch import Tensor
 
 from errors import InputError
 from models.randomness import derived_seed, generator_of
+from training.checkpoint import load_optimizer
 from training.ddpm.config import TrainRewardConfig
 from training.ddpm.data import Shares, augmented, faded, to_unit, under_noise
 from training.ddpm.reward_model import (
@@ -120,7 +121,7 @@ class RewardTrainer:
         try:
             for name, model in self.classifiers.items():
                 model.load_state_dict(state["classifiers"][name])
-                self._optimizers[name].load_state_dict(state["optimizers"][name])
+                load_optimizer(self._optimizers[name], state["optimizers"][name])
         except RuntimeError as error:
             raise InputError(
                 f"the checkpoint's classifiers have other shapes than train_reward.width says: {error}"

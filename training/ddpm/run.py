@@ -14,7 +14,7 @@ from tqdm import tqdm
 from errors import InputError
 from files import write_atomically
 from interrupts import Interrupted, Interrupts
-from training.checkpoint import CheckpointFormat, is_due, newest_checkpoint, set_aside, step_path
+from training.checkpoint import CheckpointFormat, fitting, is_due, newest_checkpoint, set_aside, step_path
 from training.configuration import config_hash, refuse_changes, to_plain, to_yaml
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.events import EventFile
@@ -100,8 +100,8 @@ def open_run(source: Path, job: str, overrides: tuple[str, ...]) -> Resumed:
     """
     folder = RunFolder.open(source)
     state = CHECKPOINT.load(source if source.suffix == ".pt" else newest_checkpoint(folder.checkpoints))
-    if state["job"] != job:
-        raise InputError(f"{folder.path}: is a run of scripts.{state['job']}; resume it with that command")
+    if str(state["job"]) != job:
+        raise InputError(f"{folder.path}: is a run of scripts.{state['job']!s:.40}; resume it with that command")
     config = SCHEMA.load(folder.config, overrides).config
     before = SCHEMA.build(state["config"], str(folder.path)).config
     refuse_changes(before, config, FIXED, FIXED_FILES, folder.path)
@@ -146,7 +146,13 @@ class EpochRun:
                 f"{self.folder.path}: has gone through {state['step']} epochs, and num_epochs={self.plan.epochs} asks "
                 "for fewer; raise num_epochs, or resume from one of its earlier checkpoints"
             )
-        self.trainer.load_state_dict(state["trainer"])
+        with fitting(f"{self.folder.path}: its checkpoint"):
+            self.trainer.load_state_dict(state["trainer"])
+        if self.trainer.completed_steps != state["step"]:
+            raise InputError(
+                f"{self.folder.path}: its checkpoint is of epoch {state['step']}, and the trainer's state in it of "
+                f"epoch {self.trainer.completed_steps}"
+            )
         self._saved_step = self.trainer.completed_steps
         moved = self._metrics.rewind(self.trainer.completed_steps)
         set_aside(self.folder.checkpoints, self.trainer.completed_steps)

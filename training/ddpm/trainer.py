@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from errors import InputError
 from models.randomness import derived_seed, generator_of
+from training.checkpoint import load_optimizer
 from training.ddpm.config import FinetuneConfig
 from training.ddpm.policy import DenoisingPolicy
 from training.ddpm.rollout import Episodes, ImageReward, roll_out, seeds_of
@@ -219,10 +220,8 @@ class DDPMTrainer:
             )
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr
-        self.running_reward = state["running_reward"]
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.running_reward = None if state["running_reward"] is None else float(state["running_reward"])
         self.completed_steps = state["completed_steps"]
 
     def _roll_out(self) -> list[Episodes]:

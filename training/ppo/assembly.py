@@ -22,7 +22,7 @@ from schedules import get_schedule
 from solvers import EPDTable, NetworkEvaluations, network_evaluations
 from training.command_line import started_processes
 from training.configuration import LoadedConfig
-from training.ppo.checkpoint import table_from_plain, table_to_plain
+from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
 from training.ppo.cold_start import prepare_table
 from training.ppo.config import Config, apply_snapshot
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch, VerifierPanel
@@ -32,12 +32,14 @@ from training.ppo.rewards import Reward, build_reward, find_reward_files, load_r
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptStream
 from training.sampling import MODEL_OF_DATASET, Predictor, load_predictor
-from training.snapshot import private_parts
+from training.snapshot import is_plain, private_parts
 
 COCO_PROMPTS = "MS-COCO_val2014_30k_captions.csv"
 FETCH_COCO = f"Fetch {COCO_PROMPTS} (some 2 MB):  python -m models.assets fetch coco-prompts"
 MAKE_ONE = "Predictors are distilled by train.py; with --init-only it writes an undistilled one to start from."
 SHAPES = "shapes"
+POLICY_TOLERANCE = 1e-9
+"""How far a policy's mean may be from the table in its checkpoint: both are float64, made on two devices at worst."""
 VERIFIER = "verifier"
 TRY_NOW = (
     "To try things now, with what comes in the repository:  "
@@ -174,12 +176,19 @@ def to_plain(start: Start) -> dict[str, Any]:
     }
 
 
-def from_plain(state: Mapping[str, Any], config: Config) -> Start:
-    """The inverse of `to_plain`, under a configuration that is settled already."""
+def from_plain(state: Mapping[str, Any], config: Config, checkpoint: Path) -> Start:
+    """The inverse of `to_plain`, under a configuration that is settled already; to be called in `fitting`.
+
+    Raises InputError where the table to start from is not that of the snapshot.
+    """
+    if not is_plain(state["metadata"]):
+        raise ValueError("the start's metadata is not plain")
     predictor = Predictor(
-        Path(state["file"]), state["sha256"], table_from_plain(state["snapshot_table"]), state["metadata"]
+        Path(state["file"]), str(state["sha256"]), table_from_plain(state["snapshot_table"]), dict(state["metadata"])
     )
-    return Start(config, predictor, table_from_plain(state["table"]), tuple(state["notes"]))
+    table = table_from_plain(state["table"])
+    require_equal(prepare_table(predictor.table).table, table, POLICY_TOLERANCE, f"{checkpoint}: the snapshot")
+    return Start(config, predictor, table, tuple(map(str, state["notes"])))
 
 
 def model_spec(config: Config) -> str | None:
@@ -326,6 +335,29 @@ def make_policy(start: Start) -> EPDParamPolicy:
         scale_std=ppo.scale_std,
         seed=start.config.run.seed,
     )
+
+
+def policy_of(
+    start: Start, state: Mapping[str, Any], checkpoint: Path, device: torch.device | None = None
+) -> EPDParamPolicy:
+    """The policy in a checkpoint's `state`, on `device` (None: the CPU); to be called in `fitting`.
+
+    Raises:
+        InputError: it did not begin at `start`, or its mean is no table, or not the one that the checkpoint names.
+    """
+    policy = make_policy(start)
+    began = {name: buffer.clone() for name, buffer in policy.named_buffers()}
+    policy.load_state_dict(state["trainer"]["policy"])
+    for name, buffer in policy.named_buffers():
+        if not torch.allclose(buffer, began[name], rtol=0, atol=POLICY_TOLERANCE):
+            raise InputError(f"{checkpoint}: its policy did not begin at the table that it names as its start ({name})")
+    try:
+        with torch.no_grad():
+            table = policy.to(device)().mean_table().to(device="cpu")
+    except ValueError as error:
+        raise InputError(f"{checkpoint}: the policy's mean is no valid table: {error}") from error
+    require_equal(table, table_from_plain(state["table"]), POLICY_TOLERANCE, f"{checkpoint}: the policy's mean")
+    return policy
 
 
 def _panel(config: Config, device: torch.device) -> Reward | None:

@@ -26,12 +26,28 @@ def table_to_plain(table: EPDTable) -> dict[str, Tensor | None]:
 
 
 def table_from_plain(tensors: Mapping[str, Tensor | None]) -> EPDTable:
-    """The inverse of `table_to_plain`.
+    """The inverse of `table_to_plain`. Raises ValueError where the tensors are no table."""
+    return EPDTable(*(tensors[name] for name in TABLE_FIELDS))
 
-    Raises:
-        InputError: the tensors are no table.
-    """
-    try:
-        return EPDTable(*(tensors[name] for name in TABLE_FIELDS))
-    except ValueError as error:
-        raise InputError(f"the checkpoint holds no valid table: {error}") from error
+
+def require_equal(table: EPDTable, expected: EPDTable, tolerance: float, what: str) -> None:
+    """Raise InputError, which names `what`, where an entry is farther than `tolerance` from the expected table's."""
+    difference = largest_difference(table, expected)
+    if not difference <= tolerance:
+        raise InputError(
+            f"{what} differs from its table by up to {difference:.3g}, and at most {tolerance:g} is allowed: "
+            f"it would not replay what was trained, so it is not used"
+        )
+
+
+def largest_difference(table: EPDTable, other: EPDTable) -> float:
+    """Largest absolute difference of two tables' entries; infinite where only one has a scale, or the shapes differ."""
+    largest = 0.0
+    for name in TABLE_FIELDS:
+        mine, theirs = getattr(table, name), getattr(other, name)
+        if mine is None and theirs is None:
+            continue
+        if mine is None or theirs is None or mine.shape != theirs.shape:
+            return float("inf")
+        largest = max(largest, float((mine - theirs).abs().max()))
+    return largest

@@ -23,16 +23,13 @@ from files import write_atomically
 from models.devices import resolve_device
 from models.fingerprints import file_sha256
 from solvers import EPDTable
-from training.checkpoint import best_path, newest_checkpoint
+from training.checkpoint import best_path, fitting, newest_checkpoint
 from training.configuration import to_plain
-from training.ppo.assembly import Start, from_plain, guidance_scale, make_policy
-from training.ppo.checkpoint import TABLE_FIELDS, load_checkpoint, table_from_plain
+from training.ppo.assembly import Start, from_plain, guidance_scale, policy_of
+from training.ppo.checkpoint import largest_difference, load_checkpoint, require_equal
 from training.ppo.config import SNAPSHOT_KEYS, build_config
 from training.run_folder import RunFolder, read_metrics
 from training.snapshot import load_snapshot, save_snapshot
-
-POLICY_TOLERANCE = 1e-9
-"""How far the policy's mean may be from the table in the checkpoint: both are float64, made on two devices at worst."""
 
 SNAPSHOT_TOLERANCE = 1e-6
 """How far the numbers read back from a .pkl may be from the exported ones: it holds float32 parameters."""
@@ -77,22 +74,16 @@ def read_export(checkpoint: Path, device: torch.device) -> Export:
     """The mean table of a checkpoint's policy.
 
     Raises:
-        InputError: the checkpoint cannot be read, the device has no float64, or the policy's mean is not the table that
-            the checkpoint names.
+        InputError: the checkpoint cannot be read, the device has no float64, or or see `policy_of`.
     """
     if device.type == "mps":
         raise InputError("--device mps: the policy needs float64, which this device lacks; use cpu")
     state = load_checkpoint(checkpoint)
-    config = build_config(state["config"], str(checkpoint)).config
-    start = from_plain(state["start"], config)
-    policy = make_policy(start)
-    policy.load_state_dict(state["trainer"]["policy"])
-    try:
+    with fitting(checkpoint):
+        start = from_plain(state["start"], build_config(state["config"], str(checkpoint)).config, checkpoint)
+        policy = policy_of(start, state, checkpoint, device)
         with torch.no_grad():
-            table = policy.to(device)().mean_table().to(device="cpu")
-    except ValueError as error:
-        raise InputError(f"{checkpoint}: the policy's mean is no valid table: {error}") from error
-    _require_equal(table, table_from_plain(state["table"]), POLICY_TOLERANCE, f"{checkpoint}: the policy's mean")
+            table = policy().mean_table().to(device="cpu")
     return Export(table, start, state["step"], checkpoint, state["config_hash"])
 
 
@@ -111,7 +102,7 @@ def write_export(folder: RunFolder, export: Export, *, manifest: bool) -> list[P
     _write_json(options, {"predictor": load_snapshot(pickled)[1], "config": config})
     paths = [pickled, pickled.with_suffix(".json"), options]
     if manifest:
-        described = _manifest(folder, export, paths, _largest_difference(export.table, read_back))
+        described = _manifest(folder, export, paths, largest_difference(export.table, read_back))
         paths.append(folder.export / f"export-manifest-{suffix}")
         _write_json(paths[-1], described)
     return paths
@@ -151,33 +142,11 @@ def _written(path: Path, export: Export) -> tuple[Path, EPDTable]:
     """Write the snapshot, read each of its two files by itself, and hold both against the table."""
     pickled = save_snapshot(path, export.table, snapshot_metadata(export))
     exact, _ = load_snapshot(pickled)
-    _require_equal(exact, export.table, 0.0, f"{export.checkpoint}: the exported .json")
+    require_equal(exact, export.table, 0.0, f"{export.checkpoint}: the exported .json")
     pickled.with_suffix(".json").unlink()
     rounded, _ = load_snapshot(pickled)
-    _require_equal(rounded, export.table, SNAPSHOT_TOLERANCE, f"{export.checkpoint}: the exported .pkl")
+    require_equal(rounded, export.table, SNAPSHOT_TOLERANCE, f"{export.checkpoint}: the exported .pkl")
     return pickled, rounded
-
-
-def _require_equal(table: EPDTable, expected: EPDTable, tolerance: float, what: str) -> None:
-    difference = _largest_difference(table, expected)
-    if not difference <= tolerance:
-        raise InputError(
-            f"{what} differs from its table by up to {difference:.3g}, and at most {tolerance:g} is allowed: "
-            f"it would not replay what was trained, so nothing is exported"
-        )
-
-
-def _largest_difference(table: EPDTable, other: EPDTable) -> float:
-    """Largest absolute difference of two tables' entries; infinite where only one has a scale, or the shapes differ."""
-    largest = 0.0
-    for name in TABLE_FIELDS:
-        mine, theirs = getattr(table, name), getattr(other, name)
-        if mine is None and theirs is None:
-            continue
-        if mine is None or theirs is None or mine.shape != theirs.shape:
-            return float("inf")
-        largest = max(largest, float((mine - theirs).abs().max()))
-    return largest
 
 
 def _manifest(folder: RunFolder, export: Export, paths: list[Path], difference: float) -> dict[str, Any]:

@@ -6,7 +6,8 @@ reward that rises while a judge that is not trained on falls is reported as susp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -182,10 +183,11 @@ class HeldoutWatch:
         """What a resumed run needs, as tensors and plain values."""
         return {"best_step": self.best_step, "start": _packed(self._start), "best": _packed(self._best)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.best_step = state["best_step"]
-        self._start, self._best = _unpacked(state["start"]), _unpacked(state["best"])
+    def load_state_dict(self, state: Mapping[str, Any], number: int) -> None:
+        """Go on from what `state_dict` gave, of `number` held-out prompts."""
+        self.best_step = operator.index(state["best_step"])
+        names = self._reward.state_dict().keys()
+        self._start, self._best = (_unpacked(state[key], names, number) for key in ("start", "best"))
 
     def _combined(self, scores: HeldoutScores) -> Tensor:
         return self._reward.combine(scores.parts)
@@ -226,5 +228,9 @@ def _packed(scores: HeldoutScores | None) -> dict[str, Any] | None:
     return None if scores is None else {"parts": dict(scores.parts), "panel": scores.panel}
 
 
-def _unpacked(state: Mapping[str, Any] | None) -> HeldoutScores | None:
-    return None if state is None else HeldoutScores(state["parts"], state["panel"], torch.empty(0))
+def _unpacked(state: Mapping[str, Any], names: Iterable[str], number: int) -> HeldoutScores:
+    parts, panel = {name: state["parts"][name].float() for name in names}, state["panel"]
+    for scores in (*parts.values(), *([] if panel is None else [panel])):
+        if scores.shape != (number,):
+            raise ValueError(f"held-out scores of shape {[*scores.shape]}, and {number} prompts")
+    return HeldoutScores(parts, panel, torch.empty(0))

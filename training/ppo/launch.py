@@ -21,7 +21,7 @@ from lightning.fabric import Fabric
 from errors import InputError, shows_input_errors
 from files import only_writer, write_atomically
 from interrupts import Interrupted
-from training.checkpoint import newest_checkpoint
+from training.checkpoint import fitting, newest_checkpoint
 from training.command_line import SeveralPairs
 from training.configuration import LoadedConfig, refuse_changes, to_plain, to_yaml
 from training.ppo.algorithm import learning_rate
@@ -33,6 +33,7 @@ from training.ppo.assembly import (
     from_plain,
     make_fabric,
     path_faults,
+    policy_of,
     prepare,
     refuse,
     require_processes,
@@ -135,11 +136,13 @@ def resumed_job(source: Path, overrides: Sequence[str]) -> Job:
             file that it needs is gone, or an override changes what the run is made of (`FIXED`).
     """
     folder = RunFolder.open(source)
-    state = load_checkpoint(source if source.suffix == ".pt" else newest_checkpoint(folder.checkpoints))
+    checkpoint = source if source.suffix == ".pt" else newest_checkpoint(folder.checkpoints)
+    state = load_checkpoint(checkpoint)
     config = load_config(folder.config, overrides).config
     require_processes(config)
-    start = from_plain(state["start"], config)
-    before = build_config(state["config"], str(folder.path)).config
+    with fitting(checkpoint):
+        start = from_plain(state["start"], config, checkpoint)
+        before = build_config(state["config"], str(folder.path)).config
     refuse_changes(before, config, FIXED, FIXED_FILES, folder.path)
     shape = (start.table.num_steps, start.table.num_points)
     if (config.model.num_steps, config.model.num_points) != shape:
@@ -147,6 +150,8 @@ def resumed_job(source: Path, overrides: Sequence[str]) -> Job:
             f"model.num_steps={config.model.num_steps}, model.num_points={config.model.num_points}: "
             f"the run's table has {shape[0]} and {shape[1]}, which cannot be changed"
         )
+    with fitting(checkpoint):
+        policy_of(start, state, checkpoint)
     if state["step"] >= config.ppo.steps:
         raise InputError(
             f"{folder.path}: complete, {state['step']} of {config.ppo.steps} steps; for more of them: "
@@ -170,7 +175,8 @@ def changes(job: Job) -> list[str]:
     """What differs from the configuration that the checkpoint was made with, one line a key."""
     if job.state is None:
         return []
-    step, before, now = job.state["step"], job.state["config"], to_plain(job.start.config)
+    step, now = job.state["step"], to_plain(job.start.config)
+    before = to_plain(build_config(job.state["config"], "checkpoint").config)
     lines = [
         f"{section}.{key}={value!r}; it was {before[section].get(key)!r} up to step {step}"
         for section, keys in now.items()

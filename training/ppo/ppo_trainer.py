@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.randomness import derived_seed, generator_of
+from training.checkpoint import load_optimizer
 from training.ppo import algorithm
 from training.ppo.config import PPOConfig
 from training.ppo.policy import EPDParamPolicy, TableDistribution, TableSample
@@ -160,7 +161,7 @@ class PPOTrainer(Generic[Outcome]):
         self.prompts.load_state_dict(state["prompts"])
         self.source.load_state_dict(state["source"])
         self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])
         self.completed_steps = state["completed_steps"]
 

@@ -23,7 +23,7 @@ from errors import InputError, shows_input_errors
 from files import write_atomically
 from models.pictures import opened_picture
 from solvers import EPDTable
-from training.checkpoint import newest_checkpoint
+from training.checkpoint import fitting, newest_checkpoint
 from training.configuration import to_yaml
 from training.ppo.checkpoint import load_checkpoint, table_from_plain
 from training.ppo.config import build_config
@@ -103,8 +103,11 @@ def write_report(folder: RunFolder) -> Path:
         InputError: the run has no checkpoint or no metrics yet, or the page cannot be written.
     """
     rows = read_metrics(folder.metrics)
-    state = load_checkpoint(newest_checkpoint(folder.checkpoints))
-    start, table = table_from_plain(state["start"]["table"]), table_from_plain(state["table"])
+    checkpoint = newest_checkpoint(folder.checkpoints)
+    state = load_checkpoint(checkpoint)
+    with fitting(checkpoint):
+        start, table = table_from_plain(state["start"]["table"]), table_from_plain(state["table"])
+        notes = [str(note) for note in state["start"]["notes"]]
     config = build_config(state["config"], str(folder.config)).config
     steps = [row for row in rows if "reward_mean" in row]
     evaluations = [row for row in rows if "heldout/reward" in row]
@@ -112,7 +115,7 @@ def write_report(folder: RunFolder) -> Path:
         _head(folder, steps, evaluations, state),
         _rewards(steps, evaluations, config.ppo.rloo_k, config.ppo.rollout_batch_size),
         _images(folder, evaluations),
-        _table(rows, table, start, state["start"]["notes"]),
+        _table(rows, table, start, notes),
         _diagnostics(steps),
         _time(steps),
         f"<h2>Configuration</h2><p class=muted>SHA-256 {state['config_hash']}</p><pre>{escape(to_yaml(config))}</pre>",

@@ -6,6 +6,7 @@ It hands the same `solvers.epd_sampler` that replays a finished table another ta
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,7 +189,9 @@ class RLRunner:
         """Go on from what `state_dict` gave; a limit of rows that was configured anew since then wins over it."""
         self.reward.load_state_dict(state["reward"])
         if state["configured_max_rows"] == self._configured_max_rows:
-            self.max_rows = state["max_rows"]
+            self.max_rows = None if state["max_rows"] is None else operator.index(state["max_rows"])
+            if self.max_rows is not None and self.max_rows < 1:
+                raise ValueError(f"the limit of rows is {self.max_rows}")
 
     def _sample_if_it_fits(
         self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int]

@@ -7,6 +7,7 @@ is table j of prompt b.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -118,7 +119,9 @@ class PromptStream:
                 f"the checkpoint was trained with other {' and '.join(names[name] for name in different)}: "
                 f"resume with the prompt file and the configuration of the run"
             )
-        self.cursor = state["cursor"]
+        self.cursor = operator.index(state["cursor"])
+        if self.cursor < 0:
+            raise ValueError(f"the place in the prompts is {self.cursor}")
 
     def _index(self, place: int) -> int:
         epoch, position = divmod(place, len(self.prompts))

@@ -17,7 +17,7 @@ from files import replacing
 from interrupts import Interrupts
 from models.pictures import png_text, to_pixels
 from solvers import EPDTable
-from training.checkpoint import best_path, is_due, set_aside, step_path
+from training.checkpoint import best_path, fitting, is_due, set_aside, step_path
 from training.configuration import config_hash
 from training.configuration import to_plain as config_to_plain
 from training.events import EventFile
@@ -130,19 +130,26 @@ class TrainingRun:
             InputError: it belongs to another kind of search, to other prompts or rewards, or was made without held-out
                 evaluation.
         """
-        if state["trainer"].keys() != self.trainer.state_dict().keys():
-            raise InputError("the checkpoint is of another kind of search: resume it by the command that made it")
-        self.trainer.load_state_dict(state["trainer"])
+        with fitting(f"{self.folder.path}: its checkpoint"):
+            self._load_trainer(state)
         if self.watch is not None and state["watch"] is None:
             raise InputError(
                 "the run was made without held-out evaluation, so there are no scores of its starting table to compare "
                 "with: resume with logging.eval_interval=0"
             )
         if self.watch is not None:
-            self.watch.load_state_dict(state["watch"])
+            with fitting(f"{self.folder.path}: its checkpoint"):
+                self.watch.load_state_dict(state["watch"], len(self.judge.prompts))
         self._saved_step = self.step
         if self._writer is not None:
             self._writer.rewind(self.step)
+
+    def _load_trainer(self, state: Mapping[str, Any]) -> None:
+        if state["trainer"].keys() != self.trainer.state_dict().keys():
+            raise InputError("the checkpoint is of another kind of search: resume it by the command that made it")
+        self.trainer.load_state_dict(state["trainer"])
+        if self.step != state["step"]:
+            raise InputError(f"the checkpoint is of step {state['step']}, and its trainer's state of step {self.step}")
 
     def run(self) -> str:
         """Train; returns how it ended: `FINISHED`, `INTERRUPTED` or `HACKED`. A checkpoint of the last step is saved.

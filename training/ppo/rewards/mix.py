@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -114,7 +115,10 @@ class WeightedMix:
                 f"The checkpoint's reward statistics are of {', '.join(state) or 'nothing'}, "
                 f"the configured rewards are {', '.join(self._moments)}."
             )
-        self._moments = {name: RunningMoments(**moments) for name, moments in state.items()}
+        self._moments = {
+            name: RunningMoments(operator.index(moments["count"]), float(moments["mean"]), float(moments["squares"]))
+            for name, moments in state.items()
+        }
 
     def _standardised(self, name: str, scores: Tensor) -> Tensor:
         moments = self._moments[name]

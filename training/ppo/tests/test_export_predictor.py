@@ -196,7 +196,7 @@ def test_policy_that_is_not_its_checkpoint_s_table_is_refused(folder: RunFolder,
     save_checkpoint(step_path(folder.checkpoints, 9), forged)
     result = export(folder.path)
     assert result.exit_code == 2
-    assert "nothing is exported" in result.output
+    assert "would not replay what was trained" in result.output
     assert not folder.export.exists()
 
 
@@ -208,6 +208,38 @@ def test_policy_that_is_no_table_is_refused(folder: RunFolder, config: Path):
     result = export(folder.path)
     assert result.exit_code == 2
     assert "no valid table" in result.output
+    assert not folder.export.exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("step", None),
+        ("config_hash", torch.zeros(2)),
+        ("start", []),
+        ("start.snapshot_table.weights", "x"),
+        ("start.metadata", {1: 2}),
+        ("start.notes", 7),
+        ("trainer", {}),
+        ("trainer.policy", None),
+        ("table", None),
+        ("table.scale_dir", torch.ones(2, 2).double()),
+    ],
+)
+def test_a_checkpoint_with_other_things_in_their_place_is_not_exported(
+    folder: RunFolder, config: Path, place: str, value: object
+):
+    start = prepared(config)
+    state = part = state_of(start, moved(start, 1), 9)
+    *parents, last = place.split(".")
+    for parent in parents:
+        part = part[parent]
+    assert last in part
+    part[last] = value
+    torch.save({"format": 2, **state}, step_path(folder.checkpoints, 9))
+    result = export(folder.path)
+    assert result.exit_code == 2, result.output
+    assert "policy-step000009.pt" in result.output
     assert not folder.export.exists()
 
 

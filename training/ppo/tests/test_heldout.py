@@ -111,7 +111,7 @@ def test_resumed_watch_goes_on_as_if_never_stopped():
     watch, base = started()
     watch.observe(1, scores(base + 0.2, base))
     resumed = HeldoutWatch(brightness())
-    resumed.load_state_dict(watch.state_dict())
+    resumed.load_state_dict(watch.state_dict(), COUNT)
     following = scores(base + 0.1 + noise(1), base + noise(2))
     assert resumed.observe(2, following) == watch.observe(2, following)
     assert resumed.best_step == 1

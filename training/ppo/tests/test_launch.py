@@ -56,6 +56,10 @@ def launch(*args: object) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
+def export_of(folder: RunFolder) -> Result:
+    return CliRunner().invoke(export_command, [str(folder.path)])
+
+
 def only_run(root: Path) -> RunFolder:
     (path,) = root.iterdir()
     return RunFolder.open(path)
@@ -312,6 +316,74 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(finished: RunFolder, tmp_pa
     assert "another process is writing to it" in result.output
     assert len(read_metrics(folder.metrics)) == 5
     assert load_config(folder.config).config.ppo.steps == 4
+
+
+OTHER_START = [[0.2, 0.5], [0.4, 0.8]]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("step", 2.5),
+        ("format", torch.tensor([1, 2])),
+        ("config", "x"),
+        ("config.ppo", 3),
+        ("start", None),
+        ("start.metadata", 3),
+        ("start.table.positions", None),
+        ("start.table.positions", torch.tensor(OTHER_START).double()),
+        ("start.table.weights", torch.zeros(2, 3, 4)),
+        ("table.positions", torch.tensor(OTHER_START).double()),
+        ("trainer", []),
+        ("trainer.policy.base", torch.zeros(2, 5).double()),
+        ("trainer.policy.hidden.weight", torch.zeros(2)),
+        ("trainer.policy.output.bias", torch.full((5,), torch.nan).double()),
+        ("trainer.completed_steps", 1),
+        ("trainer.generator", torch.zeros(3)),
+        ("trainer.optimizer.state", {0: {"step": 3}}),
+        ("trainer.optimizer.state", {9: {}}),
+        ("trainer.prompts.cursor", None),
+        ("trainer.prompts.cursor", -8),
+        ("trainer.source.reward.reward", {"count": None, "mean": 0.0, "squares": 0.0}),
+        ("trainer.source.max_rows", "all"),
+        ("watch", []),
+        ("watch.start", None),
+        ("watch.best.panel", torch.zeros(2)),
+        ("watch.best.parts", {}),
+    ],
+)
+def test_a_checkpoint_with_other_things_in_their_place_is_refused(
+    finished: RunFolder, tmp_path: Path, place: str, value: object
+):
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    newest = step_path(folder.checkpoints, 4)
+    state = torch.load(newest, weights_only=True)
+    *parents, last = place.split(".") if "policy." not in place else ("trainer", "policy", place.split("policy.")[1])
+    part = state
+    for parent in parents:
+        part = part[parent]
+    assert last in part
+    part[last] = value
+    torch.save(state, newest)
+    result = launch("--resume", folder.path, "--override", "ppo.steps=5")
+    assert result.exit_code == 2, result.output
+    assert sum(line.startswith("Error") for line in result.output.splitlines()) == 1
+    assert newest.name in result.output or folder.path.name in result.output
+    assert len(read_metrics(folder.metrics)) == 5  # nothing was done
+
+
+def test_a_start_that_the_policy_did_not_begin_at_is_refused(finished: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    newest = step_path(folder.checkpoints, 4)
+    state = torch.load(newest, weights_only=True)
+    for table in ("table", "snapshot_table"):
+        state["start"][table]["positions"] = torch.tensor(OTHER_START).double()
+    torch.save(state, newest)
+    for result in (launch("--resume", folder.path, "--override", "ppo.steps=5"), export_of(folder)):
+        assert result.exit_code == 2
+        assert "did not begin at the table" in " ".join(result.output.split())
 
 
 def test_other_prompts_at_resume_are_refused(finished: RunFolder, tmp_path: Path):
