@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ BOOKKEEPING = re.compile(
 )
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
 UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.PickleError)
+LARGEST_REPEATED = 2**20  # numbers of a tensor in which those of its storage are repeated
 MOST_PARTS = 1_000_000  # of a checkpoint's structure; Stable Diffusion 1.x has some fifty thousand
 
 # What the structure of tensors and plain data names; what is called makes no more of what it is given.
@@ -36,8 +38,6 @@ TENSOR_NAMES = re.compile(
     r"|torch\._utils\._rebuild_(tensor_v2|tensor_v3|parameter|parameter_with_state)"
     r"|collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.(set|complex)"
 )
-
-_MADE = {**STORAGES, "collections.OrderedDict": plain_dict, "builtins.set": plain_set, "__builtin__.set": plain_set}
 
 # Put before the names of all tensors: by DataParallel and averaging, by torch.compile.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -213,7 +213,9 @@ def _check_pickle(pickled: bytes, sizes: Mapping[str, int], root: str) -> list[s
         found = sizes.get(f"{root}/data/{key}")
         if found != numbers * dtype.itemsize:
             raise pickle.UnpicklingError(f"{numbers} numbers are to lie in data/{key}, which has {found} bytes")
-        return StandIn()
+        stand_in = StandIn()
+        stand_in.state = numbers
+        return stand_in
 
     content = PickleReader(resolve, record, most=MOST_PARTS).load(io.BytesIO(pickled))
     require_tree(content, most=MOST_PARTS)
@@ -223,6 +225,23 @@ def _check_pickle(pickled: bytes, sizes: Mapping[str, int], root: str) -> list[s
             f"besides tensors it names {', '.join(refused)}, which could run code. Nothing of it was run."
         )
     return sorted(others)
+
+
+def _tensor(storage: StandIn, _: int, size: Sequence[int], *__: object) -> StandIn:
+    """Stands for a tensor; few numbers that lie in a file may not be claimed to be many."""
+    if math.prod(size) > max(storage.state, LARGEST_REPEATED):
+        raise pickle.UnpicklingError(f"a tensor of {math.prod(size):,} numbers is made of {storage.state:,}")
+    return StandIn()
+
+
+_MADE = {
+    **STORAGES,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor,
+    "collections.OrderedDict": plain_dict,
+    "builtins.set": plain_set,
+    "__builtin__.set": plain_set,
+}
 
 
 def looks_like(path: Path) -> str:

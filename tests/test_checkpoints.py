@@ -129,6 +129,7 @@ class Call:
         (shared(), "entries"),
         ({"weight": torch.ones(1), "note": Call(bytearray, 10**9)}, "bytearray"),
         ({"weight": torch.ones(1), "note": Call(torch.FloatStorage, 10**9)}, "no readable torch checkpoint"),
+        ({"weight": torch.ones(1).expand(2**40)}, "made of 1"),
         ({"weight": 1.0}, "no named tensors"),
         ({"model": weights(), "ema": weights(), "epoch": 3}, "more such under ema, model"),
         ([torch.ones(1)], "holds a list"),
