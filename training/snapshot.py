@@ -7,6 +7,7 @@ snapshots do) is skipped over as the text that it is.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -34,6 +35,7 @@ PUBLIC_KEYS = {"positions": "r", "weights": "w"}  # columns that the published t
 JSON_KEYS = {column.name: PUBLIC_KEYS.get(column.name, column.name) for column in COLUMNS}
 GRID = "sigmas"  # in the metadata: noise levels of the table's own, in place of a named schedule
 PUBLIC_COLUMNS = ("positions", "weights", "scale_dir", "scale_time")  # what a .pkl can hold
+CHECKSUM = "sha256"  # of all else in a .json; those of others have none
 BOUNDS = ("scale_dir", "scale_time")
 # What a table is used with: a value that cannot be read must not be taken for one that is not there.
 NEEDED = frozenset({*PUBLIC_ATTRIBUTES, *SIZES, *BOUNDS, "sigma_min", "sigma_max", "model_path"})
@@ -60,9 +62,9 @@ SNAPSHOT_NAME = re.compile(r"network-snapshot-.*?(\d+)\.(pkl|json)")
 def save_snapshot(path: str | Path, table: EPDTable, metadata: Mapping[str, Plain]) -> Path:
     """Write a table and what it was made for as `<path>.json`, and as `<path>.pkl` where the public code can hold it.
 
-    The .json holds every column's numbers exactly (float64). The .pkl holds positions, weights and scales to float32
-    precision, as an `EPD_predictor` under the key `model`, pickled by reference; for a table with other columns, with
-    noise levels of its own or without points there is none. Each file appears whole or not at all.
+    The .json holds every column's numbers exactly (float64), with a checksum. The .pkl holds positions, weights and
+    scales to float32 precision, as an `EPD_predictor` under the key `model`, pickled by reference; for a table with
+    other columns, with noise levels of its own or without points there is none. Each file appears whole or not at all.
 
     Args:
         path: where to; its suffix, if any, is .pkl or .json. Missing folders are made, files replaced.
@@ -96,7 +98,7 @@ def save_snapshot(path: str | Path, table: EPDTable, metadata: Mapping[str, Plai
     columns = {JSON_KEYS[name]: entries.tolist() for name, entries in numbers.items()}
     # What version 1 always wrote is written always, so that readers of it go on.
     content = {"version": VERSION, **sizes, "scale_dir": None, "scale_time": None, **columns, "metadata": described}
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    text = json.dumps({**content, CHECKSUM: _checksum(content)}, indent=1, allow_nan=False) + "\n"
     write_atomically(path.with_suffix(".json"), text.encode())
     if predictor is None:
         path.with_suffix(".pkl").unlink(missing_ok=True)  # of a table that stood here before
@@ -111,6 +113,11 @@ def private_parts(table: EPDTable, metadata: Mapping[str, Plain]) -> list[str]:
     if metadata.get(GRID) is not None:
         parts.append("noise levels of its own")
     return parts if table.num_points else [*parts, "intervals without points"]
+
+
+def _checksum(described: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a .json says, however it is laid out."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------- find
@@ -229,14 +236,21 @@ def _content(path: Path) -> bytes:
 def _read_json(path: Path, content: bytes) -> Snapshot:
     try:
         described = json.loads(content)
+        recorded = described.pop(CHECKSUM, None) if isinstance(described, dict) else None
+        damaged = recorded is not None and recorded != _checksum(described)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is no JSON, or was cut off ({error})") from error
     if not isinstance(described, dict) or not {"r", "w", "num_steps", "num_points"} <= described.keys():
         raise InputError(f"{path}: is no snapshot: it lacks one of the keys num_steps, num_points, r and w")
+    if damaged:
+        raise InputError(
+            f"{path}: is damaged: its content is not that of its {CHECKSUM}; where it was edited on purpose, remove "
+            f"the entry {CHECKSUM}"
+        )
     version = described.get("version", 1)
     if version not in (1, VERSION):
         raise InputError(f"{path}: has version {_shown(version)}; this RLEPD reads versions 1 and {VERSION}")
-    unknown = described.keys() - {"version", *SIZES, *JSON_KEYS.values(), "metadata"}
+    unknown = described.keys() - {"version", CHECKSUM, *SIZES, *JSON_KEYS.values(), "metadata"}
     if unknown and version == VERSION:
         raise InputError(f"{path}: has a column {min(unknown)!r}, which this RLEPD (version {VERSION}) does not know")
     metadata = described.get("metadata", {})
