@@ -28,7 +28,7 @@ BOOKKEEPING = re.compile(
     r"|_codecs\.encode|typing\.Any"
 )
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
-UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.PickleError)
+UNREADABLE = (OSError, pickle.UnpicklingError)  # what `load_archive` raises
 LARGEST_REPEATED = 2**20  # numbers of a tensor in which those of its storage are repeated
 MOST_PARTS = 1_000_000  # of a checkpoint's structure; Stable Diffusion 1.x has some fifty thousand
 
@@ -109,8 +109,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except ForeignNames as error:
         raise InputError(f"{path} is refused: {error} Get the .safetensors version of this model.") from error
     except UNREADABLE as error:
-        if is_too_little_memory(error):
-            raise
         raise InputError(f"{path} is no readable torch checkpoint: {first_line(error)}") from error
     return _tensors_of(content, path)
 
@@ -153,11 +151,16 @@ def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_archive(path: Path, *, mapped: bool) -> Any:
     """What `torch.save` wrote to `path`, on the CPU, after `check_archive`; no code of the file is run.
 
-    mapped: tensors stay on disk until they are used. Raises what `check_archive` raises, and what torch does.
+    mapped: tensors stay on disk until they are used. Raises as `check_archive`.
     """
     names = check_archive(path)
-    with torch.serialization.safe_globals([(_Bookkeeping, name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    try:
+        with torch.serialization.safe_globals([(_Bookkeeping, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # what a forged pickle makes torch trip over can be anything
+        if is_too_little_memory(error):
+            raise
+        raise pickle.UnpicklingError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def check_archive(path: Path) -> list[str]:

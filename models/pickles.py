@@ -133,9 +133,9 @@ class PickleReader:
             case "BINGET" | "LONG_BINGET":
                 return self._memo[argument]
             case "GLOBAL":
-                return self._resolve(*argument.split(" "))
+                return self._named(*argument.split(" "))
             case "STACK_GLOBAL":
-                return self._resolve(*self._taken(-2))
+                return self._named(*self._taken(-2))
             case "REDUCE" | "NEWOBJ":
                 function, arguments = self._taken(-2)
                 return function(*arguments)
@@ -143,6 +143,11 @@ class PickleReader:
                 return self._persistent(self._stack.pop())
             case _:
                 raise pickle.UnpicklingError(f"it uses the opcode {name}, which neither data nor tensors need")
+
+    def _named(self, module: str, name: str) -> Any:
+        if not all(part.isidentifier() for part in f"{module}.{name}".split(".")):
+            raise pickle.UnpicklingError("it names what can be no name")
+        return self._resolve(module, name)
 
     def _taken(self, start: int) -> list[Any]:
         """What lies on the stack from `start` on (negative: counted from its top), no longer there."""

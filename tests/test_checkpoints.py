@@ -144,6 +144,16 @@ def test_what_is_forged_or_of_another_kind_ends_in_one_message(tmp_path, content
     assert time.process_time() - began < 5
 
 
+def test_what_torch_itself_trips_over_ends_in_one_message(tmp_path):
+    def wrong_metadata(name: str, content: bytes) -> bytes:
+        # the last argument of a tensor, which is no dict
+        return content.replace(b"tq\x0cRq", b"K\x07tq\x0cRq") if name.endswith("data.pkl") else content
+
+    torch.save({"weight": torch.ones(3)}, tmp_path / "model.pt")
+    with pytest.raises(InputError, match="AssertionError: expected dict"):
+        read_state_dict(rewritten(tmp_path / "model.pt", wrong_metadata))
+
+
 @pytest.mark.parametrize("damage", ["of several parts", "twice the same name", "no structure", "encrypted"])
 def test_an_odd_archive_ends_in_one_message(tmp_path, damage):
     path = written(tmp_path / "model.pt")

@@ -64,6 +64,7 @@ def test_a_stand_in_keeps_its_state():
         b"\x80\x05\x97.",  # a buffer from elsewhere
         b"\x80\x05\x96" + (2**32).to_bytes(8, "little") + b".",
         b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b".",
+        b"\x80\x04X\x01\x00\x00\x00aX\x02\x00\x00\x00b\n\x93.",  # a name of two lines
         b"\x80\x02}]K\x01s.",  # a list for a key
         b"\x80\x02K\x01K\x02a.",  # into a number
         b"\x80\x02K\x01)R.",  # a number called

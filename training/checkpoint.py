@@ -111,8 +111,6 @@ def read_tensors(path: Path, kind: str) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such {kind}") from None
     except UNREADABLE as error:
-        if is_too_little_memory(error):
-            raise
         raise InputError(f"{path}: the {kind} is corrupt and cannot be read ({first_line(error)})") from error
 
 
