@@ -96,6 +96,7 @@ def main(
     if resume is None:
         loaded = load_config(config_path or DEFAULT_CONFIG, pairs)
         if dry_run:
+            require_processes(loaded.config)
             preview(loaded)
         job = Job(prepare(loaded), None, None)
     elif config_path is not None or run_name is not None:
