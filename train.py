@@ -26,6 +26,7 @@ from solvers import SAMPLERS
 from training.command_line import Finite, require_one_process
 from training.distillation import SEARCHED_POSITIONS
 from training.distillation_run import (
+    OPTIONS,
     Options,
     claim_folder,
     distil,
@@ -90,15 +91,15 @@ Examples:
 @click.option("--schedule_rho", type=Finite(0, min_open=True), help="Exponent of the grid. [7 polynomial, otherwise 1]")
 @click.option(
     "--trajectories",
-    type=click.IntRange(2),
+    type=click.IntRange(2, 10**9),
     default=128,
     show_default=True,
     help="The teacher is followed on so many; a quarter is held out.",
 )
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Trajectories an update.")
-@click.option("--batch-gpu", type=click.IntRange(1), default=16, show_default=True, help="Trajectories at once.")
+@click.option("--batch", type=click.IntRange(1, 10**9), default=16, show_default=True, help="Trajectories an update.")
+@click.option("--batch-gpu", type=click.IntRange(1, 10**9), default=16, show_default=True, help="Trajectories at once.")
 @click.option("--total_kimg", type=Finite(0), default=1.6, show_default=True, help="Thousands of trajectories in all.")
-@click.option("--lr", type=Finite(0, min_open=True), default=0.1, show_default=True, help="Adam's step size.")
+@click.option("--lr", type=Finite(0, 1e30, min_open=True), default=0.1, show_default=True, help="Adam's step size.")
 @click.option("--coslr/--no-coslr", default=True, show_default=True, help="Let it decay to 0 along a cosine.")
 @click.option(
     "--target",
@@ -134,7 +135,8 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
         options = _options(told)
     else:
         folder = find_run(resume, outdir)
-        options = load_options(folder)
+        options = _options(asdict(load_options(folder)))
+        _refuse_out_of_range(context, options, folder)
         _refuse_contradictions(context, options, told, folder)
         if is_finished(folder, options):
             raise InputError(f"{folder}: this run is finished; nothing to resume")
@@ -185,6 +187,17 @@ def _options(told: dict[str, object]) -> Options:
 def _denoiser(options: Options, device: str) -> Denoiser:
     spec = options.model_path or MODEL_OF_DATASET.get(options.dataset_name, options.dataset_name)
     return load_denoiser(spec, device=resolve_device(device), dtype=torch.float32)
+
+
+def _refuse_out_of_range(context: click.Context, options: Options, folder: Path) -> None:
+    """What a run's file says must be what could have been typed."""
+    for option in context.command.params:
+        value = getattr(options, option.name, None)
+        if value is not None:
+            try:
+                option.type.convert(value, option, context)
+            except click.BadParameter as error:
+                raise InputError(f"{folder / OPTIONS}: {option.name}: {error.message}") from None
 
 
 def _refuse_contradictions(context: click.Context, options: Options, told: dict[str, object], folder: Path) -> None:

@@ -139,6 +139,13 @@ def test_weights_on_the_simplex_satisfy_the_conditions_of_optimality(seed, num_p
         assert (row >= row[free].min() - 1e-6).all()
 
 
+def test_all_positions_together_are_a_choice_too():
+    moves = torch.eye(16, dtype=torch.float64)
+    found, weights = best_points(moves @ moves.T, torch.full((16,), 1 / 16).double(), torch.linspace(0.05, 0.8, 16), 16)
+    assert len(found) == 16
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 16), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("num_points", [1, 2, 3])
 def test_planted_points_are_found_again(num_points):
     generator = torch.Generator().manual_seed(0)
@@ -316,6 +323,16 @@ def test_a_restored_refinement_goes_on_bit_for_bit():
     assert [second.step() for _ in range(3)] == expected[3:]
     for one, other in zip(whole.predictor.parameters(), second.predictor.parameters(), strict=True):
         assert one.equal(other)
+
+
+def test_updates_that_lead_to_no_table_are_reported():
+    task, trajectories = _taught()
+    refinement = _refinement(task, trajectories, learning_rate=1e4)
+    refinement.step()
+    with pytest.raises(InputError, match=r"distillation diverged at update 1: .* try a smaller --lr"):
+        refinement.step()
+    with pytest.raises(InputError, match="distillation diverged at update 1"):
+        refinement.held_out_loss()
 
 
 def test_a_loss_that_is_no_number_is_reported():
@@ -521,6 +538,12 @@ def test_runs_that_start_together_get_numbers_of_their_own(tmp_path):
         claimed = [folder for folders in pool.map(claim, range(8)) for folder in folders]
     assert sorted(folder.name[:5] for folder in claimed) == [f"{number:05d}" for number in range(40)]
     assert sorted(tmp_path.iterdir()) == sorted(claimed)
+
+
+def test_a_folder_that_cannot_be_made_leaves_no_claim(tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        claim_folder(tmp_path, dataclasses.replace(OPTIONS, dataset_name="x" * 300))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_number_that_a_killed_process_claimed_is_passed_over(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -231,6 +232,46 @@ def test_an_untrained_table_is_finished_when_it_is_there(workplace):
 def test_bad_input_is_refused_in_a_line(workplace, arguments, message):
     assert message in refusal(run(*arguments))
     assert [file.name for file in workplace.iterdir()] == ["prompts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_points", 0, "num_points: 0 is not in the range"),
+        ("num_points", "2", "num_points is '2', which it cannot be"),
+        ("num_points", 2.0, "num_points is 2.0, which it cannot be"),
+        ("M", [[1, 2], [3]], "M is [[1, 2], [3]], which it cannot be"),
+        ("afs", 0, "afs is 0, which it cannot be"),
+        ("lr", math.nan, "lr is nan, which it cannot be"),
+        ("schedule_rho", 10**400, "schedule_rho is 1000"),
+        ("schedule_type", "linear", "schedule_type: 'linear' is not one of"),
+        ("sampler_stu", "heun", "sampler_stu is 'heun', which it cannot be"),
+        ("model_path", "a\0b", "model_path is 'a\\x00b', which it cannot be"),
+        ("dataset_name", "../x", "letters, digits and _ only"),
+        ("prompt_file", None, "--prompt-file is missing"),
+        ("trajectories", 10**19, "trajectories: 10000000000000000000 is not in the range"),
+        ("strange", 1, "no options of a distillation"),
+    ],
+)
+def test_options_that_nobody_can_have_typed_are_refused(workplace, key, value, message):
+    told = run("--dataset_name", "tiny", "--prompt-file", "prompts.txt", "--num_steps", 3, "--dry-run").output
+    options = json.loads(told[: told.index("}") + 1])
+    folder = workplace / "run"
+    folder.mkdir()
+    (folder / "training_options.json").write_text(json.dumps(options))
+    assert run("--resume", folder, "--dry-run").exit_code == 0
+    (folder / "training_options.json").write_text(json.dumps({**options, key: value}))
+    said = refusal(run("--resume", folder, "--dry-run"))
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 30000, b"\xff\xfe{}", b"null", b" " * 10**6 + b"{}"])
+def test_options_that_are_no_json_object_are_refused(workplace, content):
+    (workplace / "training_options.json").write_bytes(content)
+    said = refusal(run("--resume", workplace, "--dry-run"))
+    assert "options of a distillation" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def best_points(products: Tensor, projections: Tensor, positions: Tensor, num_po
 
     products: m_a . m_b [R, R]; projections: m_a . wanted [R]; positions [R]. Returns two tensors [K].
     """
-    choices = torch.combinations(torch.arange(len(positions)), num_points)  # [P, K]
+    choices = torch.tensor(list(combinations(range(len(positions)), num_points)))  # [P, K]
     gram = products[choices[:, :, None], choices[:, None, :]]  # [P, K, K]
     weights = simplex_least_squares(gram, projections[choices])
     losses = torch.einsum("pi,pij,pj->p", weights, gram, weights) - 2 * (weights * projections[choices]).sum(-1)
@@ -353,7 +353,7 @@ class Refinement:
         self.done = 0
 
     def step(self) -> Update:
-        """One update. Raises InputError where the loss is no longer a number."""
+        """One update. Raises InputError where the loss is no longer a number, or the table none."""
         rate = self.learning_rate
         if self.cosine:
             rate *= 0.5 * (1 + math.cos(math.pi * self.done / self.updates))
@@ -362,7 +362,7 @@ class Refinement:
         batch = self.trajectories.select(self._drawn())
         loss = 0.0
         for part in batch.batches(self.task.micro_batch):
-            share = trajectory_loss(self.task, self.predictor.table(), part, self.scales).sum() / len(batch)
+            share = trajectory_loss(self.task, self.table(), part, self.scales).sum() / len(batch)
             share.backward()
             loss += share.item()
         torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), LARGEST_GRADIENT)
@@ -372,10 +372,17 @@ class Refinement:
         self.done += 1
         return Update(self.done, loss, rate)
 
+    def table(self) -> EPDTable:
+        """The predictor's table. Raises InputError where the updates have led to what is none."""
+        try:
+            return self.predictor.table()
+        except ValueError as error:
+            raise InputError(f"distillation diverged at update {self.done}: {error}; try a smaller --lr") from error
+
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """The mean loss on the trajectories that no update sees."""
-        table = self.predictor.table()
+        table = self.table()
         parts = self.held_out.batches(self.task.micro_batch)
         return torch.cat([trajectory_loss(self.task, table, part, self.scales) for part in parts]).mean().item()
 

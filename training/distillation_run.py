@@ -15,6 +15,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+import types
+import typing
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +33,7 @@ from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
 from models.randomness import generator_of
 from solvers import EPDTable, network_evaluations
 from training.checkpoint import fitting, read_tensors, write_tensors
+from training.configuration import SHOWN
 from training.distillation import (
     HELD_OUT_SHARE,
     SEARCHED_POSITIONS,
@@ -51,6 +55,7 @@ OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teache
 STATE_KEYS, TEACHER_KEYS = frozenset({"refinement", "best_loss", "best"}), frozenset({"states", "prompts"})
 
 REMEDY = "remove it, and the run starts this part again"
+LARGEST_OPTIONS = 2**16  # bytes; a run's options have some hundred
 
 # Between two looks at the held-out trajectories.
 UPDATES_PER_CHECK = 10
@@ -181,19 +186,49 @@ def claim_folder(root: Path, options: Options) -> Path:
             claim = folder.with_name(folder.name.partition("-")[0])
             with suppress(FileExistsError):
                 claim.mkdir()
-                if not any(root.glob(f"{claim.name}-*")):
-                    return claim.rename(folder)
-                claim.rmdir()
+                try:
+                    if not any(root.glob(f"{claim.name}-*")):
+                        return claim.rename(folder)
+                finally:
+                    with suppress(FileNotFoundError):  # it was renamed
+                        claim.rmdir()
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be made ({error.strerror})") from error
 
 
 def load_options(folder: Path) -> Options:
-    """What the run in `folder` was told. Raises InputError where there is no distillation."""
+    """What the run in `folder` was told; whether each value has its type is checked, not whether it is in range.
+
+    Raises:
+        InputError: there is no distillation, or its options are damaged.
+    """
+    file = folder / OPTIONS
     try:
-        return Options(**json.loads((folder / OPTIONS).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder / OPTIONS}: no readable options of a distillation ({error})") from error
+        with file.open("rb") as stream:
+            told = json.loads(stream.read(LARGEST_OPTIONS))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: no readable options of a distillation ({error})") from error
+    kinds = typing.get_type_hints(Options)
+    if isinstance(told, dict):
+        told = {"start": Options.start, **told}  # which older files do not name
+    if not isinstance(told, dict) or told.keys() != kinds.keys():
+        raise InputError(f"{file}: no options of a distillation: they are {', '.join(kinds)}, and no others")
+    for key, kind in kinds.items():
+        if not _has_kind(told[key], kind):
+            raise InputError(f"{file}: {key} is {SHOWN.repr(told[key])}, which it cannot be: the file is damaged")
+    return Options(**told)
+
+
+def _has_kind(value: object, kind: Any) -> bool:
+    """Whether a value that JSON gave is of the type of an option."""
+    members = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_has_kind(value, member) for member in members)
+    if members:  # of a Literal
+        return value in members
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is kind and (kind is not str or value.isprintable())
 
 
 def write_start(folder: Path, options: Options, table: EPDTable, denoiser: Denoiser | None) -> Path:
@@ -362,7 +397,7 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
             update = refinement.step()
             line = {"loss": update.loss, "lr": update.learning_rate}
         if refinement.done % UPDATES_PER_CHECK == 0 or refinement.done == refinement.updates:
-            table, loss = refinement.predictor.table(), refinement.held_out_loss()
+            table, loss = refinement.table(), refinement.held_out_loss()
             line |= {"held_out": loss, "r": table.positions.tolist(), "w": table.weights.tolist()}
             if not best and not math.isfinite(loss):
                 raise InputError(
