@@ -237,7 +237,7 @@ def test_bad_input_is_refused_in_a_line(workplace, arguments, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_points", 0, "num_points: 0 is not in the range"),
+        ("num_points", 0, "--num_points 0 and --start near_euler are for --init-only"),
         ("num_points", "2", "num_points is '2', which it cannot be"),
         ("num_points", 2.0, "num_points is 2.0, which it cannot be"),
         ("M", [[1, 2], [3]], "M is [[1, 2], [3]], which it cannot be"),
