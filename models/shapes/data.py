@@ -10,9 +10,8 @@ from tqdm import tqdm
 
 from models.shapes import scenes
 
-# One-, two- and three-object scenes; the middle ones are the most frequent because relations are the hardest to learn.
-NUMBERS_OF_OBJECTS = np.array(scenes.SUPPORTED_NUMBERS_OF_OBJECTS)
-PROBABILITIES = np.array([0.3, 0.5, 0.2])
+NUMBERS_OF_OBJECTS = np.arange(1, scenes.MOST_OBJECTS + 1)
+PROBABILITIES = np.array([0.26, 0.24, 0.20, 0.11, 0.08, 0.06, 0.05])  # of one object to seven
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ def render_scenes(split: scenes.Split, number: int, seed: int, *, progress: bool
     captions = []
     for index in tqdm(range(number), desc=f"rendering {split} scenes", disable=not progress):
         scene = scenes.draw_scene(random, split, int(random.choice(NUMBERS_OF_OBJECTS, p=PROBABILITIES)))
-        images[index] = scenes.draw(scene, scenes.place(scene, random))
+        images[index] = scenes.draw(scenes.imagine(scene, random))
         captions.append(scene.caption())
     return RenderedScenes(images, captions)
 

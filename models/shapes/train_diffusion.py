@@ -28,7 +28,7 @@ from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
 
 TEXT_WIDTH = 128
-LAYOUT_STEPS = 1000
+LAYOUT_STEPS = 600
 LAYOUT_BATCH = 128
 LAYOUT_LEARNING_RATE = 1e-3
 LAYOUT_WEIGHT = 0.2  # of the layout beside the denoising, so that the text encoder does not forget it
@@ -133,18 +133,25 @@ def learn_layout(
     reader.load_state_dict(averaged.state_dict())
 
 
-@training_command(output="src/shapes", steps=12_000, images=80_000, batch=64, learning_rate=6e-4, seed=1)
-def main(
-    output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
-) -> None:
-    """Train text encoder and network on rendered scenes and write the pipeline as a diffusers folder."""
+def train(
+    captions: list[str], latents: Tensor, options: TrainingOptions, *, batch: int, seed: int, device: str
+) -> nn.ModuleDict:
+    """Train a network and its text encoder from fresh weights, or from where the checkpoints stopped.
+
+    Args:
+        captions: N of them.
+        latents: [N, 4, 16, 16], scaled.
+        options: of the second part; the layout's checkpoint lies beside its own.
+        batch: rows of a step.
+        seed: of every draw.
+        device: a torch device's name.
+
+    Returns:
+        The parts `network` and `text_encoder` (and the layout's head), their weights averaged.
+    """
     torch.manual_seed(seed)
-    autoencoder = AutoencoderKL.from_pretrained(output / "vae", torch_dtype=torch.float32).to(device)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    rendered = cached_scenes(scratch, "train", images, seed)
-    latents = cached_latents(scratch / "latents.pt", autoencoder, torch.from_numpy(rendered.images))
-    tokens = tokenize(tokenizer, rendered.captions)
-    empty = tokenize(tokenizer, [""])
+    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     parts = {
         "network": build_network(),
         "text_encoder": build_text_encoder(tokenizer),
@@ -154,7 +161,8 @@ def main(
     # On a CPU the fused attention's backward pass takes longer than all convolutions together.
     model["network"].set_attn_processor(AttnProcessor())
     model["text_encoder"].set_attn_implementation("eager")
-    layout_options = TrainingOptions(LAYOUT_STEPS, LAYOUT_LEARNING_RATE, scratch / "layout.pt")
+    layout_checkpoint = options.checkpoint.with_name(f"{options.checkpoint.stem}-layout.pt")
+    layout_options = TrainingOptions(min(LAYOUT_STEPS, options.steps), LAYOUT_LEARNING_RATE, layout_checkpoint)
     learn_layout(model, tokens, latents, layout_options, seed=seed, device=device)
     signal = scheduler.alphas_cumprod.sqrt()
     spread = (1 - scheduler.alphas_cumprod).sqrt()
@@ -178,8 +186,20 @@ def main(
         weighted = (errors / signal[timesteps].to(device)).mean()
         return {"loss": weighted + LAYOUT_WEIGHT * layout, "epsilon": errors.mean(), "layout": layout}
 
-    averaged = fit(model, loss, TrainingOptions(steps, learning_rate, scratch / "diffusion.pt"))
-    save_pipeline(output, averaged, autoencoder, tokenizer, scheduler)
+    return fit(model, loss, options)
+
+
+@training_command(output="src/shapes", steps=20_000, images=80_000, batch=32, learning_rate=5e-4, seed=1)
+def main(
+    output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
+) -> None:
+    """Train text encoder and network on rendered scenes and write the pipeline as a diffusers folder."""
+    autoencoder = AutoencoderKL.from_pretrained(output / "vae", torch_dtype=torch.float32).to(device)
+    rendered = cached_scenes(scratch, "train", images, seed)
+    latents = cached_latents(scratch / "latents.pt", autoencoder, torch.from_numpy(rendered.images))
+    options = TrainingOptions(steps, learning_rate, scratch / "diffusion.pt")
+    averaged = train(rendered.captions, latents, options, batch=batch, seed=seed, device=device)
+    save_pipeline(output, averaged, autoencoder, build_tokenizer(), build_scheduler())
     click.echo(f"wrote {output}")
 
 
