@@ -31,11 +31,11 @@ from errors import InputError
 IMAGE_SIZE = 64  # pixels, height and width
 MOST_OBJECTS = 7
 MOST_GROUPS = 3
-OUTLINE_WIDTH = 2.4  # pixels
-STRIPE_PERIOD = 5.5  # pixels: one bright and one dark stripe of an object
+OUTLINE_WIDTH = 2.9  # pixels
+STRIPE_PERIOD = 6.6  # pixels: one bright and one dark stripe of an object
 DARKENING = 0.55  # of dark stripes, and of the far side of a shaded object
 GAP = 3.0  # pixels between two objects, and between an object and the border
-DENSEST = 0.45  # share of the image that circles about the objects, gaps included, may take
+DENSEST = 0.47  # share of the image that circles about the objects, gaps included, may take
 
 NUMBERS = ("a", "two", "three", "four", "five", "six", "seven")
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -57,7 +57,7 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "navy": ((14, 20, 60), (44, 62, 120)),
 }
 PATTERNS = ("plain", "striped", "checkered", "cloudy")
-SIZES: dict[str, tuple[float, float]] = {"small": (6.0, 7.4), "large": (10.8, 12.6)}  # radius in pixels
+SIZES: dict[str, tuple[float, float]] = {"small": (6.7, 7.8), "large": (11.0, 12.6)}  # radius in pixels
 FILLS = ("plain", "striped", "outlined", "shaded")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in (*SHAPES, "shape")}

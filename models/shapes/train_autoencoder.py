@@ -27,7 +27,7 @@ WINDOW_SHARE = 0.9  # of the steps
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """An untrained autoencoder [N, 3, 64, 64] <-> [N, 4, 16, 16]; no attention, so that decoding is cheap.
+    """An untrained autoencoder [N, 3, 64, 64] <-> [N, 8, 16, 16]; no attention, so that decoding is cheap.
 
     Two groups in the normalisation: with few channels a group, it would wipe out plain colours.
     """
@@ -38,7 +38,7 @@ def build_autoencoder() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(24, 48, 96),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=8,
         norm_num_groups=2,
         sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,

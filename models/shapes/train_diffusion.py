@@ -27,6 +27,7 @@ from models.shapes.scenes import to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
 
+LATENT_CHANNELS = 8
 TEXT_WIDTH = 128
 LAYOUT_STEPS = 600
 LAYOUT_BATCH = 128
@@ -54,11 +55,11 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_network() -> UNet2DConditionModel:
-    """An untrained denoising network for latents [N, 4, 16, 16]: 5.6 million parameters."""
+    """An untrained denoising network for latents [N, 8, 16, 16]: 5.6 million parameters."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(64, 96, 128),
@@ -84,7 +85,7 @@ def build_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def encode_images(autoencoder: AutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:
-    """Scaled latent means [N, 4, 16, 16] of images uint8 [N, 64, 64, 3]."""
+    """Scaled latent means [N, 8, 16, 16] of images uint8 [N, 64, 64, 3]."""
     latents = []
     for start in trange(0, len(images), batch, desc="encoding images", mininterval=10):
         pixels = 2 * to_tensor(images[start : start + batch].numpy()) - 1
@@ -140,7 +141,7 @@ def train(
 
     Args:
         captions: N of them.
-        latents: [N, 4, 16, 16], scaled.
+        latents: [N, 8, 16, 16], scaled.
         options: of the second part; the layout's checkpoint lies beside its own.
         batch: rows of a step.
         seed: of every draw.
@@ -155,7 +156,7 @@ def train(
     parts = {
         "network": build_network(),
         "text_encoder": build_text_encoder(tokenizer),
-        "layout": LayoutHead(TEXT_WIDTH, channels=4),
+        "layout": LayoutHead(TEXT_WIDTH, channels=LATENT_CHANNELS),
     }
     model = nn.ModuleDict(parts).to(device)
     # On a CPU the fused attention's backward pass takes longer than all convolutions together.
