@@ -1,7 +1,7 @@
 """What the preference reward learns from: captions that are nearly right, and images that are nearly good.
 
 Wrong captions change one attribute or a number in a scene, exchange attributes between its groups, turn its relation
-round, or name another background.
+round, or name another background. Whatever a caption leaves open, no image shows it and the wrong one.
 Worse images show what few-step samplers do: wobbly outlines, blur, two scenes at once, lost and surplus parts, noise,
 colours overshot by guidance. Each comes in two severities, so that the reward learns an order and not only a verdict.
 """
@@ -9,13 +9,15 @@ colours overshot by guidance. Each comes in two severities, so that the reward l
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
-from models.shapes.scenes import ATTRIBUTES, BACKGROUNDS, MOST_OBJECTS, PATTERNS, RELATIONS, Scene, impossible
+from models.shapes.scenes import ATTRIBUTES, BACKGROUNDS, MOST_OBJECTS, PATTERNS, RELATIONS, Group, Scene, impossible
 
 
 def _other(names: tuple[str, ...], name: str, random: np.random.Generator) -> str:
@@ -44,11 +46,16 @@ def change_number(scene: Scene, random: np.random.Generator) -> Scene:
 
 
 def exchange_attribute(scene: Scene, random: np.random.Generator) -> Scene:
-    """Two groups exchange one attribute; for some scenes this changes nothing."""
-    if len(scene.groups) == 1:
+    """Two groups exchange one attribute in which they differ; a scene without such groups stays."""
+    differing = [
+        (first, second, name)
+        for first, second in combinations(range(len(scene.groups)), 2)
+        for name in ATTRIBUTES
+        if getattr(scene.groups[first], name) != getattr(scene.groups[second], name)
+    ]
+    if not differing:
         return scene
-    first, second = (int(index) for index in random.choice(len(scene.groups), 2, replace=False))
-    name = str(random.choice(list(ATTRIBUTES)))
+    first, second, name = differing[random.integers(len(differing))]
     one, other = getattr(scene.groups[first], name), getattr(scene.groups[second], name)
     return _with_group(_with_group(scene, first, **{name: other}), second, **{name: one})
 
@@ -84,11 +91,37 @@ CHANGES = (
 )
 
 
+def contradicts(scene: Scene, other: Scene) -> bool:
+    """Whether no image shows both scenes, in whatever way the attributes that they leave open are filled in."""
+    if scene.number_of_objects != other.number_of_objects:
+        return True
+    if _differ(scene.background, other.background) or _differ(scene.pattern, other.pattern):
+        return True
+    members, others = ([group for group in each.groups for _ in range(group.number)] for each in (scene, other))
+    alike = np.array([[_may_be_alike(one, another) for another in others] for one in members])
+    if scene.relation is None or other.relation is None:
+        return not alike[linear_sum_assignment(alike, maximize=True)].all()
+    (x, y), direction = RELATIONS[scene.relation], RELATIONS[other.relation]
+    in_order = alike[0, 0] and alike[1, 1] and direction == (x, y)
+    turned_round = alike[0, 1] and alike[1, 0] and direction == (-x, -y)
+    return not (in_order or turned_round)
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and one != other
+
+
+def _may_be_alike(one: Group, other: Group) -> bool:
+    return not any(_differ(getattr(one, name), getattr(other, name)) for name in ATTRIBUTES)
+
+
 def wrong_scene(scene: Scene, random: np.random.Generator) -> Scene:
-    """A scene that differs from the given one in one respect."""
+    """A scene that differs from the given one in one respect and contradicts it, without compositions of another split
+    than its own and train.
+    """
     while True:
         changed = CHANGES[random.integers(len(CHANGES))](scene, random)
-        if changed != scene and impossible(changed) is None:
+        if contradicts(scene, changed) and impossible(changed) is None and changed.split() in ("train", scene.split()):
             return changed
 
 

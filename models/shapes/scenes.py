@@ -252,12 +252,12 @@ def _parse_scene(text: str) -> Scene | None:
     match = _SCENE_PATTERN.fullmatch(text)
     if match is None:
         return None
-    phrases = _JOINT_PATTERN.split(match["groups"])[::2]
-    joint = next((word for word in _JOINT_PATTERN.split(match["groups"])[1::2] if word), None)
+    phrases, joints = (_JOINT_PATTERN.split(match["groups"])[first::2] for first in (0, 1))
     groups = tuple(group for phrase in phrases if (group := _parse_group(phrase)) is not None)
     if len(groups) != len(phrases):
         return None
-    return Scene(groups, None if joint == "and" else joint, match["pattern"], match["background"])
+    relation = next((word for word in joints if word in RELATIONS), None)
+    return Scene(groups, relation, match["pattern"], match["background"])
 
 
 def parse(caption: str) -> Scene:
@@ -266,7 +266,8 @@ def parse(caption: str) -> Scene:
     Raises:
         InputError: the text is no caption of this world, or one that no picture fits; unknown words are named.
     """
-    text = " ".join(caption.lower().split())
+    caption = " ".join(caption.split())
+    text = caption.lower()
     scene = _parse_scene(text)
     if scene is not None and scene.caption() == text:
         fault = impossible(scene)
@@ -459,7 +460,7 @@ CLOUD_PERIODS = (12.0, 26.0)  # pixels
 
 
 def _tones(pattern: str, light: float, random: np.random.Generator) -> np.ndarray:
-    """A background [64, 64] between its two tones, 0 to 1, a little brighter where the light comes from."""
+    """A background [64, 64] between its two tones, 0 to 1, a little nearer to the second one towards the light."""
     slope = random.uniform(0.06, 0.16) * wave(light, 2 * np.pi * IMAGE_SIZE / 2)
     slope = slope - slope.mean()
     angle, first, second = random.uniform(0, 2 * np.pi, 3)

@@ -29,7 +29,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from models.clip import image_features, new_clip, preprocess, save_open_clip_checkpoint, text_features, tokenize
 from models.shapes.data import RenderedScenes, cached_scenes
 from models.shapes.layout import CELLS, layout_of
-from models.shapes.negatives import CHANGES, CORRUPTIONS, worse_images, wrong_scene
+from models.shapes.negatives import CHANGES, CORRUPTIONS, contradicts, worse_images, wrong_scene
 from models.shapes.scenes import IMAGE_SIZE, impossible, parse, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
@@ -161,7 +161,9 @@ def told_apart(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: RenderedScene
     for change in dict.fromkeys(CHANGES):
         right_scenes = [parse(caption) for caption in scenes.captions]
         changed = [change(scene, random) for scene in right_scenes]
-        differs = torch.tensor([a != b and impossible(a) is None for a, b in zip(changed, right_scenes, strict=True)])
+        differs = torch.tensor(
+            [contradicts(a, b) and not impossible(a) for a, b in zip(changed, right_scenes, strict=True)]
+        )
         wrong = [scene.caption() for scene in changed]
         shares[change.__name__] = (right > scores(wrong))[differs].float().mean().item()
     return shares

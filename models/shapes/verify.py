@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,6 @@ from models.shapes.scenes import (
     SYMMETRY,
     Group,
     Placement,
-    Scene,
     SceneObject,
     outline,
     parse,
@@ -44,7 +44,7 @@ from models.shapes.scenes import (
 
 BACKGROUND_DISTANCE = 22.0  # of a pixel's colour to the line between a background's tones: below it, it may be that one
 FOREGROUND_DISTANCE = 32.0  # above it, a pixel is part of an object; Euclidean in 0..255
-EDGE_SHARE = 0.55  # of an object's usual distance to the background: from there on a pixel lies inside
+EDGE_SHARE = 0.5  # of an object's usual contrast to the background: from there on a pixel lies inside
 SMALLEST_REGION = 12  # pixels; smaller specks are no objects
 LARGEST_MISFIT = 34.0  # root mean square in 0..255 over an object: above it the region is no known object
 PLAIN_VARIATION = 0.11  # standard deviation of the tones, light aside: below it a background is plain
@@ -53,6 +53,7 @@ CROSSING_SHARE = 0.3  # what the weaker of two crossing waves must have of the s
 PALETTE = np.array(list(COLOURS.values()), dtype=float)  # [8, 3]
 SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius in pixels
 
+LIKELY_SHAPES = 3  # by their silhouettes: these are drawn, and the two that fit best are moved about
 REFINEMENTS = {"angle": np.radians(5), "radius": 0.4, "x": 0.4, "y": 0.4}  # radians and pixels
 _ANGLE_STEP = np.radians(10)  # between the rotations that are tried
 _WAVE_ANGLES = np.arange(44) * np.pi / 44
@@ -164,37 +165,27 @@ def found_pattern(tones: np.ndarray, clear: np.ndarray) -> str:
 # Objects
 
 _TABLE_REACH = 1.5
-
-
-class _Solid(NamedTuple):
-    """A shape of radius 1 without holes: signed distance [129, 129] over [-1.5, 1.5]^2, area, centroid (x, y)."""
-
-    distance: np.ndarray
-    area: float
-    centroid: np.ndarray
+_TABLE_Y, _TABLE_X = np.mgrid[-_TABLE_REACH:_TABLE_REACH:129j, -_TABLE_REACH:_TABLE_REACH:129j]
+_SOLID = {shape: "circle" if shape == "ring" else shape for shape in SHAPES}  # without its hole
 
 
 @cache
-def _solid(shape: str) -> _Solid:
-    y, x = np.mgrid[-_TABLE_REACH:_TABLE_REACH:129j, -_TABLE_REACH:_TABLE_REACH:129j]
-    distance = signed_distance("circle" if shape == "ring" else shape, x, y)
-    inside = distance <= 0
-    area = inside.mean() * (2 * _TABLE_REACH) ** 2
-    return _Solid(distance, float(area), np.array([x[inside].mean(), y[inside].mean()]))
+def _table(shape: str) -> np.ndarray:
+    """`signed_distance` [129, 129] over [-1.5, 1.5]^2."""
+    return signed_distance(shape, _TABLE_X, _TABLE_Y)
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance in pixels of offsets in a shape's own frame, from a table."""
+    """Signed distance in pixels of offsets in a shape's own frame, from the table."""
     scale = 64 / (_TABLE_REACH * radius)
-    table = signed_distance_table(shape)
-    return radius * ndimage.map_coordinates(table, [64 + scale * y, 64 + scale * x], order=1, mode="nearest")
+    return radius * ndimage.map_coordinates(_table(shape), [64 + scale * y, 64 + scale * x], order=1, mode="nearest")
 
 
 @cache
-def signed_distance_table(shape: str) -> np.ndarray:
-    """`signed_distance` [129, 129] over [-1.5, 1.5]^2."""
-    y, x = np.mgrid[-_TABLE_REACH:_TABLE_REACH:129j, -_TABLE_REACH:_TABLE_REACH:129j]
-    return signed_distance(shape, x, y)
+def _area_and_centroid(shape: str) -> tuple[float, float, float]:
+    """Area and centroid (x, y) of a shape of radius 1."""
+    inside = _table(shape) <= 0
+    return inside.mean() * (2 * _TABLE_REACH) ** 2, _TABLE_X[inside].mean(), _TABLE_Y[inside].mean()
 
 
 class _Window(NamedTuple):
@@ -212,29 +203,29 @@ class _Window(NamedTuple):
 def _window(pixels: np.ndarray, region: np.ndarray, background: Background) -> _Window:
     others = ndimage.binary_dilation(background.foreground & ~region)
     # Pixels at an object's edge count from about half coverage on, however much its colour differs from the background.
-    edge = EDGE_SHARE * np.median(background.distance[region])
-    solid = ndimage.binary_fill_holes(region & (background.distance > edge))
+    contrast = np.linalg.norm(pixels - background.pixels, axis=-1)
+    solid = ndimage.binary_fill_holes(region & (contrast > EDGE_SHARE * np.median(contrast[region])))
     rows, columns = np.nonzero(ndimage.binary_dilation(solid, iterations=2) & ~(others & ~solid))
     behind = background.pixels[rows, columns]
     return _Window(columns + 0.5, rows + 0.5, solid[rows, columns], pixels[rows, columns] - behind, behind)
 
 
 def _silhouettes(window: _Window, shape: str) -> list[tuple[float, Placement]]:
-    """How badly each rotation of a shape, with the area and the centroid of the region, covers it; how it stands."""
-    solid = _solid(shape)
-    middle = np.array([window.x[window.inside].mean(), window.y[window.inside].mean()])
-    radius = float(np.sqrt(window.inside.sum() / solid.area))
+    """How badly each rotation of a shape, with the area and the centroid of the region, covers it, and how it then
+    stands; the best one first.
+    """
+    area, centroid_x, centroid_y = _area_and_centroid(_SOLID[shape])
+    radius = float(np.sqrt(window.inside.sum() / area))
     number = max(round(SYMMETRY[shape] / _ANGLE_STEP), 1)
     angles = np.arange(number)[:, None] * SYMMETRY[shape] / number  # [A, 1]
-    shift_x, shift_y = radius * solid.centroid
-    x = middle[0] - (shift_x * np.cos(angles) - shift_y * np.sin(angles))
-    y = middle[1] - (shift_x * np.sin(angles) + shift_y * np.cos(angles))
+    shift_x, shift_y = turned(radius * centroid_x, radius * centroid_y, -angles)
+    x, y = window.x[window.inside].mean() - shift_x, window.y[window.inside].mean() - shift_y
     own = turned(window.x - x, window.y - y, angles)  # [A, P] each
-    covered = np.clip(0.5 - _distance("circle" if shape == "ring" else shape, *own, radius), 0, 1)
+    covered = np.clip(0.5 - _distance(_SOLID[shape], *own, radius), 0, 1)
     misfits = ((covered - window.inside) ** 2).mean(axis=1)
     return [
-        (float(misfit), Placement(float(x[row, 0]), float(y[row, 0]), radius, float(angles[row, 0])))
-        for row, misfit in enumerate(misfits)
+        (float(misfits[row]), Placement(float(x[row, 0]), float(y[row, 0]), radius, float(angles[row, 0])))
+        for row in np.argsort(misfits)
     ]
 
 
@@ -247,18 +238,16 @@ def explain(pixels: np.ndarray, region: np.ndarray, background: Background) -> F
         background: of the same image.
     """
     window = _window(pixels, region, background)
-    silhouettes = [(misfit, shape, placement) for shape in SHAPES for misfit, placement in _silhouettes(window, shape)]
-    silhouettes.sort(key=lambda silhouette: silhouette[0])
-    likely = list(dict.fromkeys(shape for _, shape, _ in silhouettes))[:3]
-    candidates = [
-        (shape, placement)
-        for chosen in likely
-        for _, shape, placement in [entry for entry in silhouettes if entry[1] == chosen][:2]
+    silhouettes = {shape: _silhouettes(window, shape) for shape in SHAPES}
+    likely = sorted(SHAPES, key=lambda shape: silhouettes[shape][0][0])[:LIKELY_SHAPES]
+    drawn = [
+        min(
+            (found for _, place in silhouettes[shape][:2] for found in _drawings(window, shape, place, FILLS)),
+            key=_misfit,
+        )
+        for shape in likely
     ]
-    drawings = [found for shape, placement in candidates for found in _drawings(window, shape, placement, FILLS)]
-    first = min(drawings, key=_misfit)
-    others = [found for found in drawings if found.item.shape != first.item.shape]
-    return min([_refined(window, found) for found in (first, *sorted(others, key=_misfit)[:1])], key=_misfit)
+    return min((_refined(window, found) for found in sorted(drawn, key=_misfit)[:2]), key=_misfit)
 
 
 def _refined(window: _Window, found: FoundObject) -> FoundObject:
@@ -346,20 +335,23 @@ def _object_parts(group: Group, found: FoundObject | None) -> dict[str, bool]:
     return {"": known} | {f" {name}": known and getattr(found.item, name) == getattr(group, name) for name in named}
 
 
-def _relation_holds(scene: Scene, pair: Sequence[FoundObject | None]) -> bool:
-    """Whether the first object stands past the second one in the relation's direction, by their mean radius."""
-    first, second = pair
-    if first is None or second is None or scene.relation is None:
+def relation_holds(relation: str, first: FoundObject | None, second: FoundObject | None) -> bool:
+    """Whether the first object stands past the second one in the relation's direction: by their mean radius, and more
+    along it than across, so that of the four relations one holds at most. Without either object it does not hold.
+    """
+    if first is None or second is None:
         return False
-    x, y = RELATIONS[scene.relation]
-    a, b = first.placement, second.placement
-    return x * (a.x - b.x) + y * (a.y - b.y) > 0.5 * (a.radius + b.radius)
+    offset = np.array([first.placement.x - second.placement.x, first.placement.y - second.placement.y])
+    direction = np.array(RELATIONS[relation])
+    along, across = offset @ direction, abs(offset @ direction[::-1])
+    return bool(along > max(across, 0.5 * (first.placement.radius + second.placement.radius)))
 
 
 def verify(image: Tensor, caption: str) -> Verdict:
     """Say which parts of a caption hold in an image [3, 64, 64] in [0, 1].
 
-    Found objects are matched to the named ones in the way that lets most of their parts hold.
+    Found objects are matched to the named ones in the way that lets most of their parts hold, and of several such ways
+    in one that lets the relation hold too.
 
     Raises:
         InputError: the caption is none of this world's.
@@ -373,12 +365,15 @@ def verify(image: Tensor, caption: str) -> Verdict:
     if scene.pattern is not None:
         parts["pattern"] = background.pattern == scene.pattern
     wanted = [group for group in scene.groups for _ in range(group.number)]
-    candidates: list[FoundObject | None] = [*found, *[None] * max(len(wanted) - len(found), 0)]
-    held = np.array([[sum(_object_parts(group, seen).values()) for seen in candidates] for group in wanted])
-    matched = [candidates[column] for column in optimize.linear_sum_assignment(-held)[1]]
-    if scene.relation is not None:
-        orders = [matched] if wanted[0] != wanted[1] else [matched, matched[::-1]]
-        parts["relation"] = any(_relation_holds(scene, order) for order in orders)
-    for number, (group, seen) in enumerate(zip(wanted, matched, strict=True), start=1):
-        parts |= {f"object {number}{name}": holds for name, holds in _object_parts(group, seen).items()}
+    seen: list[FoundObject | None] = [*found, *[None] * max(len(wanted) - len(found), 0)]
+    held = np.array([[sum(_object_parts(group, one).values()) for one in seen] for group in wanted])
+    if scene.relation is None:
+        matched = optimize.linear_sum_assignment(-held)[1]
+    else:
+        pairs = permutations(range(len(seen)), 2)
+        stand = partial(relation_holds, scene.relation)
+        matched = max(pairs, key=lambda pair: (held[0, pair[0]] + held[1, pair[1]], stand(*(seen[i] for i in pair))))
+        parts["relation"] = stand(*(seen[index] for index in matched))
+    for number, (group, index) in enumerate(zip(wanted, matched, strict=True), start=1):
+        parts |= {f"object {number}{name}": holds for name, holds in _object_parts(group, seen[index]).items()}
     return Verdict(parts)
