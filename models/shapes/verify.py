@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import permutations
+from math import gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -274,7 +275,9 @@ def _brightnesses(window: _Window, shape: str, fill: str, placement: Placement) 
         return shading(across, down, placement.radius, lights)
     if fill == "striped":
         turn = SYMMETRY[shape] or np.pi / 12
-        angles = placement.angle + turn * np.arange(max(round(2 * np.pi / turn), 1))[:, None, None]
+        turns = round(2 * np.pi / turn)
+        turns //= gcd(turns, 2)  # half a turn moves stripes, as a phase does
+        angles = placement.angle + turn * np.arange(turns)[:, None, None]
         phases = np.arange(8)[:, None] * np.pi / 4
         return stripes(turned(across, down, angles)[1], phases).reshape(-1, len(across))
     return np.ones((1, len(across)))
