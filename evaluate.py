@@ -97,7 +97,11 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
 @click.option(
     "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First noise seed; bootstrap seed."
 )
-@click.option("--guidance", type=Finite(min=0), help="Guidance scale. [the model's own]")
+@click.option(
+    "--guidance",
+    type=Finite(min=0),
+    help="Guidance scale, a choice: what is best differs by model and by solver. [the model's own]",
+)
 @click.option(
     "--reward",
     "reward_path",

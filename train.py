@@ -20,7 +20,7 @@ from solvers import SAMPLERS
 from training.command_line import Finite
 from training.distillation import SEARCHED_POSITIONS
 from training.distillation_run import Options, distil, is_finished, load_options, new_folder, write_cold_start
-from training.sampling import MODEL_OF_DATASET, USUAL_RHO
+from training.sampling import USUAL_RHO
 from training.snapshot import find_run
 
 USUAL_PROMPTS = {
@@ -125,7 +125,7 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
     click.echo(f"network evaluations, before guidance and gradients: {sum(costs.values()):,} ({parts})")
     if dry_run:
         return
-    denoiser = load_denoiser(_model(options), device=resolve_device(device), dtype=torch.float32)
+    denoiser = load_denoiser(options.model, device=resolve_device(device), dtype=torch.float32)
     click.echo(f"wrote {distil(folder, options, denoiser, prompts)}")
 
 
@@ -141,10 +141,6 @@ def _options(told: dict[str, object]) -> Options:
         raise InputError(f"--prompt-file is missing: {name} has no prompts of its own")
     rho = USUAL_RHO.get(told["schedule_type"], 1.0) if rho is None else rho
     return Options(**{**told, "schedule_rho": rho, "prompt_file": prompt_file})
-
-
-def _model(options: Options) -> str:
-    return options.model_path or MODEL_OF_DATASET.get(options.dataset_name, options.dataset_name)
 
 
 def _refuse_contradictions(context: click.Context, options: Options, told: dict[str, object], folder: Path) -> None:

@@ -174,6 +174,7 @@ BUNDLES = {
 # What a diffusers pipeline on a hub is made of; other variants of its weights are left there.
 PIPELINE_FILES = [
     "model_index.json",
+    "generation_config.json",
     *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder")),
     *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")),
     "text_encoder/model.safetensors",

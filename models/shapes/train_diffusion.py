@@ -207,7 +207,7 @@ def main(
 def save_pipeline(
     output: Path, model: nn.ModuleDict, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
 ) -> None:
-    """Write the diffusers folder, weights in float16."""
+    """Write the diffusers folder, weights in float16; read without a type, all of it comes back in float32."""
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=model["text_encoder"],
@@ -219,14 +219,17 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
-    _forget_origin(output / "vae" / "config.json")
+    # diffusers writes down the folder that a module was read from; it means nothing to others.
+    _amend(output / "vae" / "config.json", _name_or_path=None)
+    # Where nobody asks for a type, diffusers takes float32, but transformers the one that it finds here.
+    _amend(output / "text_encoder" / "config.json", dtype="float32")
 
 
-def _forget_origin(file: Path) -> None:
-    """diffusers writes down the folder that a module was read from; it means nothing to others."""
-    described = json.loads(file.read_text())
-    described.pop("_name_or_path", None)
-    file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+def _amend(file: Path, **entries: str | None) -> None:
+    """Set entries of a JSON file; None removes one."""
+    described = {**json.loads(file.read_text()), **entries}
+    kept = {name: value for name, value in described.items() if name not in entries or value is not None}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from errors import InputError
 from models.denoiser import Denoiser
 from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.prompts import read_prompts
-from models.registry import check_assets, load_denoiser
+from models.registry import check_assets, default_guidance_scale, load_denoiser
 from schedules import get_schedule
 from solvers import EPDTable, NetworkEvaluations, network_evaluations
 from training.configuration import LoadedConfig
@@ -130,7 +130,7 @@ def refuse(faults: Sequence[str], config: Config) -> None:
 
 
 def start_from_snapshot(loaded: LoadedConfig) -> Start:
-    """Read the predictor and settle the configuration by it.
+    """Read the predictor and settle the configuration by it; a guidance that neither names is the model's own.
 
     Raises:
         InputError: there is no such predictor, or it and the configuration contradict each other.
@@ -138,6 +138,10 @@ def start_from_snapshot(loaded: LoadedConfig) -> Start:
     predictor = load_predictor(loaded.config.data.predictor_snapshot)
     table = predictor.table
     config, notes = apply_snapshot(loaded, table.num_steps, table.num_points, predictor.metadata, str(predictor.file))
+    if guidance_scale(config) is None:
+        own = default_guidance_scale(model_spec(config))
+        config = replace(config, model=replace(config.model, guidance_type="cfg", guidance_rate=own))
+        notes = [*notes, f"guidance {own:g}, the model's own: neither {predictor.file} nor the configuration names one"]
     cold_start = prepare_table(table)
     return Start(config, predictor, cold_start.table, (*notes, *cold_start.repairs))
 

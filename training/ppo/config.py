@@ -167,10 +167,12 @@ def apply_snapshot(
         snapshot: its path, for messages.
 
     Returns:
-        The configuration without nulls in what the solver needs, and a line per override that beat the snapshot.
+        The configuration without nulls in what the solver needs, except a guidance that neither gives (which is then
+        the model's own), and a line per override that beat the snapshot.
 
     Raises:
-        InputError: lists every value that the snapshot fixes and the configuration contradicts, and what neither gives.
+        InputError: lists every value that the snapshot fixes and the configuration contradicts, and what else neither
+            gives.
     """
     fixed = {name: metadata.get(name) for name in SNAPSHOT_KEYS} | {"num_steps": num_steps, "num_points": num_points}
     ours_schedule = loaded.config.model.schedule_type
@@ -187,7 +189,7 @@ def apply_snapshot(
     faults: list[str] = []
     for name, theirs in fixed.items():
         key, ours = f"model.{name}", getattr(loaded.config.model, name)
-        if ours is None and theirs is None:
+        if ours is None and theirs is None and not name.startswith("guidance"):
             faults.append(f"{key} is null and {snapshot} does not say it: set it ({KNOBS[key].metadata['meaning']})")
         elif ours is None or theirs is None or ours == theirs:
             chosen[name] = theirs if ours is None else ours
