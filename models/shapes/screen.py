@@ -8,6 +8,7 @@ on it, each at its best of a few schedules: distance to many steps from the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,10 +21,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from errors import InputError, shows_input_errors
 from models.generate import generate
+from models.loading import load_module
 from models.registry import load_denoiser
 from models.shapes import scenes
-from models.shapes.data import NUMBERS_OF_OBJECTS, PROBABILITIES, RenderedScenes
+from models.shapes.data import RenderedScenes, as_drawn, render_scenes
 from models.shapes.tokenizer import build_tokenizer
 from models.shapes.train_diffusion import build_scheduler, encode_images, save_pipeline, train
 from models.shapes.training_loop import TrainingOptions
@@ -43,43 +46,37 @@ BUDGETS = (3, 5, 8, 10, 20, 50)
 REFERENCE_EVALUATIONS = 200
 
 
-def _settled(scene: scenes.Scene, picture: scenes.Picture) -> tuple[scenes.Scene, scenes.Picture]:
-    """As little open as can be: every object named in full, upright, on a plain background."""
-    named = tuple(scenes.Group(1, *item) for item, _ in picture.items)[: scenes.MOST_GROUPS]
-    items = tuple((item, replace(place, angle=0.0, phase=0.0)) for item, place in picture.items[: scenes.MOST_GROUPS])
+def settled(scene: scenes.Scene, picture: scenes.Picture) -> tuple[scenes.Scene, scenes.Picture]:
+    """As little open as can be: at most three objects, each named in full, upright, on a plain background that is
+    named. Places, and sizes within their class, stay open.
+    """
+    items = picture.items[: scenes.MOST_GROUPS]
+    named = tuple(scenes.Group(1, *item) for item, _ in items)
+    upright = tuple((item, replace(place, angle=0.0, phase=0.0)) for item, place in items)
     tones = np.full_like(picture.tones, 0.5)
-    settled = scenes.Scene(named, scene.relation, "plain", picture.background)
-    return settled, replace(picture, items=items, tones=tones, light=0.0)
+    described = scenes.Scene(named, scene.relation, "plain", picture.background)
+    return described, replace(picture, items=upright, tones=tones, light=0.0)
 
 
-def _open(scene: scenes.Scene, picture: scenes.Picture) -> tuple[scenes.Scene, scenes.Picture]:
-    """The world as it is."""
-    return scene, picture
-
-
-def _plain(scene: scenes.Scene, picture: scenes.Picture) -> tuple[scenes.Scene, scenes.Picture]:
-    """Numbers, attributes, places and rotations are open; backgrounds are plain."""
+def plain(scene: scenes.Scene, picture: scenes.Picture) -> tuple[scenes.Scene, scenes.Picture]:
+    """The world on plain backgrounds: numbers, attributes, places and rotations are open."""
     return replace(scene, pattern="plain"), replace(picture, tones=np.full_like(picture.tones, 0.5))
 
 
-CANDIDATES = {"open": _open, "plain": _plain, "settled": _settled}
+CANDIDATES = {"open": as_drawn, "plain": plain, "settled": settled}
 
 
 def render_candidate(name: str, number: int, seed: int) -> RenderedScenes:
-    """`number` scenes of a candidate world, as `render_scenes`."""
-    random = np.random.default_rng(seed)
-    images = np.empty((number, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), dtype=np.uint8)
-    captions = []
-    for index in range(number):
-        scene = scenes.draw_scene(random, "train", int(random.choice(NUMBERS_OF_OBJECTS, p=PROBABILITIES)))
-        scene, picture = CANDIDATES[name](scene, scenes.imagine(scene, random))
-        images[index] = scenes.draw(picture)
-        captions.append(scene.caption())
-    return RenderedScenes(images, captions)
+    """`number` scenes of a candidate world: those of `render_scenes`, and what the candidate makes of them."""
+    return render_scenes("train", number, seed, variant=CANDIDATES[name])
 
 
 class Rung(NamedTuple):
-    """One solver at one budget, at its best schedule for each number."""
+    """One solver at one budget, at its best schedule for each number.
+
+    evaluations: of the network, before guidance. distance: mean over images of the latents' to the reference's, as a
+    share of their mean length; infinite where they explode. score: the verifier's, in [0, 1].
+    """
 
     solver: str
     evaluations: int
@@ -101,31 +98,39 @@ def ladder(
         device: a torch device's name.
     """
     denoiser = load_denoiser(folder, device=device, dtype=torch.float32)
-    seeds = list(range(len(prompts)))
 
-    def images(sampler: Callable[..., Tensor], intervals: int, schedule: tuple[str, float]) -> tuple[Tensor, float]:
+    def latents_and_score(
+        sampler: Callable[..., Tensor], intervals: int, schedule: tuple[str, float]
+    ) -> tuple[Tensor, float]:
         name, rho = schedule
         sigmas = get_schedule(
             name, intervals + 1, denoiser.sigma_min, denoiser.sigma_max, rho=rho, denoiser=denoiser
         ).to(denoiser.device)
         latents = generate(
-            denoiser, prompts, seeds, sampler, sigmas, guidance_scale=guidance_scale, batch_size=32, progress=False
+            denoiser,
+            prompts,
+            range(len(prompts)),
+            sampler,
+            sigmas,
+            guidance_scale=guidance_scale,
+            batch_size=32,
+            progress=False,
         )
-        decoded = denoiser.decode(latents)
-        return latents, float(
-            np.mean([verify(image, prompt).score for image, prompt in zip(decoded, prompts, strict=True)])
-        )
+        images = denoiser.decode(latents)
+        verdicts = [verify(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return latents.flatten(1), float(np.mean([verdict.score for verdict in verdicts]))
 
-    reference, reference_score = images(SOLVERS["dpmpp:2"][0], REFERENCE_EVALUATIONS, ("discrete", 1.0))
+    reference, reference_score = latents_and_score(SOLVERS["dpmpp:2"][0], REFERENCE_EVALUATIONS, ("discrete", 1.0))
+    length = reference.norm(dim=1).mean()
     rungs = []
     for evaluations in budgets:
         for solver, (sampler, each) in SOLVERS.items():
-            if evaluations // each < 1:
+            if evaluations < each:
                 continue
-            tried = [images(sampler, evaluations // each, schedule) for schedule in TRIED_SCHEDULES]
-            distances = [(latents - reference).flatten(1).norm(dim=1).mean().item() for latents, _ in tried]
-            size = reference.flatten(1).norm(dim=1).mean().item()
-            rungs.append(Rung(solver, evaluations, min(distances) / size, max(score for _, score in tried)))
+            tried = [latents_and_score(sampler, evaluations // each, schedule) for schedule in TRIED_SCHEDULES]
+            distances = [(latents - reference).norm(dim=1).mean() / length for latents, _ in tried]
+            nearest = torch.stack(distances).nan_to_num(nan=math.inf, posinf=math.inf).min().item()
+            rungs.append(Rung(solver, evaluations, nearest, max(score for _, score in tried)))
     return reference_score, rungs
 
 
@@ -136,7 +141,18 @@ def table(rungs: Sequence[Rung], reference_score: float) -> str:
         found = {rung.solver: rung for rung in rungs if rung.evaluations == evaluations}
         cells = [f"{found[name].distance:.3f} / {found[name].score:.3f}" if name in found else "" for name in SOLVERS]
         lines.append(f"| {evaluations} | {' | '.join(cells)} |")
-    return "\n".join([*lines, f"Reference ({REFERENCE_EVALUATIONS} evaluations): {reference_score:.3f}"])
+    return "\n".join([*lines, "", f"Reference ({REFERENCE_EVALUATIONS} evaluations): {reference_score:.3f}"])
+
+
+def parse_guidances(text: str) -> list[float]:
+    """Guidance scales separated by commas. Raises InputError where one is no finite number of at least 0."""
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = [math.nan]
+    if not all(0 <= scale < math.inf for scale in scales):
+        raise InputError(f"--guidances {text!r}: write finite numbers of at least 0, separated by commas: 1,2,4")
+    return scales
 
 
 @click.command(context_settings={"show_default": True})
@@ -149,6 +165,7 @@ def table(rungs: Sequence[Rung], reference_score: float) -> str:
 @click.option("--scratch", type=click.Path(path_type=Path), default=Path("scratch/screen"))
 @click.option("--seed", type=int, default=0)
 @click.option("--device", default="cpu")
+@shows_input_errors
 def main(
     candidate: str,
     steps: int,
@@ -161,16 +178,16 @@ def main(
     device: str,
 ) -> None:
     """Train a small network on a candidate world and print the ladder of solvers on it."""
-    folder = scratch / candidate
+    scales, folder = parse_guidances(guidances), scratch / candidate
     folder.mkdir(parents=True, exist_ok=True)
-    autoencoder = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).to(device)
+    autoencoder = load_module(AutoencoderKL, vae).to(device)
     rendered = render_candidate(candidate, images, seed)
     latents = encode_images(autoencoder, torch.from_numpy(rendered.images))
     options = TrainingOptions(steps, 5e-4, folder / "diffusion.pt")
     model = train(rendered.captions, latents, options, batch=32, seed=seed, device=device)
     save_pipeline(folder / "pipeline", model, autoencoder, build_tokenizer(), build_scheduler())
     prompts = render_candidate(candidate, number, seed + 1).captions
-    for guidance in map(float, guidances.split(",")):
+    for guidance in scales:
         reference_score, rungs = ladder(str(folder / "pipeline"), prompts, guidance, BUDGETS, device)
         click.echo(f"\n{candidate}, guidance {guidance:g}, distance to the reference / verifier score\n")
         click.echo(table(rungs, reference_score))
