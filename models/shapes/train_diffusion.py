@@ -22,6 +22,7 @@ from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from models.digests import record_weights
+from models.loading import load_module
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.layout import LayoutHead, layout_of
@@ -141,7 +142,7 @@ def main(
 ) -> None:
     """Train text encoder and network on rendered scenes and write the pipeline as a diffusers folder."""
     seed_globally(seed)
-    autoencoder = AutoencoderKL.from_pretrained(output / "vae", torch_dtype=torch.float32).to(device)
+    autoencoder = load_module(AutoencoderKL, output / "vae").float().to(device)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     rendered = cached_scenes(scratch, "train", images, seed)
     latents = cached_latents(scratch / "latents.pt", autoencoder, torch.from_numpy(rendered.images))

@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from models.clip import image_features, new_clip, preprocess, save_open_clip_checkpoint, text_features, tokenize
+from models.loading import load_module
 from models.randomness import seed_globally
 from models.shapes.data import RenderedScenes, cached_scenes
 from models.shapes.layout import CELLS, layout_of
@@ -201,7 +202,7 @@ def main(
     pixels = torch.from_numpy(rendered.images)  # uint8 [N, 64, 64, 3]
     configuration = model_configuration(len(tokenizer))
     model = RewardInTraining(configuration).to(device)
-    model.clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(text_encoder_folder).state_dict())
+    model.clip.text_model.load_state_dict(load_module(CLIPTextModel, text_encoder_folder).state_dict())
     tokens = tokenize(tokenizer, rendered.captions, CONTEXT_LENGTH)
     layout_options = TrainingOptions(LAYOUT_STEPS, LAYOUT_LEARNING_RATE, scratch / "reward-layout.pt")
     learn_layout(model, pixels, tokens, layout_options, seed=seed, device=device)
