@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -29,21 +29,28 @@ from models.shapes import scenes, verify
 from solvers import num_steps_for
 from training.command_line import Finite, require_one_process
 from training.comparison import CLASSICAL_BASELINE, Comparison, Entry, parse_baseline
-from training.evaluation import REFERENCE_GRID, REFERENCE_SOLVER, REFERENCE_STEPS, Evaluation, Panel, Setting, Store
+from training.evaluation import (
+    REFERENCE_SCHEDULE,
+    REFERENCE_SOLVER,
+    REFERENCE_STEPS,
+    Evaluation,
+    Panel,
+    Setting,
+    Store,
+    reference_solver,
+)
 from training.evaluation_report import Report
 from training.ppo import rewards
 from training.ppo.rewards import find_reward_files, load_reward
-from training.sampling import (
+from training.solver import (
     CLASSICAL,
     TRIED_SCHEDULES,
-    Grid,
-    Plan,
-    Predictor,
-    classical_plan,
-    load_predictor,
+    Schedule,
+    Solver,
+    classical_solver,
+    load_solver,
     parse_classical,
-    parse_grid,
-    predictor_plan,
+    parse_schedule,
 )
 
 SHAPES = "shapes"
@@ -157,7 +164,7 @@ def main(
     """
     require_one_process()
     names, budgets = _listed(solvers, "--solvers"), _budgets(nfe)
-    grids = [parse_grid(text) for text in _listed(schedules, "--schedules")]
+    tried = [parse_schedule(text) for text in _listed(schedules, "--schedules")]
     classical = [name for name in names if name != "epd"]
     for name in classical:
         parse_classical(name)
@@ -173,38 +180,39 @@ def main(
     denoiser.validate_prompts(prompts)
     scale = denoiser.default_guidance_scale if guidance is None else guidance
     tables = _with_guidance(tables, scale, explicit=bool(predictors))
-    plans = [
-        *(predictor_plan(table, denoiser) for table in tables),
-        *(plan for name in classical for budget in budgets for plan in classical_plans(name, budget, grids, denoiser)),
-    ]
-    if not plans:
+    rivals = [one for name in classical for budget in budgets for one in classical_solvers(name, budget, tried)]
+    compared = [solver.on(denoiser) for solver in [*tables, *(rival.guided(scale) for rival in rivals)]]
+    if not compared:
         raise InputError(
             "nothing to compare: no solver can spend any of the evaluations of --nfe, and there is no predictor"
         )
-    chosen_baselines = [parse_baseline(text, list(dict.fromkeys(plan.label for plan in plans))) for text in baselines]
+    chosen_baselines = [
+        parse_baseline(text, list(dict.fromkeys(solver.label for solver in compared))) for text in baselines
+    ]
 
     click.get_current_context().with_resource(only_writer(outdir))
     store = Store(cache, click.echo)
     setting = Setting(
         prompts=prompts,
         seeds=[seed + index for index in range(number)],
-        guidance_scale=scale,
         model_fingerprint=model_fingerprint(model),
         batch_size=batch,
         dtype=torch.promote_types(number_type, torch.float32),
         previews=PREVIEWS,
     )
     panel = judging_panel(model, weights, denoiser, prompts, batch)
-    click.echo(f"{len(plans)} samplers and the reference on {number} prompts of {prompt_file}, guidance {scale:g}")
+    click.echo(f"{len(compared)} solvers and the reference on {number} prompts of {prompt_file}, guidance {scale:g}")
     with tqdm(unit="evaluation") as bar:
-        evaluation = Evaluation(denoiser, panel, setting, store, bar.update, referenced=True)
-        bar.reset(total=evaluation.evaluations_ahead(plans))
+        evaluation = Evaluation(
+            denoiser, panel, setting, store, bar.update, reference=reference_solver(denoiser, scale)
+        )
+        bar.reset(total=evaluation.evaluations_ahead(compared))
         bar.set_description("reference")
         reference = evaluation.reference()
         entries = []
-        for plan in plans:
-            bar.set_description(f"{plan.label} {plan.grid}, NFE {plan.evaluations.parallel}")
-            entries.append(Entry(plan, evaluation.measure(plan)))
+        for solver in compared:
+            bar.set_description(f"{solver.label} {solver.grid_name}, NFE {solver.evaluations.parallel}")
+            entries.append(Entry(solver, evaluation.measure(solver)))
     real = _true_images(prompts, seed) if model == SHAPES else None
     target = reference.features
     if real is not None:
@@ -222,11 +230,11 @@ def main(
             "model": f"{model} (sha256 {setting.model_fingerprint[:16]})",
             "prompts": f"the first {number} of {prompt_file}, seeds {seed} to {seed + number - 1}",
             "guidance": scale,
-            "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, schedule {REFERENCE_GRID}, from the same noise",
+            "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REFERENCE_SCHEDULE}, from the same noise",
             "preference model": str(weights),
             "Fréchet distance to": "true images of the same captions" if real is not None else "the reference's images",
-            "schedules tried": ", ".join(map(str, grids)),
-            "predictors": ", ".join(f"{table.label} = {table.file}" for table in tables) or "none",
+            "schedules tried": ", ".join(map(str, tried)),
+            "predictors": ", ".join(f"{table.label} = {table.where}" for table in tables) or "none",
             "torch": torch.__version__,
             "device": f"{denoiser.device}, {dtype}",
         },
@@ -259,22 +267,22 @@ def first_prompts(file: Path, number: int) -> list[str]:
     return prompts[:number]
 
 
-def _predictors(model: str, sources: Sequence[str], root: Path, budgets: Sequence[int]) -> list[Predictor]:
+def _predictors(model: str, sources: Sequence[str], root: Path, budgets: Sequence[int]) -> list[Solver]:
     """The tables that were asked for, or all that lie in `root` and were made for the model and a wanted budget."""
-    found = [load_predictor(source, root) for source in sources] if sources else list(_discovered(model, root))
+    found = [load_solver(source, root) for source in sources] if sources else list(_discovered(model, root))
     fitting = []
-    for predictor in found:
-        parallel = predictor.evaluations().parallel
+    for solver in found:
+        parallel = solver.evaluations.parallel
         if parallel in budgets:
-            fitting.append(predictor)
+            fitting.append(solver)
         elif sources:
-            raise InputError(f"{predictor.file}: takes {parallel} parallel evaluations; add {parallel} to --nfe")
+            raise InputError(f"{solver.where}: takes {parallel} parallel evaluations; add {parallel} to --nfe")
         else:
-            click.echo(f"left out: {predictor.file} takes {parallel} parallel evaluations")
-    for predictor in fitting:
-        if predictor.model != model:
-            click.echo(f"{predictor.file} was made for {predictor.model}, not for {model}")
-    labels = [predictor.label for predictor in fitting]
+            click.echo(f"left out: {solver.where} takes {parallel} parallel evaluations")
+    for solver in fitting:
+        if solver.model != model:
+            click.echo(f"{solver.where} was made for {solver.model}, not for {model}")
+    labels = [solver.label for solver in fitting]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise InputError(f"several predictors are called {min(twice)}: choose among them with --predictor_path")
     if not fitting:
@@ -282,42 +290,40 @@ def _predictors(model: str, sources: Sequence[str], root: Path, budgets: Sequenc
     return fitting
 
 
-def _discovered(model: str, root: Path) -> list[Predictor]:
-    predictors = []
+def _discovered(model: str, root: Path) -> Iterator[Solver]:
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
         try:
-            predictor = load_predictor(folder, root)
+            solver = load_solver(folder, root)
         except InputError as error:
             click.echo(f"left out: {error}")
             continue
-        if predictor.model == model:
-            predictors.append(predictor)
-    return predictors
+        if solver.model == model:
+            yield solver
 
 
-def _with_guidance(predictors: Sequence[Predictor], scale: float, *, explicit: bool) -> list[Predictor]:
+def _with_guidance(solvers: Sequence[Solver], scale: float, *, explicit: bool) -> list[Solver]:
     """Those made for this guidance: any other has another reference, to which the distances would mean nothing."""
     kept = []
-    for predictor in predictors:
-        if predictor.guidance_scale in (None, scale):
-            kept.append(predictor)
+    for solver in solvers:
+        if solver.has_guidance_column or solver.guidance_scale in (None, scale):
+            kept.append(solver if solver.has_guidance_column else solver.guided(scale))
             continue
-        fault = f"{predictor.file}: was made for guidance {predictor.guidance_scale:g}, compared is guidance {scale:g}"
+        fault = f"{solver.where}: was made for guidance {solver.guidance_scale:g}, compared is guidance {scale:g}"
         if explicit:
-            raise InputError(f"{fault}; set --guidance {predictor.guidance_scale:g}")
+            raise InputError(f"{fault}; set --guidance {solver.guidance_scale:g}")
         click.echo(f"left out: {fault}")
     return kept
 
 
-def classical_plans(name: str, budget: int, grids: Sequence[Grid], denoiser: Denoiser) -> list[Plan]:
-    """A classical solver on every grid, with `budget` parallel evaluations; none where it cannot spend so many."""
-    solver, _ = parse_classical(name)
+def classical_solvers(name: str, budget: int, schedules: Sequence[Schedule]) -> list[Solver]:
+    """A classical solver on every schedule, with `budget` parallel evaluations; none where it cannot spend so many."""
+    sampler, _ = parse_classical(name)
     try:
-        num_steps = num_steps_for(solver, budget)
+        num_steps = num_steps_for(sampler, budget)
     except ValueError as error:
         click.echo(f"left out: {error}")
         return []
-    return [classical_plan(name, num_steps, grid, denoiser) for grid in grids]
+    return [classical_solver(name, num_steps, schedule) for schedule in schedules]
 
 
 def judging_panel(model: str, weights: Path, denoiser: Denoiser, prompts: Sequence[str], batch: int) -> Panel:

@@ -14,24 +14,14 @@ import torch
 
 from errors import InputError, shows_input_errors
 from files import only_writer
-from models import Denoiser, load_denoiser
+from models import load_denoiser
 from models.devices import DTYPES, resolve_device, resolve_dtype
 from models.prompts import parse_seeds, read_prompts
 from training.command_line import Finite, require_one_process
 from training.image_folder import LOG_NAME, SHEET_NAME, Job, draw
-from training.sampling import (
-    CLASSICAL,
-    Grid,
-    Plan,
-    Predictor,
-    classical_plan,
-    load_predictor,
-    parse_classical,
-    parse_grid,
-    predictor_plan,
-)
+from training.solver import CLASSICAL, Schedule, Solver, classical_solver, load_solver, parse_classical, parse_schedule
 
-USUAL_GRID = "discrete"
+USUAL_SCHEDULE = "discrete"
 LARGEST_SHEET = 400  # images
 
 EXAMPLES = """
@@ -46,7 +36,7 @@ Examples:
 @click.option("--predictor_path", help="EPD table: a .pkl or .json, a run or export folder, or an experiment's number.")
 @click.option("--solver", help=f"epd (needs a predictor), {', '.join(CLASSICAL)}; an order after a colon: dpmpp:2.")
 @click.option("--num-steps", type=click.IntRange(min=2), help="Grid points of a classical solver (intervals + 1).")
-@click.option("--schedule", help=f"Grid, NAME or NAME:RHO. [classical solvers: {USUAL_GRID}; epd: the predictor's]")
+@click.option("--schedule", help=f"Grid, NAME or NAME:RHO. [classical solvers: {USUAL_SCHEDULE}; epd: the predictor's]")
 @click.option("--afs", is_flag=True, help="Classical solvers: estimate the first evaluation instead of making it.")
 @click.option("--prompt", "prompts", multiple=True, help="What to draw; may be repeated.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A .txt (one a line) or .csv (column `text`).")
@@ -95,94 +85,82 @@ def main(
     count = len(wanted) * (1 if pair else len(numbers))
     if grid and count > LARGEST_SHEET:
         raise InputError(f"--grid shows at most {LARGEST_SHEET} images, not {count}; leave it out")
-    chosen_grid = parse_grid(schedule) if schedule else None
-    predictor = _predictor(predictor_path, solver, num_steps, afs=afs)
-    spec = _model(model_path, predictor)
+    chosen = parse_schedule(schedule) if schedule else None
+    if predictor_path is None:
+        asked = _classical(solver, num_steps, chosen, afs=afs)
+        asked = asked if guidance is None else asked.guided(guidance)
+    else:
+        asked = _replayed(predictor_path, solver, num_steps, chosen, guidance, afs=afs)
+    spec = _model(model_path, asked)
     number_type = resolve_dtype(dtype)
     denoiser = load_denoiser(spec, device=resolve_device(device), dtype=number_type)
     denoiser.validate_prompts(wanted)
-    if predictor is not None:
-        plan = _replayed(predictor, chosen_grid, denoiser)
-    else:
-        plan = classical_plan(solver, num_steps, chosen_grid or parse_grid(USUAL_GRID), denoiser, afs=afs)
-    scale = _guidance(guidance, predictor, denoiser)
+    settled = asked.on(denoiser)
     job = Job(
         prompts=wanted,
         seeds=numbers,
-        plan=plan,
+        solver=settled,
         model=spec,
-        predictor=predictor,
-        guidance_scale=scale,
         batch_size=batch,
         dtype=torch.promote_types(number_type, torch.float32),
         paired=pair,
     )
-    doubled = "" if scale == 1 else "; guidance doubles both" if scale else "; guidance doubles those it is not 1 in"
+    scale, cost = settled.guidance_scale, settled.evaluations
     click.echo(
-        f"{plan.label} on {spec}: {len(plan.sigmas)} grid points ({plan.grid}), guidance {scale or 'its own'}, "
-        f"an image takes {plan.evaluations.parallel} evaluations in sequence, {plan.evaluations.total} in all{doubled}"
+        f"{settled.label} on {spec}: {settled.num_steps} grid points ({settled.grid_name}), guidance "
+        f"{'its own' if scale is None else f'{scale:g}'}, an image takes {cost.parallel} evaluations in sequence, "
+        f"{cost.total} in all, {cost.rows} network rows"
     )
     click.get_current_context().with_resource(only_writer(outdir))
     records = draw(job, denoiser, outdir, sheet=grid, note=click.echo)
     click.echo(f"wrote {len(records)} images and {LOG_NAME}{f' and {SHEET_NAME}' if grid else ''} to {outdir}")
 
 
-def _predictor(path: str | None, solver: str | None, num_steps: int | None, *, afs: bool) -> Predictor | None:
-    """The predictor that was asked for, if any, with what it fixes checked against the options."""
-    if path is None:
-        if solver in (None, "epd"):
-            raise InputError(f"--predictor_path is missing; or choose a classical --solver: {', '.join(CLASSICAL)}")
-        parse_classical(solver)
-        if num_steps is None:
-            raise InputError(f"--num-steps is missing: how many grid points may {solver} use?")
-        return None
-    if solver not in (None, "epd"):
-        raise InputError(f"--solver {solver} takes no predictor: leave out --predictor_path or --solver")
-    predictor = load_predictor(path)
-    if num_steps not in (None, predictor.table.num_steps):
+def _classical(name: str | None, num_steps: int | None, schedule: Schedule | None, *, afs: bool) -> Solver:
+    if name in (None, "epd"):
+        raise InputError(f"--predictor_path is missing; or choose a classical --solver: {', '.join(CLASSICAL)}")
+    parse_classical(name)
+    if num_steps is None:
+        raise InputError(f"--num-steps is missing: how many grid points may {name} use?")
+    return classical_solver(name, num_steps, schedule or parse_schedule(USUAL_SCHEDULE), afs=afs)
+
+
+def _replayed(
+    path: str,
+    name: str | None,
+    num_steps: int | None,
+    schedule: Schedule | None,
+    guidance: float | None,
+    *,
+    afs: bool,
+) -> Solver:
+    """The solver of a file; what it fixes is checked against the options, and what they change is said."""
+    if name not in (None, "epd"):
+        raise InputError(f"--solver {name} takes no predictor: leave out --predictor_path or --solver")
+    solver = load_solver(path, guidance=guidance)
+    if num_steps not in (None, solver.num_steps):
         raise InputError(
-            f"--num-steps {num_steps} contradicts {predictor.file}, whose table has {predictor.table.num_steps} grid "
-            "points: leave --num-steps out"
+            f"--num-steps {num_steps} contradicts {solver.where}, whose table has {solver.num_steps} grid points: "
+            "leave --num-steps out"
         )
-    if afs and not predictor.afs:
-        raise InputError(f"--afs contradicts {predictor.file}, whose table was made without it: leave --afs out")
-    return predictor
+    if afs and not solver.afs:
+        raise InputError(f"--afs contradicts {solver.where}, whose table was made without it: leave --afs out")
+    usual = solver.origin.metadata.get("guidance_rate")
+    if guidance is not None and usual not in (None, guidance):
+        click.echo(f"--guidance {guidance:g} overrides the predictor's guidance, {usual:g}")
+    if schedule not in (None, solver.schedule):
+        click.echo(f"--schedule {schedule} overrides the predictor's schedule, {solver.grid_name}")
+    return solver if schedule is None else solver.on_schedule(schedule)
 
 
-def _model(path: str | None, predictor: Predictor | None) -> str:
-    if predictor is None:
-        if path is None:
-            raise InputError("--model_path is missing: a registered name (shapes, sd15), a folder or a file")
-        return path
-    if path is None:
-        if predictor.model is None:
-            raise InputError(f"{predictor.file}: does not say its dataset_name; name the model with --model_path")
-        return predictor.model
-    if path != predictor.model:
-        click.echo(f"--model_path {path} overrides the predictor's model, {predictor.model}")
-    return path
-
-
-def _replayed(predictor: Predictor, grid: Grid | None, denoiser: Denoiser) -> Plan:
-    if grid not in (None, predictor.grid):
-        click.echo(f"--schedule {grid} overrides the predictor's schedule, {predictor.grid}")
-    return predictor_plan(predictor, denoiser, grid)
-
-
-def _guidance(wanted: float | None, predictor: Predictor | None, denoiser: Denoiser) -> float | None:
-    """The one scale for all evaluations; None where the table has one of its own for each."""
-    if predictor is not None and predictor.table.guidance is not None:
-        if wanted is not None:
-            raise InputError(
-                f"--guidance {wanted:g}: {predictor.file} has a scale of its own for each evaluation; leave it out"
-            )
-        return None
-    usual = None if predictor is None else predictor.guidance_scale
-    if wanted is not None and usual not in (None, wanted):
-        click.echo(f"--guidance {wanted:g} overrides the predictor's guidance, {usual:g}")
-    if wanted is not None:
-        return wanted
-    return denoiser.default_guidance_scale if usual is None else usual
+def _model(path: str | None, solver: Solver) -> str:
+    if path is not None and solver.origin is not None and path != solver.model:
+        click.echo(f"--model_path {path} overrides the predictor's model, {solver.model}")
+    if path is None and solver.origin is None:
+        raise InputError("--model_path is missing: a registered name (shapes, sd15), a folder or a file")
+    if path is None and solver.model is None:
+        raise InputError(f"{solver.where}: does not say its dataset_name; name the model with --model_path")
+    return path or solver.model
 
 
 if __name__ == "__main__":

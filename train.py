@@ -36,8 +36,8 @@ from training.distillation_run import (
     prepare,
     write_start,
 )
-from training.sampling import MODEL_OF_DATASET, USUAL_RHO
 from training.snapshot import find_run
+from training.solver import MODEL_OF_DATASET, USUAL_RHO
 from training.starts import NEAR_EULER, check_start, needs_grid, start_table
 
 USUAL_PROMPTS = {

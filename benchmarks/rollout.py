@@ -93,15 +93,15 @@ class PlainPath:
         return torch.autocast(self.denoiser.device.type, self.autocast if enabled else None, enabled=enabled)
 
     def _sample(self, tables: EPDTable, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        device, sigmas = self.denoiser.device, self.runner.sigmas
-        conditioning = encode_anew(self.denoiser, prompts, self.runner.guidance_scale)
+        device, solver = self.denoiser.device, self.runner.solver
+        conditioning = encode_anew(self.denoiser, prompts, solver.guidance_scale)
         noise = initial_noise(seeds, self.denoiser.latent_shape, device=device, dtype=torch.float32)
         latents = epd_sampler(
             lambda x, sigma: self.denoiser.denoise(x, sigma, conditioning),
-            noise * sigmas[0].to(noise),
-            sigmas,
+            noise * solver.sigmas[0].to(noise),
+            solver.sigmas,
             tables.to(device=device),
-            afs=self.runner.afs,
+            afs=solver.afs,
             parallel=False,
         )
         return self.denoiser.decode(latents, len(latents))
@@ -224,7 +224,7 @@ def report(start: Start, plain: PlainPath, timings: Timings, step: dict[str, flo
     images, precision = start.config.ppo.rollout_batch_size, start.config.model.dtype
     fast_seconds, plain_seconds = statistics.median(timings.fast), statistics.median(timings.plain)
     # Counted where nothing is compiled.
-    flops = network_flops(plain.denoiser, plain.runner.guidance_scale) * costs(start).evaluations.total
+    flops = network_flops(plain.denoiser, plain.runner.solver.guidance_scale) * costs(start).evaluations.total
     peak = matrix_peak(device, dtype)
     whole = step.pop("step")
     achieved = flops * images / whole

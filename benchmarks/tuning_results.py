@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.tuning_runs import PlannedRun, Study
 from errors import InputError
-from evaluate import PREVIEWS, classical_plans, first_prompts, judging_panel
+from evaluate import PREVIEWS, classical_solvers, first_prompts, judging_panel
 from models.devices import resolve_device, resolve_dtype
 from models.fingerprints import model_fingerprint
 from models.prompts import read_prompts
@@ -24,7 +24,7 @@ from training.evaluation import Evaluation, Setting, Store
 from training.ppo.assembly import guidance_scale, model_spec
 from training.ppo.export_epd_predictor import read_export, write_export
 from training.run_folder import RunFolder, read_metrics
-from training.sampling import Plan, Predictor, load_predictor, parse_grid, predictor_plan
+from training.solver import Solver, load_solver, parse_schedule
 from training.statistics import Interval, bootstrap_indices, paired_difference_interval
 
 FINAL, BEST = "final", "best"
@@ -43,17 +43,17 @@ class Finished:
 
     run: PlannedRun
     folder: RunFolder
-    tables: Mapping[str, Predictor]
+    tables: Mapping[str, Solver]
 
     @property
-    def start(self) -> Predictor:
+    def start(self) -> Solver:
         """The table that it started from, under the settings that it was tuned for."""
         return dataclasses.replace(self.tables[FINAL], table=self.run.start.table)
 
     @property
     def start_name(self) -> str:
         """The label of the file that it started from."""
-        return self.run.start.predictor.label
+        return self.run.start.snapshot.label
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +155,8 @@ def finish(run: PlannedRun, folder: RunFolder) -> Finished:
     return Finished(run, folder, {FINAL: final, BEST: best_table})
 
 
-def _exported(folder: RunFolder, checkpoint: Path) -> Predictor:
-    return load_predictor(write_export(folder, read_export(checkpoint, torch.device("cpu")), manifest=True)[0])
+def _exported(folder: RunFolder, checkpoint: Path) -> Solver:
+    return load_solver(write_export(folder, read_export(checkpoint, torch.device("cpu")), manifest=True)[0])
 
 
 def heldout_prompts(study: Study, runs: Sequence[PlannedRun]) -> list[str]:
@@ -207,48 +207,47 @@ class Scorer:
         setting = Setting(
             prompts=prompts,
             seeds=[study.heldout_seed + index for index in range(len(prompts))],
-            guidance_scale=guidance_scale(config),
             model_fingerprint=model_fingerprint(spec),
             batch_size=study.batch,
             dtype=torch.promote_types(dtype, torch.float32),
             previews=PREVIEWS,
         )
         panel = judging_panel(spec, Path(config.reward.weights_path), self._denoiser, prompts, study.batch)
-        self._evaluation = Evaluation(self._denoiser, panel, setting, store, advance, referenced=False)
-        self._study = study
+        self._evaluation = Evaluation(self._denoiser, panel, setting, store, advance, reference=None)
+        self._study, self._guidance_scale = study, guidance_scale(config)
 
-    def plan(self, predictor: Predictor) -> Plan:
-        """The sampler of a table."""
-        return predictor_plan(predictor, self._denoiser)
+    def on_model(self, solver: Solver) -> Solver:
+        """The solver, settled for the model of the study."""
+        return solver.on(self._denoiser)
 
-    def classical(self, nfe: int) -> list[Plan]:
+    def classical(self, nfe: int) -> list[Solver]:
         """Every classical solver that can spend so many parallel evaluations, at every schedule."""
-        grids = [parse_grid(text) for text in self._study.schedules]
-        plans = [plan for name in self._study.solvers for plan in classical_plans(name, nfe, grids, self._denoiser)]
-        if not plans:
+        schedules = [parse_schedule(text) for text in self._study.schedules]
+        solvers = [solver for name in self._study.solvers for solver in classical_solvers(name, nfe, schedules)]
+        if not solvers:
             raise InputError(f"no solver of the study can spend {nfe} parallel evaluations: add ddim to its solvers")
-        return plans
+        return [self.on_model(solver.guided(self._guidance_scale)) for solver in solvers]
 
-    def evaluations_ahead(self, plans: Sequence[Plan]) -> int:
-        """How many latents the network will be asked about for these plans."""
-        return self._evaluation.evaluations_ahead(plans)
+    def evaluations_ahead(self, solvers: Sequence[Solver]) -> int:
+        """How many latents the network will be asked about for these solvers."""
+        return self._evaluation.evaluations_ahead(solvers)
 
-    def measure(self, plan: Plan) -> Entry:
-        """What the sampler does on the held-out prompts."""
-        return Entry(plan, self._evaluation.measure(plan))
+    def measure(self, solver: Solver) -> Entry:
+        """What the solver does on the held-out prompts."""
+        return Entry(solver, self._evaluation.measure(solver))
 
 
 def measure(finished: Sequence[Finished], scorer: Scorer, begin: Callable[[int], None]) -> list[Group]:
     """Measure all tables and what they are compared with; `begin` is told of how many evaluations lie ahead."""
-    budgets = sorted({scale * one.start.evaluations().parallel for one in finished for scale in TIMES})
+    budgets = sorted({scale * one.start.evaluations.parallel for one in finished for scale in TIMES})
     classical = {nfe: scorer.classical(nfe) for nfe in budgets}
-    starts = {one.run.name: scorer.plan(one.start) for one in finished}
-    tables = {(one.run.name, name): scorer.plan(table) for one in finished for name, table in one.tables.items()}
-    all_classical = [plan for plans in classical.values() for plan in plans]
+    starts = {one.run.name: scorer.on_model(one.start) for one in finished}
+    tables = {(one.run.name, name): scorer.on_model(table) for one in finished for name, table in one.tables.items()}
+    all_classical = [solver for solvers in classical.values() for solver in solvers]
     begin(scorer.evaluations_ahead([*starts.values(), *tables.values(), *all_classical]))
-    measured_starts = {run: scorer.measure(plan) for run, plan in starts.items()}
-    measured_tables = {key: scorer.measure(plan) for key, plan in tables.items()}
-    rivals = {nfe: [scorer.measure(plan) for plan in plans] for nfe, plans in classical.items()}
+    measured_starts = {run: scorer.measure(solver) for run, solver in starts.items()}
+    measured_tables = {key: scorer.measure(solver) for key, solver in tables.items()}
+    rivals = {nfe: [scorer.measure(solver) for solver in solvers] for nfe, solvers in classical.items()}
     groups: dict[tuple[str, str], list[Finished]] = {}
     for one in finished:
         groups.setdefault((one.run.arm, one.start_name), []).append(one)
@@ -259,7 +258,7 @@ def measure(finished: Sequence[Finished], scorer: Scorer, begin: Callable[[int],
             runs,
             measured_starts[runs[0].run.name],
             {name: [measured_tables[one.run.name, name] for one in runs] for name in TABLES},
-            {times: rivals[times * runs[0].start.evaluations().parallel] for times in TIMES},
+            {times: rivals[times * runs[0].start.evaluations.parallel] for times in TIMES},
         )
         for (arm, start), runs in groups.items()
     ]
@@ -287,8 +286,8 @@ def _against(
     ours = torch.stack([entry.measured.values[metric] for entry in entries])  # [R, N]
     theirs = baseline.measured.values[metric]  # [N]
     seeds = [one.run.seed for one in group.runs]
-    spent, rival = entries[0].plan.evaluations, baseline.plan
-    name = group.start_name if times is None else f"{rival.label}, {rival.grid}"
+    spent, rival = entries[0].solver.evaluations, baseline.solver
+    name = group.start_name if times is None else f"{rival.label}, {rival.grid_name}"
     for seed, over, difference in paired_differences(ours, theirs, seeds):
         yield Line(
             arm=group.arm,

@@ -22,7 +22,7 @@ from training.configuration import Disagreements, Schema, knob, to_plain
 from training.ppo.assembly import Start, prepare
 from training.ppo.config import Config, load_config
 from training.run_folder import RunFolder
-from training.sampling import CLASSICAL, TRIED_SCHEDULES, load_predictor, parse_classical, parse_grid
+from training.solver import CLASSICAL, TRIED_SCHEDULES, load_solver, parse_classical, parse_schedule
 
 PPO, CMA_ES = "ppo", "cma_es"
 COMMANDS: Mapping[str, str] = MappingProxyType({PPO: "training.ppo.launch", CMA_ES: search_cma_es.MODULE})
@@ -74,7 +74,10 @@ def _disagreements(study: Study) -> Disagreements:
     """What is wrong with the arms, and with solvers and schedules by name."""
     for name, arm in study.arms.items():
         yield from (({"arms"}, f"arms.{name}{fault}") for fault in _arm_faults(name, arm))
-    for key, names, parse in (("solvers", study.solvers, parse_classical), ("schedules", study.schedules, parse_grid)):
+    for key, names, parse in (
+        ("solvers", study.solvers, parse_classical),
+        ("schedules", study.schedules, parse_schedule),
+    ):
         if not names:
             yield {key}, f"{key} is empty: name at least one"
         for name in names:
@@ -167,7 +170,7 @@ def _planned(name: str, arm: Arm, source: str, seed: int, root: Path) -> Planned
         f"data.predictor_snapshot={source}",
         f"run.seed={seed}",
         f"run.output_root={root}",
-        f"run.run_name={name}-{load_predictor(source).label}-seed{seed}",
+        f"run.run_name={name}-{load_solver(source).label}-seed{seed}",
     )
     start = prepare(load_config(arm.config, overrides))
     if arm.search == CMA_ES:

@@ -247,7 +247,7 @@ def _described(outcome: Outcome) -> dict[str, Any]:
     return {
         "name": run.name,
         "arm": run.arm,
-        "start": str(run.start.predictor.file),
+        "start": str(run.start.snapshot.where),
         "seed": run.seed,
         "images": run.images,
         "folder": None if outcome.folder is None else str(outcome.folder.path),

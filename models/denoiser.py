@@ -56,13 +56,15 @@ class Conditioning:
 class Denoiser(Protocol):
     """A frozen diffusion model.
 
-    name: for people and file names. latent_shape: (C, H, W). image_size: (H, W) in pixels. sigma_min, sigma_max: the
+    name: for people and file names. backend: its family, as the public EPD code base calls it: ldm for Stable Diffusion
+    1.x and 2.x. latent_shape: (C, H, W). image_size: (H, W) in pixels. sigma_min, sigma_max: the
     range of noise levels the model was trained on. time_min: the time of sigma_min; sigma_max is at time 1. device:
     where latents are expected. dtype: that the network computes in. code: the source files whose change may change what
     it answers; results that are kept on disk count as made by them.
     """
 
     name: str
+    backend: str
     latent_shape: tuple[int, int, int]
     image_size: tuple[int, int]
     sigma_min: float

@@ -1,19 +1,27 @@
-"""The sampling loop that every command line shares: prompts and seeds in, latents out."""
+"""From a seed to noise, and from latents to images, with the one rule for what was lost on the way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models.denoiser import Conditioning, Denoiser
 from models.devices import to_device
 from models.randomness import generator_of
 from solvers import Denoise
 
-Solve = Callable[[Denoise, Tensor, Tensor], Tensor]
+# Latents of images lie within some tens. What leaves this range has exploded, finite or not.
+LATENT_LIMIT = 1e4
+
+Measure = Callable[[str], AbstractContextManager[object]]
+"""Times what is done inside it, by the name of a phase: text, solver, network, decode."""
+
+Asked = Callable[[int], object]
+"""Is told at each call of the network of how many latents it was asked."""
 
 
 def initial_noise(
@@ -28,49 +36,50 @@ def initial_noise(
     return to_device(torch.stack(rows).to(dtype), device)
 
 
-def conditioned(denoiser: Denoiser, conditioning: Conditioning) -> Denoise:
+def conditioned(
+    denoiser: Denoiser, conditioning: Conditioning, measure: Measure = nullcontext, asked: Asked = int
+) -> Denoise:
     """The closure that a sampler asks: D(x, sigma), or D(x, sigma, guidance) by a table with guidance."""
 
     def denoise(x: Tensor, sigma: Tensor, *guidance: Tensor) -> Tensor:
-        return denoiser.denoise(x, sigma, conditioning, *guidance)
+        asked(len(x))
+        with measure("network"):
+            return denoiser.denoise(x, sigma, conditioning, *guidance)
 
     return denoise
 
 
-@torch.no_grad()
-def generate(
-    denoiser: Denoiser,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    solve: Solve,
-    sigmas: Tensor,
-    *,
-    guidance_scale: float | None = None,
-    batch_size: int = 16,
-    progress: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """One latent for every pair of a prompt and a seed: [N, C, H, W] in `dtype`, on the denoiser's device.
+class Decoded(NamedTuple):
+    """Images of N latents, and what became of each.
 
-    `solve(denoise, x, sigmas)` is a sampler with its options bound; x starts as sigmas[0] * noise. `sigmas`:
-    [num_steps] float64, descending. `guidance_scale`: None is the model's default. At most `batch_size` latents are
-    carried at once.
-
-    A latent depends on its prompt, its seed and the solver only. The noise and the text embeddings are identical to the
-    last bit in every batch; the network's matrix products may be summed in another order when the batch has another
-    size, which moves latents by a few units of the last place a step.
+    images: [N, 3, H, W] float32 in [0, 1], all finite. solved: bool [N], whether the latents were within the limit.
+    decoded: bool [N], whether the decoder gave numbers; where it gave none the image is black.
     """
-    if len(prompts) != len(seeds) or not prompts:
-        raise ValueError(f"need as many prompts as seeds, and at least one: got {len(prompts)} and {len(seeds)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    batches = []
-    with tqdm(total=len(prompts), unit="image", disable=not progress) as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = slice(start, start + batch_size)
-            conditioning = denoiser.encode(prompts[batch], guidance_scale)
-            noise = initial_noise(seeds[batch], denoiser.latent_shape, device=denoiser.device, dtype=dtype)
-            denoise = conditioned(denoiser, conditioning)
-            batches.append(solve(denoise, noise * sigmas[0], sigmas))
-            bar.update(len(noise))
-    return torch.cat(batches)
+
+    images: Tensor
+    solved: Tensor
+    decoded: Tensor
+
+    @property
+    def fine(self) -> Tensor:
+        """Bool [N]: neither lost by the solver nor by the decoder."""
+        return self.solved & self.decoded
+
+
+def bounded(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents clamped into the limit (NaN to 0), and which of them [N] did not have to be."""
+    inside = latents.abs() <= LATENT_LIMIT  # False for NaN
+    return latents.nan_to_num(0.0, LATENT_LIMIT, -LATENT_LIMIT).clamp(-LATENT_LIMIT, LATENT_LIMIT), _whole(inside)
+
+
+@torch.no_grad()
+def decode(denoiser: Denoiser, latents: Tensor, chunk_size: int = 16) -> Decoded:
+    """Images of latents [N, C, H, W], at most `chunk_size` decoded at once; see `Decoded` for those that are lost."""
+    within, solved = bounded(latents)
+    images = denoiser.decode(within, chunk_size)
+    return Decoded(images.nan_to_num(0.0, 1.0, 0.0), solved, _whole(images.isfinite()))
+
+
+def _whole(mask: Tensor) -> Tensor:
+    """Whether all of each sample [N, ...] holds: [N]."""
+    return mask.flatten(1).all(dim=1)

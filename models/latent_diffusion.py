@@ -53,6 +53,7 @@ class LatentDiffusion:
     The modules compute in `dtype`; guidance and the estimate D are formed in x's dtype, the noise levels in float64.
     """
 
+    backend = "ldm"
     code = tuple(
         Path(__file__).with_name(f"{module}.py")
         for module in ("latent_diffusion", "loading", "checkpoints", "noise_levels", "pictures")

@@ -17,11 +17,11 @@ from errors import InputError, shows_input_errors
 from files import write_atomically
 from schedules import get_schedule
 from training.ppo.figures import solver_figure
-from training.sampling import Predictor, load_predictor
 from training.snapshot import private_parts
+from training.solver import Solver, load_solver
 
 # Of Stable Diffusion 1.x, for files that do not say the range of their model.
-USUAL_RANGE = {"sigma_min": 0.0292, "sigma_max": 14.6146}
+USUAL_RANGE = (0.0292, 14.6146)
 RESOLUTION = 150  # dots an inch
 
 EXAMPLES = """
@@ -32,38 +32,37 @@ Examples:
 """
 
 
-def levels_of(predictor: Predictor) -> tuple[Tensor, str]:
+def levels_of(solver: Solver) -> tuple[Tensor, str]:
     """Noise levels, float64 [num_steps], as far as the file alone tells them, and how they came about.
 
     Schedules of a model's own time are drawn as the variance-preserving time of its range, which they are near.
     """
-    if predictor.sigmas is not None:
-        return predictor.sigmas, "its own noise levels"
-    grid = predictor.grid
-    if grid is None:
-        raise InputError(f"{predictor.file}: does not say its schedule_type")
-    low, high = (predictor.metadata.get(name) or usual for name, usual in USUAL_RANGE.items())
-    known = grid.schedule_type if grid.schedule_type in ("polynomial", "logsnr", "time_uniform") else "time_uniform"
-    text = str(grid) if known == grid.schedule_type else f"{grid}, drawn as {known}"
+    if solver.sigmas is not None:
+        return solver.sigmas, "its own noise levels"
+    if solver.schedule is None:
+        raise InputError(f"{solver.where}: does not say its schedule_type")
+    name, rho = solver.schedule
+    low, high = (told or usual for told, usual in zip(solver.sigma_range, USUAL_RANGE, strict=True))
+    known = name if name in ("polynomial", "logsnr", "time_uniform") else "time_uniform"
+    text = str(solver.schedule) if known == name else f"{solver.schedule}, drawn as {known}"
     try:
-        return get_schedule(known, predictor.table.num_steps, float(low), float(high), rho=grid.rho), f"schedule {text}"
+        return get_schedule(known, solver.num_steps, low, high, rho=rho), f"schedule {text}"
     except ValueError as error:
-        raise InputError(f"{predictor.file}: {error}") from None
+        raise InputError(f"{solver.where}: {error}") from None
 
 
-def description(predictor: Predictor, sigmas: Tensor, schedule: str) -> str:
+def description(solver: Solver, sigmas: Tensor, schedule: str) -> str:
     """The solver in lines: what it is for, what it costs, and a row for each interval."""
-    table = predictor.table
-    cost = table.evaluations(afs=predictor.afs, guidance_scale=predictor.guidance_scale or 1.0)
-    guidance = "by evaluation" if table.guidance is not None else predictor.guidance_scale or "the model's"
+    table, cost = solver.table, solver.evaluations
+    guidance = "by evaluation" if solver.has_guidance_column else solver.guidance_scale or "the model's"
     lines = [
-        f"{predictor.file}",
-        f"made for {predictor.model or 'no model in particular'}, guidance {guidance}, {schedule}"
-        f"{', AFS' if predictor.afs else ''}",
+        solver.where,
+        f"made for {solver.model or 'no model in particular'}, guidance {guidance}, {schedule}"
+        f"{', AFS' if solver.afs else ''}",
         f"{table.num_steps - 1} intervals of {table.num_points} points: {cost.parallel} evaluations in sequence, "
         f"{cost.total} in all, {cost.rows} network rows",
     ]
-    private = private_parts(table, predictor.metadata)
+    private = private_parts(table, solver.origin.metadata)
     if private:
         lines.append(f"no .pkl for the public EPD code, which has no place for {', '.join(private)}")
     lines.append("")
@@ -86,12 +85,11 @@ def _numbers(row: Tensor) -> str:
 @shows_input_errors
 def main(solver: str, beside: str | None, output: Path | None, exps: Path) -> None:
     """Describe SOLVER (a file, a folder, or an experiment's number), and draw it. Needs no model."""
-    shown = [load_predictor(source, exps) for source in (solver, beside) if source is not None]
     drawn = []
-    for predictor in shown:
-        sigmas, schedule = levels_of(predictor)
-        drawn.append((predictor.label, sigmas, predictor.table))
-        click.echo(description(predictor, sigmas, schedule) + "\n")
+    for shown in (load_solver(source, exps) for source in (solver, beside) if source is not None):
+        sigmas, schedule = levels_of(shown)
+        drawn.append((shown.label, sigmas, shown.table))
+        click.echo(description(shown, sigmas, schedule) + "\n")
     if output is not None:
         picture = io.BytesIO()
         solver_figure(drawn[0], drawn[1] if beside else None).savefig(picture, format="png", dpi=RESOLUTION)

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from errors import InputError
-from solvers import NetworkEvaluations
+from solvers import EPDTable
 from training.comparison import Baseline, Comparison, Entry, parse_baseline
 from training.evaluation import METRICS, Measured, Store, key_of
 from training.evaluation_report import Report
-from training.sampling import Grid, Plan
+from training.solver import Schedule, Solver
 from training.statistics import bootstrap_indices, frechet_distance, mean_interval, paired_difference_interval
 
 ROWS = 24
@@ -44,12 +44,10 @@ def entry(label, solver, schedule, nfe, *, reward, distance, exploded=0):
         previews=torch.full((2, 16, 16, 3), seed % 256, dtype=torch.uint8),
         key=f"{label}-{schedule}-{nfe}",
     )
-    total = nfe * 3 // 2 if solver == "epd" else nfe
-    sigmas = torch.linspace(10, 1, nfe + 1, dtype=torch.float64)
-    plan = Plan(
-        label, solver, Grid(schedule, 1.0), sigmas, NetworkEvaluations(nfe, total, total), {}, lambda denoise, x, s: x
-    )
-    return Entry(plan, measured)
+    steps = nfe // 2 if solver in ("epd", "heun") else nfe
+    halves = torch.full((steps, 2), 0.5)
+    table = EPDTable(halves, halves) if solver == "epd" else None
+    return Entry(Solver(label, solver, steps + 1, table=table, schedule=Schedule(schedule, 1.0)), measured)
 
 
 @pytest.fixture
@@ -181,7 +179,7 @@ def test_the_csv_holds_every_schedule_and_marks_the_best(report, comparison):
     assert len(lines) == 5 * 4
     for line in lines:
         cell_here = cell(comparison, line["label"], int(line["parallel_evaluations"]), line["metric"])
-        best = str(cell_here.entry.plan.grid) == line["schedule"]
+        best = cell_here.entry.solver.grid_name == line["schedule"]
         assert line["best_schedule"] == str(best)
         if best:
             assert float(line["estimate"]) == pytest.approx(cell_here.interval.estimate)

@@ -18,14 +18,14 @@ import evaluate
 from errors import InputError
 from files import only_writer
 from models import clip, load_denoiser
-from models.generate import generate
+from models.generate import LATENT_LIMIT
 from models.latent_diffusion import LatentDiffusion
 from models.shapes.scenes import captions
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable
+from tests.by_hand import latents_by_hand
 from tests.plain_clip import write_letter_tokenizer
 from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
-from training.evaluation import LATENT_LIMIT
 from training.ppo.rewards.reward_hps import RewardHPS
 from training.snapshot import save_snapshot
 
@@ -114,7 +114,7 @@ def test_the_numbers_are_those_of_the_definitions(world, evaluated):
         def solve(denoise, x, levels):
             return SAMPLERS[solver](denoise, x, levels, **options)
 
-        return generate(denoiser, PROMPTS, range(3, 9), solve, sigmas, guidance_scale=3.0, progress=False)
+        return latents_by_hand(denoiser, PROMPTS, range(3, 9), solve, sigmas, 3.0)
 
     reference, fast = latents("dpmpp", STEPS, "discrete", max_order=2), latents("heun", 2, "logsnr")
     with torch.no_grad():

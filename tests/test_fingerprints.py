@@ -75,6 +75,8 @@ OF_NO_ACCOUNT = {
     "models/prompts.py",
     "models/skeletons.py",
 }
+# These make the table, the noise levels and the guidance, every number of which is named beside the latents.
+OF_NO_ACCOUNT |= {"models/fingerprints.py", "schedules.py", "training/networks.py", "training/snapshot.py"}
 
 
 def test_latents_that_are_kept_count_as_made_by_all_code_that_makes_them():

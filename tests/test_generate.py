@@ -1,18 +1,19 @@
-"""The shared sampling loop: noise belongs to its seed, images to their prompt and seed, whatever the batch."""
+"""The one road to an image: noise belongs to its seed, images to their prompt and seed, whatever the batch."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from models import load_denoiser
-from models.generate import Denoise, generate, initial_noise
+from models.generate import LATENT_LIMIT, decode, initial_noise
+from solvers import SAMPLERS
 from tests.tiny_pipeline import save_tiny_pipeline
+from training.solver import Solver
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
@@ -26,14 +27,11 @@ def denoiser(tmp_path_factory):
     return load_denoiser(save_tiny_pipeline(tmp_path_factory.mktemp("tiny")), device=CPU, dtype=torch.float32)
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
-    for sigma, following in pairwise(sigmas):
-        x = x + (following / sigma - 1).to(x) * (x - denoise(x, sigma))
-    return x
+EULER = Solver("ddim", "ddim", len(SIGMAS), sigmas=SIGMAS)
 
 
-def start_only(_denoise: Denoise, x: Tensor, _sigmas: Tensor) -> Tensor:
-    return x
+def drawn(denoiser, prompts=PROMPTS, seeds=SEEDS, scale=None, **options):
+    return replace(EULER, guidance_scale=scale).on(denoiser).latents(denoiser, prompts, seeds, **options)
 
 
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5), st.data())
@@ -56,12 +54,13 @@ def test_noise_is_standard_normal_and_differs_between_seeds():
 
 def test_generating_leaves_the_global_random_state_alone(denoiser):
     before = torch.random.get_rng_state()
-    generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, progress=False)
+    drawn(denoiser)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_the_start_is_the_first_level_times_the_noise_in_the_type_asked_for(denoiser):
-    latents = generate(denoiser, PROMPTS, SEEDS, start_only, SIGMAS, progress=False, dtype=torch.float64)
+def test_the_start_is_the_first_level_times_the_noise_in_the_type_asked_for(denoiser, monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "ddim", lambda denoise, x, sigmas, **_: x)
+    latents = drawn(denoiser, dtype=torch.float64)
     noise = initial_noise(SEEDS, SHAPE, device=CPU, dtype=torch.float64)
     assert torch.equal(latents, SIGMAS[0] * noise)
 
@@ -69,15 +68,15 @@ def test_the_start_is_the_first_level_times_the_noise_in_the_type_asked_for(deno
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
 def test_batch_size_never_changes_an_image(denoiser, batch_size):
     """In float32 the last bits may move with the shape of a matrix product; an image of 256 levels does not see it."""
-    together = generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, batch_size=5, progress=False)
-    split = generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, batch_size=batch_size, progress=False)
+    together = drawn(denoiser, batch_size=5)
+    split = drawn(denoiser, batch_size=batch_size)
     torch.testing.assert_close(split, together, rtol=0.0, atol=2e-5 * float(together.abs().max()))
 
 
 def test_an_image_is_that_of_its_own_prompt_and_seed(denoiser):
-    together = generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, batch_size=2, progress=False)
+    together = drawn(denoiser, batch_size=2)
     for row, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
-        alone = generate(denoiser, [prompt], [seed], euler, SIGMAS, progress=False)
+        alone = drawn(denoiser, [prompt], [seed])
         torch.testing.assert_close(alone[0], together[row], rtol=0.0, atol=2e-5 * float(together.abs().max()))
     assert (together[0] - together[3]).abs().max() > 0.1  # one prompt, two seeds
     assert (together[1] - together[3]).abs().max() > 1e-3  # one seed, two prompts
@@ -91,27 +90,36 @@ def test_embeddings_do_not_depend_on_the_batch_to_the_last_bit(denoiser, tmp_pat
 
 
 def test_guidance_reaches_the_model(denoiser):
-    plain, default, strong = (
-        generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, guidance_scale=scale, progress=False)
-        for scale in (1.0, None, 7.5)
-    )
+    plain, default, strong = (drawn(denoiser, scale=scale) for scale in (1.0, None, 7.5))
     assert torch.equal(default, strong)
     assert (plain - strong).abs().max() > 1e-3
 
 
 def test_no_gradient_is_kept(denoiser):
-    assert not generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, progress=False).requires_grad
+    assert not drawn(denoiser).requires_grad
 
 
 def test_wrong_counts_are_errors(denoiser):
     with pytest.raises(ValueError, match="as many prompts as seeds"):
-        generate(denoiser, PROMPTS, SEEDS[:2], euler, SIGMAS)
+        drawn(denoiser, PROMPTS, SEEDS[:2])
     with pytest.raises(ValueError, match="at least one"):
-        generate(denoiser, [], [], euler, SIGMAS)
+        drawn(denoiser, [], [])
     with pytest.raises(ValueError, match="batch_size"):
-        generate(denoiser, PROMPTS, SEEDS, euler, SIGMAS, batch_size=0)
+        drawn(denoiser, batch_size=0)
 
 
-def test_the_bar_counts_images(denoiser, capsys):
-    generate(denoiser, PROMPTS, SEEDS, start_only, SIGMAS, batch_size=2)
-    assert "5/5" in capsys.readouterr().err
+def test_each_call_of_the_network_says_of_how_many_latents(denoiser):
+    calls: list[int] = []
+    drawn(denoiser, batch_size=2, asked=calls.append)
+    assert calls == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_what_was_lost_on_the_way_is_marked_and_black_or_clamped(denoiser):
+    latents = torch.zeros(4, *SHAPE)
+    latents[1, 0, 0, 0], latents[2, 0, 0, 0] = torch.nan, 2 * LATENT_LIMIT
+    decoded = decode(denoiser, latents)
+    assert decoded.solved.tolist() == [True, False, False, True]
+    assert decoded.decoded.all()
+    assert torch.equal(decoded.images[1], decoded.images[0])  # the one number that was none counts as 0
+    assert decoded.images.isfinite().all()
+    assert decoded.fine.tolist() == [True, False, False, True]

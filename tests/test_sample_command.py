@@ -16,11 +16,11 @@ from PIL import Image
 import sample
 from files import only_writer
 from models import load_denoiser
-from models.generate import generate
 from models.pictures import to_pixels
 from schedules import get_schedule
 from scripts.verify_images import read_records
-from solvers import SAMPLERS, EPDTable, epd_sampler
+from solvers import SAMPLERS, EPDTable, epd_sampler, with_ipndm_history
+from tests.by_hand import latents_by_hand
 from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
 from training import image_folder
 from training.snapshot import save_snapshot
@@ -78,14 +78,8 @@ def test_a_predictor_is_replayed_exactly(pipeline, predictor, tmp_path):
     assert result.exit_code == 0, result.output
     denoiser = load_denoiser(pipeline, device="cpu", dtype=torch.float32)
     sigmas = get_schedule("time_uniform", 3, denoiser.sigma_min, denoiser.sigma_max, rho=2.0)
-    latents = generate(
-        denoiser,
-        ["a dog"],
-        [5],
-        lambda denoise, x, levels: epd_sampler(denoise, x, levels, TABLE, afs=True),
-        sigmas,
-        guidance_scale=3.0,
-        progress=False,
+    latents = latents_by_hand(
+        denoiser, ["a dog"], [5], lambda d, x, levels: epd_sampler(d, x, levels, TABLE, afs=True), sigmas, 3.0
     )
     (image,) = pixels(tmp_path).values()
     np.testing.assert_array_equal(image, to_pixels(denoiser.decode(latents))[0])
@@ -342,7 +336,10 @@ def test_what_contradicts_the_predictor_is_refused(pipeline, predictor, tmp_path
         ({"dataset_name": None}, "does not say its dataset_name"),
         ({"dataset_name": "cifar10"}, "Model 'cifar10' is neither"),
         ({"dataset_name": 3}, "dataset_name is 3; it must be a text"),
-        ({"sampler_stu": "ipndm"}, "only tables of the solver epd"),
+        ({"sampler_stu": "heun"}, "only tables of the solver epd"),
+        ({"sampler_stu": "ipndm", "max_order": 5}, "the orders of ipndm are 1, 2, 3, 4"),
+        ({"backend": "sd3"}, "Model 'sd3' is neither"),
+        ({"guidance_type": "uncond", "guidance_rate": 0.0}, "was made for an unconditional model"),
     ],
 )
 def test_a_predictor_that_cannot_be_used_is_refused(tmp_path, metadata, message):
@@ -358,6 +355,7 @@ def test_a_predictor_that_cannot_be_used_is_refused(tmp_path, metadata, message)
         ({"schedule_rho": "seven"}, "schedule_rho is 'seven'; it must be a number"),
         ({"schedule_rho": -1.0}, "rho must be positive"),
         ({"afs": "yes"}, "afs is 'yes'"),
+        ({"backend": "flux"}, "was made for a model of the family flux"),
     ],
 )
 def test_a_predictor_whose_settings_make_no_sense_is_refused(pipeline, tmp_path, metadata, message):
@@ -367,6 +365,23 @@ def test_a_predictor_whose_settings_make_no_sense_is_refused(pipeline, tmp_path,
     )
     assert message in output
     assert str(file.with_suffix("")) in output
+
+
+def test_a_public_table_for_ipndm_runs_with_its_plug_in(pipeline, tmp_path):
+    file = save_snapshot(
+        tmp_path / "network-snapshot-1", TABLE, {**METADATA, "sampler_stu": "ipndm", "max_order": 2, "afs": False}
+    )
+    outcome = run("--predictor_path", file, "--model_path", pipeline, "--prompt", "a dog", "--seeds", "5",
+                  "--outdir", tmp_path / "out")  # fmt: skip
+    assert outcome.exit_code == 0, outcome.output
+    denoiser = load_denoiser(pipeline, device="cpu", dtype=torch.float32)
+    sigmas = get_schedule("time_uniform", 3, denoiser.sigma_min, denoiser.sigma_max, rho=2.0)
+    table = with_ipndm_history(TABLE, 2)
+    latents = latents_by_hand(
+        denoiser, ["a dog"], [5], lambda d, x, levels: epd_sampler(d, x, levels, table), sigmas, 3.0
+    )
+    (image,) = pixels(tmp_path / "out").values()
+    np.testing.assert_array_equal(image, to_pixels(denoiser.decode(latents))[0])
 
 
 def test_a_predictor_with_a_payload_is_refused_and_not_run(tmp_path):

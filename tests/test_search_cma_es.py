@@ -23,7 +23,7 @@ from training.ppo.rollout import DivergenceError, PromptStream, Scores
 from training.ppo.tests.analytic import PROMPTS, QuadraticSource, cold_start_table
 from training.ppo.tests.tiny_world import START, write_world
 from training.run_folder import RunFolder, read_metrics
-from training.sampling import load_predictor
+from training.solver import load_solver
 
 POPULATION = 8
 TARGET = EPDTable(
@@ -179,7 +179,7 @@ def test_a_search_writes_a_run(finished: RunFolder):
 
 def test_its_table_is_exported_like_any_other(finished: RunFolder):
     assert CliRunner().invoke(export_command, [str(finished.path)]).exit_code == 0
-    exported = load_predictor(finished.path).table
+    exported = load_solver(finished.path).table
     state = load_checkpoint(step_path(finished.checkpoints, 3))
     torch.testing.assert_close(exported.positions, table_from_plain(state["table"]).positions, rtol=0, atol=0)
 

@@ -10,6 +10,7 @@ import signal
 import statistics
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,8 @@ from benchmarks.tuning_runs import SCHEMA, Study, begun, carry_out, is_finished,
 from benchmarks.tuning_study import main
 from errors import InputError
 from models import load_denoiser
-from models.generate import generate
-from solvers import NetworkEvaluations, epd_sampler
+from solvers import epd_sampler
+from tests.by_hand import latents_by_hand
 from training.checkpoint import list_checkpoints, step_path
 from training.comparison import Entry
 from training.evaluation import Measured
@@ -44,7 +45,7 @@ from training.ppo.launch import main as launch_command
 from training.ppo.rewards import RewardHPS
 from training.ppo.tests.tiny_world import START, write_world
 from training.run_folder import RunFolder
-from training.sampling import Grid, Plan, load_predictor, predictor_plan
+from training.solver import Schedule, classical_solver, load_solver
 from training.statistics import bootstrap_indices, mean_interval, paired_difference_interval
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "studies").glob("*.yaml"))
@@ -258,15 +259,13 @@ def fake_run(world: Path, root: Path, name: str, seed: int, gains: list[float]) 
         for step, gain in enumerate(gains)
     ]  # fmt: skip
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Finished(run, folder, {"final": run.start.predictor, "best": run.start.predictor})
+    return Finished(run, folder, {"final": run.start.snapshot, "best": run.start.snapshot})
 
 
 def entry(label: str, nfe: int, values: torch.Tensor) -> Entry:
     measured = Measured({"reward": values}, torch.zeros(len(values), 2), values > 99, torch.zeros(0), label)
-    plan = Plan(
-        label, "ddim", Grid("discrete", 1.0), torch.ones(2), NetworkEvaluations(nfe, nfe, nfe), {}, lambda *_: _[0]
-    )
-    return Entry(plan, measured)
+    solver = replace(classical_solver("ddim", nfe + 1, Schedule("discrete", 1.0)), label=label)
+    return Entry(solver, measured)
 
 
 def group(name: str, runs: list[Finished], **entries: object) -> Group:
@@ -375,18 +374,17 @@ def test_the_scores_are_those_of_the_exported_tables(studied: tuple[Path, Result
     denoiser = load_denoiser(world / "model", device="cpu", dtype=torch.float32)
     reward = RewardHPS(world / "reward.pt")
     (folder,) = (output / "runs").glob("*-ppo-epd-start-seed0")
-    predictor = load_predictor(folder / "export" / "network-snapshot-export-step000004.pkl")
+    exported = load_solver(folder / "export" / "network-snapshot-export-step000004.pkl")
 
     def scores(table) -> torch.Tensor:
         def solve(denoise, x, sigmas):
             return epd_sampler(denoise, x, sigmas, table)
 
-        latents = generate(denoiser, list(LETTERS), range(3, 9), solve, predictor_plan(predictor, denoiser).sigmas,
-                           guidance_scale=2.0, progress=False)  # fmt: skip
+        latents = latents_by_hand(denoiser, LETTERS, range(3, 9), solve, exported.on(denoiser).sigmas, 2.0)
         with torch.no_grad():
             return reward.score(denoiser.decode(latents), list(LETTERS)).double()
 
-    before, after = scores(START), scores(predictor.table)
+    before, after = scores(START), scores(exported.table)
     (line,) = (
         line for line in content["differences"]
         if (line["arm"], line["seed"], line["table"], line["times"]) == ("ppo", 0, "final", None)
@@ -430,9 +428,9 @@ def test_settings_that_changed_are_refused_and_names_are_whole(made: Path, world
     (same,) = plan_runs(SCHEMA.load(study_file(world, made.parent / "same.yaml", {"ppo": arm(world)})).config, root)
     folder = begun(same, root)
     assert is_finished(same, folder)
-    longer = dataclasses.replace(same.start.config.ppo, steps=5)
-    start = dataclasses.replace(same.start, config=dataclasses.replace(same.start.config, ppo=longer))
-    assert not is_finished(dataclasses.replace(same, start=start), folder)
+    longer = replace(same.start.config.ppo, steps=5)
+    start = replace(same.start, config=dataclasses.replace(same.start.config, ppo=longer))
+    assert not is_finished(replace(same, start=start), folder)
     shutil.copytree(folder.path, root / "20990101-000000-other-ppo-epd-start-seed0")  # the run of an arm `other-ppo`
     assert begun(same, root) == folder
     shutil.rmtree(root / "20990101-000000-other-ppo-epd-start-seed0")

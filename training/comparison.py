@@ -12,7 +12,7 @@ from torch import Tensor
 from errors import InputError
 from models.randomness import generator_of
 from training.evaluation import METRICS, Measured, Store
-from training.sampling import Plan
+from training.solver import Solver
 from training.statistics import (
     FrechetResamples,
     Interval,
@@ -30,9 +30,9 @@ CLASSICAL_BASELINE = "classical"
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A sampler and what it did."""
+    """A solver and what it did."""
 
-    plan: Plan
+    solver: Solver
     measured: Measured
 
 
@@ -69,19 +69,19 @@ class Row:
     cells: dict[str, Cell]
 
     @property
-    def solver(self) -> str:
-        """The solver's name."""
-        return self.entries[0].plan.solver
+    def sampler(self) -> str:
+        """The sampler's name."""
+        return self.entries[0].solver.sampler
 
     @property
     def parallel(self) -> int:
         """Evaluations one after another."""
-        return self.entries[0].plan.evaluations.parallel
+        return self.entries[0].solver.evaluations.parallel
 
     @property
     def total(self) -> int:
         """All evaluations."""
-        return self.entries[0].plan.evaluations.total
+        return self.entries[0].solver.evaluations.total
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class Comparison:
         """All solvers by parallel NFE, in the order in which they were handed in."""
         groups: dict[tuple[int, str], list[Entry]] = {}
         for entry in self.entries:
-            groups.setdefault((entry.plan.evaluations.parallel, entry.plan.label), []).append(entry)
+            groups.setdefault((entry.solver.evaluations.parallel, entry.solver.label), []).append(entry)
         return [
             Row(label, entries, {name: self._cell(entries, name) for name in self.metrics})
             for (_, label), entries in sorted(groups.items(), key=lambda group: group[0][0])
@@ -210,5 +210,5 @@ def parse_baseline(text: str, labels: Sequence[str]) -> Baseline:
 
 
 def _is_meant(entry: Entry, label: str, nfe: int) -> bool:
-    fits = entry.plan.solver != "epd" if label == CLASSICAL_BASELINE else entry.plan.label == label
-    return fits and entry.plan.evaluations.parallel == nfe
+    fits = entry.solver.sampler != "epd" if label == CLASSICAL_BASELINE else entry.solver.label == label
+    return fits and entry.solver.evaluations.parallel == nfe

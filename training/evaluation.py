@@ -22,28 +22,31 @@ from torch.nn import functional
 from errors import InputError
 from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
-from models.generate import Denoise, generate
+from models.generate import bounded, decode
 from models.pictures import to_pixels
 from training.checkpoint import read_tensors, write_tensors
 from training.networks import Plain
-from training.sampling import Grid, Plan, classical_plan
 from training.scoring import scores_by
+from training.solver import Schedule, Solver, classical_solver
 
 # A solver of order 2 at 200 evaluations in steps that are uniform in the model's own time: what is left of its error is
 # far below that of 20 evaluations; and it has no coefficients that grow where guidance bends the path, as order 3 has.
 REFERENCE_SOLVER = "dpmpp:2"
 REFERENCE_STEPS = 200
-REFERENCE_GRID = Grid("discrete", 1.0)
-REFERENCE_LABEL = f"reference ({REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REFERENCE_GRID})"
-
-# Latents of images lie within some tens. What leaves this range has exploded, finite or not.
-LATENT_LIMIT = 1e4
+REFERENCE_SCHEDULE = Schedule("discrete", 1.0)
+REFERENCE_LABEL = f"reference ({REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REFERENCE_SCHEDULE})"
 
 # Files whose change may change latents, and what is measured of them, whatever the model; see `Denoiser.code`.
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLING_CODE = [ROOT / "solvers.py"]
+SAMPLING_CODE = [ROOT / "solvers.py", ROOT / "training" / "solver.py"]
 SAMPLING_CODE += [ROOT / "models" / f"{name}.py" for name in ("denoiser", "generate", "randomness")]
 JUDGING_CODE = [ROOT / "training" / "evaluation.py", ROOT / "models" / "pictures.py"]
+
+
+def reference_solver(denoiser: Denoiser, guidance_scale: float) -> Solver:
+    """What all distances are taken to."""
+    solver = classical_solver(REFERENCE_SOLVER, REFERENCE_STEPS + 1, REFERENCE_SCHEDULE)
+    return solver.guided(guidance_scale).on(denoiser)
 
 
 class Metric(NamedTuple):
@@ -109,7 +112,6 @@ class Setting:
 
     prompts: Sequence[str]
     seeds: Sequence[int]
-    guidance_scale: float
     model_fingerprint: str
     batch_size: int
     dtype: torch.dtype
@@ -121,8 +123,8 @@ class Measured:
     """What one sampler did on the N prompts.
 
     values: [N] float64 by metric name. features: [N, D] of unit length. exploded: bool [N], latents not finite or
-    beyond `LATENT_LIMIT` (they are clamped into it before anything else is done with them), or lost by the decoder
-    (black where it gives no number). previews: uint8 [P, H, W, 3]. key: the name under which it is kept.
+    beyond the limit (they are clamped into it before anything else is done with them), or lost by the decoder (black).
+    previews: uint8 [P, H, W, 3]. key: the name under which it is kept.
     """
 
     values: Mapping[str, Tensor]
@@ -176,37 +178,36 @@ class Evaluation:
         store: Store,
         advance: Callable[[int], object],
         *,
-        referenced: bool,
+        reference: Solver | None,
     ) -> None:
         """Nothing is computed yet. `advance` is told of network evaluations: of how many latents, at each call.
 
-        Without a reference there are no distances to it, and its many evaluations are saved.
+        Without a reference (see `reference_solver`) there are no distances to it, and its many evaluations are saved.
         """
         self.denoiser, self.panel, self.setting, self.store = denoiser, panel, setting, store
-        reference = classical_plan(REFERENCE_SOLVER, REFERENCE_STEPS + 1, REFERENCE_GRID, denoiser)
-        self.reference_plan = reference if referenced else None
+        self.reference_solver = reference
         self._advance = advance
         self._sampling_code = fingerprint([*SAMPLING_CODE, *denoiser.code])
         self._judging_code = fingerprint([*JUDGING_CODE, *denoiser.code])
 
-    def evaluations_ahead(self, plans: Sequence[Plan]) -> int:
-        """How many latents the network will be asked about for the reference and these plans: none for what is kept."""
-        asked = plans if self.reference_plan is None else (self.reference_plan, *plans)
-        described = {key_of(self._described(plan)): plan for plan in asked}
-        ahead = [plan for plan in described.values() if not self.store.holds(self._described(plan))]
-        return len(self.setting.prompts) * sum(plan.evaluations.total for plan in ahead)
+    def evaluations_ahead(self, solvers: Sequence[Solver]) -> int:
+        """How many latents the network will be asked about for the reference and these: none for what is kept."""
+        asked = solvers if self.reference_solver is None else (self.reference_solver, *solvers)
+        described = {key_of(self._described(solver)): solver for solver in asked}
+        ahead = [solver for solver in described.values() if not self.store.holds(self._described(solver))]
+        return len(self.setting.prompts) * sum(solver.evaluations.total for solver in ahead)
 
-    def measure(self, plan: Plan) -> Measured:
+    def measure(self, solver: Solver) -> Measured:
         """Everything about a sampler; from the store where it is there."""
         description = {
             "kind": "measured",
-            "latents": self._described(plan),
-            "reference": None if self.reference_plan is None else self._described(self.reference_plan),
+            "latents": self._described(solver),
+            "reference": None if self.reference_solver is None else self._described(self.reference_solver),
             "panel": self.panel.fingerprint,
             "code": self._judging_code,
             "previews": self.setting.previews,
         }
-        kept = self.store.fetch(description, lambda: self._judged(self._latents(plan)))
+        kept = self.store.fetch(description, lambda: self._judged(self._latents(solver)))
         values = {name: kept[name] for name in METRICS if name in kept}
         return Measured(values, kept["features"], kept["exploded"], kept["previews"], key_of(description))
 
@@ -224,8 +225,8 @@ class Evaluation:
         }
         return self.store.fetch(description, lambda: {"features": self._unit_features(images)})["features"]
 
-    def _described(self, plan: Plan) -> dict[str, Plain]:
-        """All that a plan's latents depend on."""
+    def _described(self, solver: Solver) -> dict[str, Plain]:
+        """All that a solver's latents depend on."""
         setting = self.setting
         return {
             "kind": "latents",
@@ -237,64 +238,51 @@ class Evaluation:
             "dtype": str(setting.dtype),
             "prompts": list(setting.prompts),
             "seeds": list(setting.seeds),
-            "guidance": setting.guidance_scale,
-            "solver": plan.solver,
-            "sigmas": plan.sigmas.tolist(),
-            "settings": dict(plan.settings),
+            **solver.described(),
         }
 
-    def _latents(self, plan: Plan) -> Tensor:
-        kept = self.store.fetch(self._described(plan), lambda: {"latents": self._generated(plan).cpu()})
+    def _latents(self, solver: Solver) -> Tensor:
+        kept = self.store.fetch(self._described(solver), lambda: {"latents": self._generated(solver).cpu()})
         return kept["latents"].to(self.denoiser.device)
 
-    def _required_reference(self) -> Plan:
-        if self.reference_plan is None:
+    def _required_reference(self) -> Solver:
+        if self.reference_solver is None:
             raise ValueError("this evaluation was made without a reference")
-        return self.reference_plan
+        return self.reference_solver
 
     @cached_property
     def _reference_latents(self) -> Tensor:
         """[N, C, H, W], within the limit."""
-        return _bounded(self._latents(self._required_reference()))[0]
+        return bounded(self._latents(self._required_reference()))[0]
 
     @cached_property
     def _reference_pixels(self) -> Tensor:
         """uint8 [N, H, W, 3]"""
         chunks = self._reference_latents.split(self.setting.batch_size)
-        return torch.cat([torch.from_numpy(to_pixels(self._decoded(chunk))) for chunk in chunks])
+        return torch.cat([torch.from_numpy(to_pixels(decode(self.denoiser, chunk).images)) for chunk in chunks])
 
-    def _generated(self, plan: Plan) -> Tensor:
-        def solve(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
-            def counted(latents: Tensor, sigma: Tensor) -> Tensor:
-                self._advance(len(latents))
-                return denoise(latents, sigma)
-
-            return plan.solve(counted, x, sigmas)
-
+    def _generated(self, solver: Solver) -> Tensor:
         setting = self.setting
-        return generate(
+        return solver.latents(
             self.denoiser,
             setting.prompts,
             setting.seeds,
-            solve,
-            plan.sigmas,
-            guidance_scale=setting.guidance_scale,
             batch_size=setting.batch_size,
-            progress=False,
             dtype=setting.dtype,
+            asked=self._advance,
         )
 
     def _judged(self, latents: Tensor) -> dict[str, Tensor]:
         """Values [N] by metric, features, exploded and previews of latents [N, C, H, W]."""
-        bounded, exploded = _bounded(latents)
+        within, solved = bounded(latents)
         size = self.setting.batch_size
-        parts = [self._judged_batch(bounded[start : start + size], start) for start in range(0, len(bounded), size)]
+        parts = [self._judged_batch(within[start : start + size], start) for start in range(0, len(within), size)]
         judged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         pixels = judged.pop("pixels")
         return {
             **judged,
-            **({} if self.reference_plan is None else self._distances(bounded, pixels)),
-            "exploded": exploded.cpu() | judged["exploded"],
+            **({} if self.reference_solver is None else self._distances(within, pixels)),
+            "exploded": ~solved.cpu() | judged["exploded"],
             "previews": pixels[: self.setting.previews].clone(),
         }
 
@@ -306,15 +294,13 @@ class Evaluation:
         }
 
     def _judged_batch(self, latents: Tensor, start: int) -> dict[str, Tensor]:
-        images = self._decoded(latents)
-        lost = ~images.isfinite().flatten(1).all(dim=1)
-        images = images.nan_to_num(0.0)
+        images, _, whole = decode(self.denoiser, latents)
         prompts = self.setting.prompts[start : start + len(images)]
         scores = scores_by(self.panel.reward, images, prompts).double().cpu()
         if not scores.isfinite().all():
             raise InputError("the reward gives scores that are not finite for finite images: its weights are broken")
         judged = {
-            "exploded": lost.cpu(),
+            "exploded": ~whole.cpu(),
             "pixels": torch.from_numpy(to_pixels(images)),
             "reward": scores,
             "features": self._unit_features(images),
@@ -324,19 +310,8 @@ class Evaluation:
             judged |= {name: torch.tensor([float(check[name]) for check in checks]).double() for name in checks[0]}
         return judged
 
-    @torch.no_grad()
-    def _decoded(self, latents: Tensor) -> Tensor:
-        return self.denoiser.decode(latents)
-
     def _unit_features(self, images: Tensor) -> Tensor:
         return functional.normalize(self.panel.reward.image_features(images).double(), dim=1).cpu()
-
-
-def _bounded(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents clamped into the limit (NaN to 0), and which of them [N] had to be."""
-    inside = latents.abs() <= LATENT_LIMIT  # False for NaN
-    bounded = latents.nan_to_num(0.0, LATENT_LIMIT, -LATENT_LIMIT).clamp(-LATENT_LIMIT, LATENT_LIMIT)
-    return bounded, ~inside.flatten(1).all(dim=1)
 
 
 def _rms(difference: Tensor) -> Tensor:

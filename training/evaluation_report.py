@@ -136,7 +136,7 @@ class Report:
             {
                 "label": item.row.label,
                 "parallel_evaluations": item.row.parallel,
-                "schedule": str(item.row.cells[item.metric].entry.plan.grid),
+                "schedule": item.row.cells[item.metric].entry.solver.grid_name,
                 "baseline": str(item.baseline),
                 "baseline_entry": _described(item.baseline_entry),
                 "metric": item.metric,
@@ -184,8 +184,8 @@ class Report:
                 [cell.estimate for cell in cells],
                 yerr=whiskers.clip(min=0),
                 marker=MARKERS[number % len(MARKERS)],
-                markersize=9 if rows[0].solver == "epd" else 5,
-                linestyle="none" if rows[0].solver == "epd" else "-",
+                markersize=9 if rows[0].sampler == "epd" else 5,
+                linestyle="none" if rows[0].sampler == "epd" else "-",
                 color=f"C{number % 10}",
                 capsize=2,
                 label=label,
@@ -217,25 +217,25 @@ class Report:
 
 
 def _described(entry: Entry) -> dict[str, Plain]:
-    plan = entry.plan
+    solver = entry.solver
     return {
-        "label": plan.label,
-        "solver": plan.solver,
-        "schedule": str(plan.grid),
-        "num_steps": len(plan.sigmas),
-        "parallel_evaluations": plan.evaluations.parallel,
-        "total_evaluations": plan.evaluations.total,
+        "label": solver.label,
+        "solver": solver.sampler,
+        "schedule": solver.grid_name,
+        "num_steps": solver.num_steps,
+        "parallel_evaluations": solver.evaluations.parallel,
+        "total_evaluations": solver.evaluations.total,
         "exploded": int(entry.measured.exploded.sum()),
     }
 
 
 def _name(entry: Entry) -> str:
-    return f"{entry.plan.label}, {entry.plan.grid}"
+    return f"{entry.solver.label}, {entry.solver.grid_name}"
 
 
 def _with_schedule(row: Row, metric: str) -> str:
     cell = row.cells[metric]
-    return f"{_number(cell.interval)} {cell.entry.plan.grid}"
+    return f"{_number(cell.interval)} {cell.entry.solver.grid_name}"
 
 
 def _number(interval: Interval) -> str:

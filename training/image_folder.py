@@ -7,20 +7,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
 from files import write_atomically
 from models.denoiser import Denoiser
-from models.generate import generate
+from models.generate import Decoded, decode
 from models.pictures import contact_sheet, file_stem, png_text, to_pixels
-from training.sampling import Plan, Predictor
+from training.solver import Solver
 
 LOG_NAME = "images.jsonl"
 SHEET_NAME = "grid.png"
@@ -55,16 +53,13 @@ class ImageRecord:
 class Job:
     """What is to be drawn: every prompt with every seed, or `paired`, prompt i with seed i.
 
-    model: the name or path by which the model was asked for. predictor: the table's file, for the record. dtype: of the
-    latents.
+    solver: settled for the model. model: the name or path by which that was asked for. dtype: of the latents.
     """
 
     prompts: Sequence[str]
     seeds: Sequence[int]
-    plan: Plan
+    solver: Solver
     model: str
-    predictor: Predictor | None
-    guidance_scale: float | None
     batch_size: int
     dtype: torch.dtype
     paired: bool = False
@@ -96,12 +91,12 @@ def draw(job: Job, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Calla
             drawn = _drawn(job, denoiser, batch)
             exploded += int((~drawn.solved).sum())
             undecoded += int((drawn.solved & ~drawn.decoded).sum())
-            finite = (drawn.solved & drawn.decoded).tolist()
-            for (number, prompt, seed), image, is_finite in zip(batch, drawn.pixels, finite, strict=True):
+            pixels = to_pixels(drawn.images)
+            for (number, prompt, seed), image, is_finite in zip(batch, pixels, drawn.fine.tolist(), strict=True):
                 records.append(_record(job, number, prompt, seed, finite=is_finite))
                 write_atomically(folder / records[-1].file, _png(image, records[-1]))
             _log(folder, records[start:], mode="a")
-            kept.extend(drawn.pixels if sheet else ())
+            kept.extend(pixels if sheet else ())
             bar.update(len(batch))
     if sheet:
         columns = ["its own seed"] if job.paired else [f"seed {seed}" for seed in job.seeds]
@@ -136,47 +131,27 @@ def write_sheet(
     write_atomically(path, buffer.getvalue())
 
 
-class _Drawn(NamedTuple):
-    """pixels: uint8 [n, H, W, 3]. solved, decoded: bool [n], whether the latents, and the image of them, are finite."""
-
-    pixels: np.ndarray
-    solved: Tensor
-    decoded: Tensor
-
-
-def _drawn(job: Job, denoiser: Denoiser, batch: Sequence[tuple[int, str, int]]) -> _Drawn:
+def _drawn(job: Job, denoiser: Denoiser, batch: Sequence[tuple[int, str, int]]) -> Decoded:
     """The images of (number, prompt, seed)."""
-    latents = generate(
-        denoiser,
-        [prompt for _, prompt, _ in batch],
-        [seed for _, _, seed in batch],
-        job.plan.solve,
-        job.plan.sigmas,
-        guidance_scale=job.guidance_scale,
-        batch_size=job.batch_size,
-        progress=False,
-        dtype=job.dtype,
-    )
-    with torch.no_grad():
-        images = denoiser.decode(latents.nan_to_num(0.0, 0.0, 0.0), DECODED_AT_ONCE)
-    solved, decoded = (part.isfinite().flatten(1).all(dim=1).cpu() for part in (latents, images))
-    return _Drawn(to_pixels(images), solved, decoded)
+    _, prompts, seeds = zip(*batch, strict=True)
+    return decode(denoiser, job.solver.latents(denoiser, prompts, seeds, dtype=job.dtype), DECODED_AT_ONCE)
 
 
 def _record(job: Job, number: int, prompt: str, seed: int, *, finite: bool) -> ImageRecord:
+    solver, origin = job.solver, job.solver.origin
     return ImageRecord(
         file=f"{number:05d}-{file_stem(prompt)}-seed{seed:06d}.png",
         prompt=prompt,
         seed=seed,
         model=job.model,
-        solver=job.plan.label if job.predictor is None else job.plan.solver,
-        schedule=str(job.plan.grid),
-        num_steps=len(job.plan.sigmas),
-        guidance=job.guidance_scale,
-        parallel_evaluations=job.plan.evaluations.parallel,
-        total_evaluations=job.plan.evaluations.total,
-        predictor=None if job.predictor is None else str(job.predictor.file),
-        predictor_sha256=None if job.predictor is None else job.predictor.sha256,
+        solver=solver.label if origin is None else solver.sampler,
+        schedule=solver.grid_name,
+        num_steps=solver.num_steps,
+        guidance=solver.guidance_scale,
+        parallel_evaluations=solver.evaluations.parallel,
+        total_evaluations=solver.evaluations.total,
+        predictor=None if origin is None else str(origin.file),
+        predictor_sha256=None if origin is None else origin.sha256,
         finite=finite,
     )
 

@@ -11,7 +11,7 @@ from models.denoiser import Denoiser
 from solvers import EPDTable, classical_table, with_ipndm_history
 from training.distillation_run import Options
 from training.networks import near_euler_table
-from training.sampling import MULTISTEP_ORDERS, Grid, levels_of, parse_classical
+from training.solver import MULTISTEP_ORDERS, Schedule, parse_classical
 
 NEAR_EULER = "near_euler"
 
@@ -58,7 +58,7 @@ def start_table(options: Options, denoiser: Denoiser | None) -> EPDTable:
     if name == "dpm2" or points == 0:
         levels = torch.linspace(2, 1, options.num_steps)  # any grid: the table does not depend on it
         if denoiser is not None:
-            levels = levels_of(Grid(options.schedule_type, options.schedule_rho), options.num_steps, denoiser)
+            levels = Schedule(options.schedule_type, options.schedule_rho).sigmas(options.num_steps, denoiser)
         table = classical_table(name, levels, **ordered)
     else:
         table = near_euler_table(intervals, points)

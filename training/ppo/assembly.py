@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
 
 from errors import InputError
 from models.denoiser import Denoiser
@@ -18,8 +17,7 @@ from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.prompts import read_prompts
 from models.registry import check_assets, load_denoiser
 from models.shapes.scenes import parse
-from schedules import get_schedule
-from solvers import EPDTable, NetworkEvaluations, network_evaluations
+from solvers import EPDTable, NetworkEvaluations
 from training.command_line import started_processes
 from training.configuration import LoadedConfig
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
@@ -31,8 +29,8 @@ from training.ppo.ppo_trainer import PPOTrainer, Trainer
 from training.ppo.rewards import Reward, build_reward, find_reward_files, load_reward
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptStream
-from training.sampling import MODEL_OF_DATASET, Predictor, load_predictor
 from training.snapshot import is_plain, private_parts
+from training.solver import MODEL_OF_DATASET, Origin, Schedule, Solver, load_solver, solver_of
 
 COCO_PROMPTS = "MS-COCO_val2014_30k_captions.csv"
 FETCH_COCO = f"Fetch {COCO_PROMPTS} (some 2 MB):  python -m models.assets fetch coco-prompts"
@@ -53,15 +51,21 @@ class Start:
 
     Attributes:
         config: nothing that the solver needs is null.
-        predictor: the snapshot.
-        table: the snapshot's, in the order that the policy needs.
+        snapshot: the solver as its file says it.
+        solver: the one that the run samples: the snapshot's with the configuration's settings, and its table in the
+            order that the policy needs.
         notes: one line for each thing that was overridden or put in order.
     """
 
     config: Config
-    predictor: Predictor
-    table: EPDTable
+    snapshot: Solver
+    solver: Solver
     notes: tuple[str, ...]
+
+    @property
+    def table(self) -> EPDTable:
+        """The table that the policy begins at."""
+        return self.solver.table
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,13 @@ class Costs:
     """The arithmetic of a run.
 
     Attributes:
-        evaluations: network evaluations of one image, before guidance.
-        halves: rows per evaluation: 2 with classifier-free guidance, else 1.
+        evaluations: what one image costs.
         images: images per step.
         prompts: prompts per step.
         updates: optimizer updates per step.
     """
 
     evaluations: NetworkEvaluations
-    halves: int
     images: int
     prompts: int
     updates: int
@@ -85,11 +87,11 @@ class Costs:
     def lines(self, config: Config) -> list[str]:
         """For people, one fact a line."""
         model, ppo = config.model, config.ppo
-        rows = self.evaluations.total * self.halves
+        parallel, total, rows = self.evaluations
+        guided = "" if rows == total else ", twice for guidance" if rows == 2 * total else ", some twice for guidance"
         return [
             f"num_steps {model.num_steps} ({model.num_steps - 1} intervals), num_points {model.num_points}",
-            f"{self.evaluations.parallel} network calls an image one after another, {rows} network rows "
-            f"({self.evaluations.total} evaluations{', twice for guidance' if self.halves == 2 else ''})",
+            f"{parallel} network calls an image one after another, {rows} network rows ({total} evaluations{guided})",
             f"{self.images} images a step: {self.prompts} prompts x {ppo.rloo_k} tables",
             f"{self.images * rows} network rows a step",
             f"{self.updates} updates a step: passes {ppo.ppo_epochs}, minibatches of {ppo.minibatch_size} images",
@@ -154,23 +156,36 @@ def start_from_snapshot(loaded: LoadedConfig) -> Start:
     Raises:
         InputError: there is no such predictor, or it and the configuration contradict each other.
     """
-    predictor = load_predictor(loaded.config.data.predictor_snapshot)
-    table = predictor.table
-    if untuned := private_parts(table, predictor.metadata):
-        raise InputError(f"{predictor.file}: has {', '.join(untuned)}, which PPO does not tune yet")
-    config, notes = apply_snapshot(loaded, table.num_steps, table.num_points, predictor.metadata, str(predictor.file))
-    cold_start = prepare_table(table)
-    return Start(config, predictor, cold_start.table, (*notes, *cold_start.repairs))
+    snapshot = load_solver(loaded.config.data.predictor_snapshot, guidance=loaded.config.model.guidance_rate)
+    if untuned := private_parts(snapshot.table, {}):
+        raise InputError(f"{snapshot.where}: has {', '.join(untuned)}, which PPO does not tune yet")
+    config, notes = apply_snapshot(loaded, snapshot)
+    cold_start = prepare_table(snapshot.table)
+    return Start(config, snapshot, _settled(snapshot, config, cold_start.table), (*notes, *cold_start.repairs))
+
+
+def _settled(snapshot: Solver, config: Config, table: EPDTable) -> Solver:
+    """The snapshot's solver with the settings of a configuration in which nothing that it needs is null."""
+    model = config.model
+    named = model.schedule_type is not None  # otherwise it goes by noise levels of its own
+    return replace(
+        snapshot,
+        table=table,
+        schedule=Schedule(model.schedule_type, model.schedule_rho) if named else None,
+        sigmas=None if named else snapshot.sigmas,
+        guidance_scale=None if snapshot.has_guidance_column else guidance_scale(config),
+        model=model_spec(config),
+    )
 
 
 def to_plain(start: Start) -> dict[str, Any]:
     """What a checkpoint keeps of it, so that a resumed run needs no snapshot file."""
-    predictor = start.predictor
+    origin = start.snapshot.origin
     return {
-        "file": str(predictor.file),
-        "sha256": predictor.sha256,
-        "metadata": dict(predictor.metadata),
-        "snapshot_table": table_to_plain(predictor.table),
+        "file": str(origin.file),
+        "sha256": origin.sha256,
+        "metadata": dict(origin.metadata),
+        "snapshot_table": table_to_plain(start.snapshot.table),
         "table": table_to_plain(start.table),
         "notes": list(start.notes),
     }
@@ -183,12 +198,11 @@ def from_plain(state: Mapping[str, Any], config: Config, checkpoint: Path) -> St
     """
     if not is_plain(state["metadata"]):
         raise ValueError("the start's metadata is not plain")
-    predictor = Predictor(
-        Path(state["file"]), str(state["sha256"]), table_from_plain(state["snapshot_table"]), dict(state["metadata"])
-    )
+    origin = Origin(Path(state["file"]), str(state["sha256"]), dict(state["metadata"]))
+    snapshot = solver_of(table_from_plain(state["snapshot_table"]), origin)
     table = table_from_plain(state["table"])
-    require_equal(prepare_table(predictor.table).table, table, POLICY_TOLERANCE, f"{checkpoint}: the snapshot")
-    return Start(config, predictor, table, tuple(map(str, state["notes"])))
+    require_equal(prepare_table(snapshot.table).table, table, POLICY_TOLERANCE, f"{checkpoint}: the snapshot")
+    return Start(config, snapshot, _settled(snapshot, config, table), tuple(map(str, state["notes"])))
 
 
 def model_spec(config: Config) -> str | None:
@@ -204,11 +218,10 @@ def guidance_scale(config: Config) -> float | None:
 
 def costs(start: Start) -> Costs:
     """What a step costs."""
-    config, table = start.config, start.table
+    config = start.config
     updates_a_pass = -(-config.ppo.rollout_batch_size // config.ppo.minibatch_size)
     return Costs(
-        evaluations=network_evaluations("epd", table.num_steps, num_points=table.num_points, afs=start.predictor.afs),
-        halves=1 if guidance_scale(config) == 1.0 else 2,
+        evaluations=start.solver.evaluations,
         images=config.ppo.rollout_batch_size,
         prompts=config.ppo.rollout_batch_size // config.ppo.rloo_k,
         updates=config.ppo.ppo_epochs * updates_a_pass,
@@ -274,13 +287,11 @@ def build(start: Start, fabric: Fabric) -> Parts:
     ppo = config.ppo
     runner = RLRunner(
         denoiser,
-        _grid(start, denoiser),
+        start.solver.on(denoiser),
         reward,
         group_size=ppo.rloo_k,
         shared_noise=ppo.shared_noise,
         seed=config.run.seed,
-        guidance_scale=guidance_scale(config),
-        afs=start.predictor.afs,
         max_rows=ppo.max_rows,
         decode_chunk_size=ppo.decode_chunk_size,
         shard=_shard(fabric),
@@ -305,23 +316,6 @@ def build(start: Start, fabric: Fabric) -> Parts:
         preview_count=config.logging.preview_prompts,
     )
     return Parts(denoiser, trainer, judge, HeldoutWatch(reward))
-
-
-def _grid(start: Start, denoiser: Denoiser) -> Tensor:
-    """The sigmas [num_steps] of the run.
-
-    Raises:
-        InputError: the schedule does not suit the model, or the snapshot's range or exponent is none.
-    """
-    model = start.config.model
-    low, high = start.predictor.sigma_range(denoiser)
-    try:
-        return get_schedule(model.schedule_type, model.num_steps, low, high, rho=model.schedule_rho, denoiser=denoiser)
-    except ValueError as error:
-        raise InputError(
-            f"model.schedule_type={model.schedule_type}, model.schedule_rho={model.schedule_rho:g}, "
-            f"sigmas from {low:g} to {high:g} (of {start.predictor.file}): {error}"
-        ) from error
 
 
 def make_policy(start: Start) -> EPDParamPolicy:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from schedules import SCHEDULES
 from training.configuration import OVERRIDE, Disagreements, LoadedConfig, Schema, knob, raise_all
 from training.run_folder import name_fault
-from training.sampling import USUAL_RHO
+from training.solver import USUAL_RHO, Solver
 
 
 @dataclass
@@ -158,59 +157,66 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
-def apply_snapshot(
-    loaded: LoadedConfig[Config], num_steps: int, num_points: int, metadata: Mapping[str, Any], snapshot: str
-) -> tuple[Config, list[str]]:
+def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Config, list[str]]:
     """Fill what the configuration leaves null from the predictor snapshot, and hold the rest against it.
 
-    Args:
-        loaded: the checked configuration.
-        num_steps, num_points: grid points and points per interval of the snapshot's table; no override changes them.
-        metadata: the snapshot's metadata.
-        snapshot: its path, for messages.
-
     Returns:
-        The configuration without nulls in what the solver needs, and a line per override that beat the snapshot.
+        The configuration without nulls in what the solver needs, and a line per override that beat the snapshot. What
+        the snapshot's own numbers say in place of a key (noise levels for the schedule, a guidance column) stays null.
 
     Raises:
         InputError: lists every value that the snapshot fixes and the configuration contradicts, and what neither gives.
     """
-    fixed = {name: metadata.get(name) for name in SNAPSHOT_KEYS} | {"num_steps": num_steps, "num_points": num_points}
-    ours_schedule = loaded.config.model.schedule_type
+    metadata, table, model = snapshot.origin.metadata, snapshot.table, loaded.config.model
+    sizes = {"num_steps": table.num_steps, "num_points": table.num_points}  # no override changes them
+    fixed = {name: metadata.get(name) for name in SNAPSHOT_KEYS} | sizes
+    ours_schedule, own_levels = model.schedule_type, snapshot.sigmas is not None
+    answered = SCHEDULE_KEYS if own_levels and ours_schedule is None else ()
+    answered += GUIDANCE_KEYS if snapshot.has_guidance_column else ()
     if ours_schedule not in (None, fixed["schedule_type"]):
         fixed["schedule_rho"] = None  # the snapshot's exponent belongs to its own schedule
     if fixed["schedule_rho"] is None:
         fixed["schedule_rho"] = USUAL_RHO.get(ours_schedule or fixed["schedule_type"], 1.0)
     if fixed["guidance_type"] is None and fixed["guidance_rate"] is not None:
         fixed["guidance_type"] = "cfg"
-    if "uncond" in (loaded.config.model.guidance_type, fixed["guidance_type"]):
+    if "uncond" in (model.guidance_type, fixed["guidance_type"]):
         fixed["guidance_rate"] = 1.0
     chosen: dict[str, Any] = {}
     notes: list[str] = []
     faults: list[str] = []
+    if own_levels and ours_schedule is not None:
+        fixed["schedule_type"] = "noise levels of its own"
     for name, theirs in fixed.items():
-        key, ours = f"model.{name}", getattr(loaded.config.model, name)
-        if ours is None and theirs is None:
-            faults.append(f"{key} is null and {snapshot} does not say it: set it ({KNOBS[key].metadata['meaning']})")
+        key, ours = f"model.{name}", getattr(model, name)
+        if name in answered and ours is None:
+            chosen[name] = None
+        elif name in answered:
+            faults.append(
+                f"{key}={ours}: the table in {snapshot.where} has a guidance scale of its own for each evaluation: "
+                f"set the key to null"
+            )
+        elif ours is None and theirs is None:
+            meaning = KNOBS[key].metadata["meaning"]
+            faults.append(f"{key} is null and {snapshot.where} does not say it: set it ({meaning})")
         elif ours is None or theirs is None or ours == theirs:
             chosen[name] = theirs if ours is None else ours
         elif name in SHAPE_KEYS:
             faults.append(
-                f"{key}={ours}: the table in {snapshot} has {theirs}, and its shape cannot be changed: "
+                f"{key}={ours}: the table in {snapshot.where} has {theirs}, and its shape cannot be changed: "
                 f"leave the key null, or distil another table with train.py"
             )
         elif key in loaded.overridden:
             chosen[name] = ours
-            notes.append(f"{key}={ours} by {OVERRIDE}; {snapshot} says {theirs}")
+            notes.append(f"{key}={ours} by {OVERRIDE}; {snapshot.where} says {theirs}")
         else:
             faults.append(
-                f"{key}={ours}: {snapshot} was made with {theirs}: set the key to null, "
+                f"{key}={ours}: {snapshot.where} was made with {theirs}: set the key to null, "
                 f"or insist with {OVERRIDE} {key}={ours}"
             )
     raise_all(faults)
-    if loaded.config.model.model_path is None and chosen["dataset_name"] == fixed["dataset_name"]:
+    if model.model_path is None and chosen["dataset_name"] == fixed["dataset_name"]:
         chosen["model_path"] = metadata.get("model_path")
-    return dataclasses.replace(loaded.config, model=dataclasses.replace(loaded.config.model, **chosen)), notes
+    return dataclasses.replace(loaded.config, model=dataclasses.replace(model, **chosen)), notes
 
 
 MIX_WEIGHTS = (1e-6, 1e6)
@@ -237,7 +243,9 @@ FIXED = (
 )
 """What a resumed run must have as it began: its start, its reward, and what its held-out scores are compared on."""
 
-SNAPSHOT_KEYS = ("dataset_name", "guidance_type", "guidance_rate", "schedule_type", "schedule_rho")
+GUIDANCE_KEYS = ("guidance_type", "guidance_rate")
+SCHEDULE_KEYS = ("schedule_type", "schedule_rho")
+SNAPSHOT_KEYS = ("dataset_name", *GUIDANCE_KEYS, *SCHEDULE_KEYS)
 
 
 def _disagreements(config: Config) -> Disagreements:

@@ -29,7 +29,7 @@ from training.ppo.assembly import Start, from_plain, guidance_scale, policy_of
 from training.ppo.checkpoint import largest_difference, load_checkpoint, require_equal
 from training.ppo.config import SNAPSHOT_KEYS, build_config
 from training.run_folder import RunFolder, read_metrics
-from training.snapshot import load_snapshot, save_snapshot
+from training.snapshot import GRID, load_snapshot, save_snapshot
 
 SNAPSHOT_TOLERANCE = 1e-6
 """How far the numbers read back from a .pkl may be from the exported ones: it holds float32 parameters."""
@@ -114,7 +114,8 @@ def snapshot_metadata(export: Export) -> dict[str, Any]:
     settled = {name: getattr(model, name) for name in SNAPSHOT_KEYS}
     named = {"model_path": model.model_path} if model.model_path else {}
     guidance = {"guidance_rate": guidance_scale(export.start.config)}
-    return {**export.start.predictor.metadata, **settled, **named, **guidance}
+    own = {} if model.schedule_type is None else {GRID: None}  # levels that a schedule took the place of
+    return {**export.start.snapshot.origin.metadata, **settled, **named, **guidance, **own}
 
 
 def _chosen(folder: RunFolder, checkpoint: Path | None, *, best: bool) -> Path:
@@ -150,7 +151,7 @@ def _written(path: Path, export: Export) -> tuple[Path, EPDTable]:
 
 
 def _manifest(folder: RunFolder, export: Export, paths: list[Path], difference: float) -> dict[str, Any]:
-    predictor = export.start.predictor
+    origin = export.start.snapshot.origin
     evaluations = [
         row for row in read_metrics(folder.metrics) if row["step"] == export.step and "heldout/reward" in row
     ]
@@ -160,7 +161,7 @@ def _manifest(folder: RunFolder, export: Export, paths: list[Path], difference: 
         "step": export.step,
         "checkpoint": {"file": export.checkpoint.name, "sha256": file_sha256(export.checkpoint)},
         "config_sha256": export.config_hash,
-        "start": {"file": str(predictor.file), "sha256": predictor.sha256, "notes": list(export.start.notes)},
+        "start": {"file": str(origin.file), "sha256": origin.sha256, "notes": list(export.start.notes)},
         "files": {path.name: file_sha256(path) for path in paths},
         "largest_difference_of_pkl": difference,
         "heldout": {name: value for row in evaluations for name, value in row.items() if name.startswith("heldout/")},

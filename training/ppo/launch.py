@@ -167,7 +167,7 @@ def describe(job: Job) -> None:
     start = job.start
     for line in costs(start).lines(start.config):
         click.echo(line)
-    click.echo(f"start: {start.predictor.file}")
+    click.echo(f"start: {start.snapshot.where}")
     for line in (*start.notes, *changes(job)):
         click.echo(f"note: {line}")
 

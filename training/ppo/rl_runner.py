@@ -1,6 +1,6 @@
 """The rollout source of the RL job: a frozen diffusion model sampled with many solver tables at once, then rewarded.
 
-It hands the same `solvers.epd_sampler` that replays a finished table another table for each sample, and nothing else.
+It hands the same `training.solver.Solver` that replays a finished table another table for each sample, nothing else.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from errors import InputError
 from models.denoiser import Denoiser
-from models.generate import initial_noise
+from models.generate import decode
 from models.randomness import derived_seed
-from solvers import EPDTable, epd_sampler
+from solvers import EPDTable
 from training.ppo.phase_clock import PhaseClock, timer_of
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rollout import PromptBatch, Scores
+from training.solver import Solver
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,9 @@ class Images:
     """N images with what made them.
 
     Attributes:
-        pixels: [N, 3, H, W] float32 in [0, 1].
+        pixels: [N, 3, H, W] float32 in [0, 1], all finite.
         prompts: N texts.
-        finite: [N] bool; False where the latents or the pixels hold a NaN or an infinity.
+        finite: [N] bool; False where the solver exploded or the decoder gave no numbers.
     """
 
     pixels: Tensor
@@ -70,14 +71,12 @@ class RLRunner:
     def __init__(
         self,
         denoiser: Denoiser,
-        sigmas: Tensor,
+        solver: Solver,
         reward: WeightedMix,
         *,
         group_size: int,
         shared_noise: bool,
         seed: int,
-        guidance_scale: float | None = None,
-        afs: bool = False,
         max_rows: int | None = None,
         decode_chunk_size: int = 8,
         dtype: torch.dtype = torch.float32,
@@ -87,14 +86,12 @@ class RLRunner:
 
         Args:
             denoiser: the frozen model.
-            sigmas: [num_steps] float64, descending.
+            solver: all of it but its table, settled for the denoiser (`Solver.on`).
             reward: scores images of prompts.
             group_size: k, samples per prompt.
             shared_noise: the samples of a prompt start from the same noise, so that their rewards differ by the table
                 alone; otherwise each has its own.
             seed: of the initial noise.
-            guidance_scale: None: the model's default; 1: no guidance.
-            afs: the solver's first direction is analytic.
             max_rows: most rows (images x points x guidance halves) in one network call. None: on CUDA all at once,
                 elsewhere `DEFAULT_MAX_ROWS`. Halved whenever the device's memory does not suffice.
             decode_chunk_size: latents decoded at once.
@@ -102,14 +99,12 @@ class RLRunner:
             shard: this process's part of the work; None: all of it.
         """
         self.denoiser = denoiser
-        self.sigmas = sigmas
+        self.solver = solver
         self.reward = reward
         self.reward_names = tuple(reward.state_dict())
         self.group_size = group_size
         self.shared_noise = shared_noise
         self.seed = seed
-        self.guidance_scale = denoiser.default_guidance_scale if guidance_scale is None else guidance_scale
-        self.afs = afs
         self.decode_chunk_size = decode_chunk_size
         self.dtype = dtype
         self.shard = shard or Shard()
@@ -155,14 +150,14 @@ class RLRunner:
         Raises:
             InputError: the memory does not suffice for one image.
         """
+        solver = replace(self.solver, table=table)
         pixels, finite = [], []
         start = 0
         while start < len(prompts):
-            rows = slice(start, min(start + self._micro_batch(table.num_points), len(prompts)))
-            part = table if table.batch_size is None else table.select(rows)
-            result = self._sample_if_it_fits(part, prompts[rows], seeds[rows])
+            rows = slice(start, min(start + self._micro_batch(solver), len(prompts)))
+            result = self._sample_if_it_fits(solver.select(rows), prompts[rows], seeds[rows])
             if result is None:
-                self._halve(rows.stop - rows.start, table.num_points)
+                self._halve(rows.stop - rows.start, solver)
                 continue
             pixels.append(result[0])
             finite.append(result[1])
@@ -194,33 +189,20 @@ class RLRunner:
                 raise ValueError(f"the limit of rows is {self.max_rows}")
 
     def _sample_if_it_fits(
-        self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int]
+        self, solver: Solver, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[Tensor, Tensor] | None:
         """`_sample`, or None when the device ran out of memory: past the handler, what it allocated is free."""
         try:
-            return self._sample(table, prompts, seeds)
+            return self._sample(solver, prompts, seeds)
         except torch.OutOfMemoryError:
             return None
 
-    def _sample(self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _sample(self, solver: Solver, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One micro-batch: images [n, 3, H, W], and which of them are finite [n]."""
-        device = self.denoiser.device
-        with self.clock.measure("text"):
-            conditioning = self.denoiser.encode(prompts, self.guidance_scale)
-
-        def denoise(x: Tensor, sigma: Tensor, *guidance: Tensor) -> Tensor:
-            with self.clock.measure("network"):
-                return self.denoiser.denoise(x, sigma, conditioning, *guidance)
-
-        with self.clock.measure("solver"):
-            noise = initial_noise(seeds, self.denoiser.latent_shape, device=device, dtype=self.dtype)
-            start = noise * self.sigmas[0]
-            # The tables stay on the host, where they are checked and multiplied out without a word to the device.
-            latents = epd_sampler(denoise, start, self.sigmas, table, afs=self.afs)
+        latents = solver.latents(self.denoiser, prompts, seeds, dtype=self.dtype, measure=self.clock.measure)
         with self.clock.measure("decode"):
-            images = self.denoiser.decode(latents, self.decode_chunk_size)
-            finite = latents.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
-        return images, finite
+            decoded = decode(self.denoiser, latents, self.decode_chunk_size)
+            return decoded.images, decoded.fine
 
     def _gathered(self, scores: Tensor | None, finite: Tensor) -> Tensor:
         """Raw scores of the finite images of this process to those of all images of all processes [N], on the CPU."""
@@ -229,23 +211,20 @@ class RLRunner:
             local[finite] = scores.to(local)
         return self.shard.gather(local).cpu()
 
-    def _micro_batch(self, points: int) -> int:
+    def _micro_batch(self, solver: Solver) -> int:
         """Images that go through the solver together."""
-        return max(1, self.max_rows // self._rows_per_image(points)) if self.max_rows else 2**31
+        return max(1, self.max_rows // solver.rows_at_once) if self.max_rows else 2**31
 
-    def _halve(self, images: int, points: int) -> None:
+    def _halve(self, images: int, solver: Solver) -> None:
         """Remember that `images` at once were too many."""
         if images == 1:
             raise InputError(
                 f"the memory of {self.denoiser.device} does not suffice for one image: "
                 f"free it, use a smaller model.dtype, or another device"
             )
-        self.max_rows = (images // 2) * self._rows_per_image(points)
+        self.max_rows = (images // 2) * solver.rows_at_once
         log.warning(
             "out of memory with %d images at once: from now on %d (max_rows %d)", images, images // 2, self.max_rows
         )
         if self.denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _rows_per_image(self, points: int) -> int:
-        return points * (1 if self.guidance_scale == 1.0 else 2)

@@ -5,13 +5,16 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
+from solvers import EPDTable
 from training.configuration import LoadedConfig, config_hash, to_plain, to_yaml, value_of
 from training.ppo.config import KNOBS, Config, apply_snapshot, build_config, load_config
+from training.solver import Origin, Solver, solver_of
 
 CFGS = Path(__file__).resolve().parents[1] / "cfgs"
 LEAST = {
@@ -288,8 +291,13 @@ def test_missing_file_points_to_the_shipped_ones(tmp_path: Path):
         load_config(tmp_path / "none.yaml")
 
 
+def snapshot(metadata: dict, **columns: torch.Tensor) -> Solver:
+    halves = torch.full((3, 2), 0.5)
+    return solver_of(EPDTable(halves, halves, **columns), Origin(Path("a.pkl"), "", metadata))
+
+
 def test_snapshot_fills_what_is_null():
-    config, notes = apply_snapshot(least(), 4, 2, METADATA, "a.pkl")
+    config, notes = apply_snapshot(least(), snapshot(METADATA))
     model = config.model
     assert {name: getattr(model, name) for name in METADATA} == METADATA
     assert (model.num_steps, model.num_points, notes) == (4, 2, [])
@@ -297,45 +305,64 @@ def test_snapshot_fills_what_is_null():
 
 def test_agreement_with_the_snapshot_is_no_note():
     loaded = least("model.guidance_rate=7.5", model={"num_steps": 4})
-    assert apply_snapshot(loaded, 4, 2, METADATA, "a.pkl")[1] == []
+    assert apply_snapshot(loaded, snapshot(METADATA))[1] == []
 
 
 def test_contradicted_snapshot_is_an_error_unless_overridden():
     with pytest.raises(InputError) as caught:
-        apply_snapshot(least(model={"guidance_rate": 5.0, "schedule_type": "logsnr"}), 4, 2, METADATA, "a.pkl")
+        apply_snapshot(least(model={"guidance_rate": 5.0, "schedule_type": "logsnr"}), snapshot(METADATA))
     assert "2 faults" in str(caught.value)
     assert "--override model.guidance_rate=5.0" in str(caught.value)
-    config, notes = apply_snapshot(least("model.guidance_rate=5"), 4, 2, METADATA, "a.pkl")
+    config, notes = apply_snapshot(least("model.guidance_rate=5"), snapshot(METADATA))
     assert config.model.guidance_rate == 5.0
     assert notes == ["model.guidance_rate=5.0 by --override; a.pkl says 7.5"]
 
 
 def test_another_schedule_comes_with_its_own_exponent():
     loaded = least("model.schedule_type=polynomial")
-    assert apply_snapshot(loaded, 4, 2, METADATA, "a.pkl")[0].model.schedule_rho == 7.0
+    assert apply_snapshot(loaded, snapshot(METADATA))[0].model.schedule_rho == 7.0
     loaded = least("model.schedule_type=polynomial", "model.schedule_rho=5")
-    assert apply_snapshot(loaded, 4, 2, METADATA, "a.pkl")[0].model.schedule_rho == 5.0
+    assert apply_snapshot(loaded, snapshot(METADATA))[0].model.schedule_rho == 5.0
     without = METADATA | {"schedule_type": "logsnr", "schedule_rho": None}
-    assert apply_snapshot(least(), 4, 2, without, "a.pkl")[0].model.schedule_rho == 1.0
+    assert apply_snapshot(least(), snapshot(without))[0].model.schedule_rho == 1.0
 
 
 def test_public_snapshots_may_leave_the_kind_of_guidance_out():
-    config, _ = apply_snapshot(least(), 4, 2, METADATA | {"guidance_type": None}, "a.pkl")
+    config, _ = apply_snapshot(least(), snapshot(METADATA | {"guidance_type": None}))
     assert (config.model.guidance_type, config.model.guidance_rate) == ("cfg", 7.5)
-    config, _ = apply_snapshot(least("model.guidance_type=uncond"), 4, 2, METADATA, "a.pkl")
+    config, _ = apply_snapshot(least("model.guidance_type=uncond"), snapshot(METADATA))
     assert config.model.guidance_rate == 1.0
 
 
 def test_no_override_changes_the_table_s_shape():
     with pytest.raises(InputError, match=r"model.num_steps=6: the table in a.pkl has 4"):
-        apply_snapshot(least("model.num_steps=6"), 4, 2, METADATA, "a.pkl")
+        apply_snapshot(least("model.num_steps=6"), snapshot(METADATA))
 
 
 def test_silent_snapshot_needs_the_configuration_to_speak():
     silent = dict.fromkeys(METADATA)
     with pytest.raises(InputError, match="4 faults"):
-        apply_snapshot(least(), 4, 2, silent, "a.pkl")
-    assert apply_snapshot(least(model=METADATA), 4, 2, silent, "a.pkl")[0].model.schedule_type == "discrete"
+        apply_snapshot(least(), snapshot(silent))
+    assert apply_snapshot(least(model=METADATA), snapshot(silent))[0].model.schedule_type == "discrete"
+
+
+def test_noise_levels_of_a_table_s_own_stand_for_its_schedule():
+    levels = METADATA | {"sigmas": [9.0, 3.0, 1.0, 0.1], "schedule_type": None, "schedule_rho": None}
+    model = apply_snapshot(least(), snapshot(levels))[0].model
+    assert (model.schedule_type, model.schedule_rho) == (None, None)
+    with pytest.raises(InputError, match=r"noise levels of its own"):
+        apply_snapshot(least(model={"schedule_type": "logsnr"}), snapshot(levels))
+    config, notes = apply_snapshot(least("model.schedule_type=polynomial"), snapshot(levels))
+    assert (config.model.schedule_type, config.model.schedule_rho) == ("polynomial", 7.0)
+    assert notes == ["model.schedule_type=polynomial by --override; a.pkl says noise levels of its own"]
+
+
+def test_a_guidance_column_stands_for_the_one_scale():
+    table = snapshot(METADATA | {"guidance_rate": None}, guidance=torch.full((3, 3), 2.0))
+    model = apply_snapshot(least(), table)[0].model
+    assert (model.guidance_type, model.guidance_rate) == (None, None)
+    with pytest.raises(InputError, match=r"model.guidance_rate=5.0: the table in a.pkl has a guidance"):
+        apply_snapshot(least("model.guidance_rate=5"), table)
 
 
 def test_plain_values_cover_every_knob():

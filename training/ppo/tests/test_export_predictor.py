@@ -23,8 +23,8 @@ from training.ppo.export_epd_predictor import main, read_export, write_export
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.tests.tiny_world import METADATA, write_world
 from training.run_folder import MetricsLog, RunFolder
-from training.sampling import load_predictor
 from training.snapshot import find_snapshot, load_snapshot, save_snapshot
+from training.solver import load_solver
 
 CPU = torch.device("cpu")
 
@@ -95,7 +95,7 @@ def test_untrained_policy_exports_its_starting_table(config: Path, tmp_path: Pat
     start = prepared(config)
     save_checkpoint(tmp_path / "policy-step000000.pt", state_of(start, make_policy(start), 0))
     exported = read_export(tmp_path / "policy-step000000.pt", CPU)
-    assert_tables_equal(exported.table, start.predictor.table, 1e-12)
+    assert_tables_equal(exported.table, start.snapshot.table, 1e-12)
 
 
 @settings(deadline=None, max_examples=15)
@@ -155,7 +155,7 @@ def test_manifest_and_options_say_where_it_came_from(folder: RunFolder, config: 
     assert manifest["step"] == 4
     assert manifest["run"] == folder.path.name
     assert manifest["heldout"] == {"heldout/reward": 0.4}
-    assert manifest["start"]["sha256"] == prepared(config).predictor.sha256
+    assert manifest["start"]["sha256"] == prepared(config).snapshot.origin.sha256
     assert len(manifest["files"]) == 3
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((folder.export / name).read_bytes()).hexdigest() == digest
@@ -168,9 +168,9 @@ def test_export_says_the_settings_it_was_tuned_for_not_those_of_the_start(config
     start = prepared(config, "model.guidance_rate=4.5", "model.schedule_type=polynomial")
     save_checkpoint(tmp_path / "policy-step000001.pt", state_of(start, moved(start, 1), 1))
     paths = write_export(RunFolder(tmp_path), read_export(tmp_path / "policy-step000001.pt", CPU), manifest=False)
-    predictor = load_predictor(paths[0])
-    assert predictor.guidance_scale == 4.5
-    assert predictor.grid == ("polynomial", 7.0)
+    exported = load_solver(paths[0])
+    assert exported.guidance_scale == 4.5
+    assert exported.schedule == ("polynomial", 7.0)
 
 
 def test_reordered_start_is_told_in_the_manifest(config: Path, tmp_path: Path):

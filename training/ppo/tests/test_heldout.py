@@ -16,6 +16,7 @@ from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import DivergenceError
 from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
+from training.solver import Solver
 
 COUNT = 40
 OTHER = EPDTable(
@@ -41,7 +42,8 @@ def started(panel: bool = True) -> tuple[HeldoutWatch, Tensor]:
 
 def source(shard: Shard | None = None) -> RLRunner:
     sigmas = schedules.get_schedule("logsnr", 3, GaussianDenoiser.sigma_min, GaussianDenoiser.sigma_max)
-    return RLRunner(GaussianDenoiser(), sigmas, brightness(), group_size=2, shared_noise=True, seed=0, shard=shard)
+    solver = Solver("epd", "epd", 3, table=cold_start_table(), sigmas=sigmas).on(GaussianDenoiser())
+    return RLRunner(GaussianDenoiser(), solver, brightness(), group_size=2, shared_noise=True, seed=0, shard=shard)
 
 
 def judge(shard: Shard | None = None) -> HeldoutJudge:

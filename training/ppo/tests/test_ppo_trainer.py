@@ -18,6 +18,7 @@ from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner
 from training.ppo.rollout import DivergenceError, PromptStream, Scores
 from training.ppo.tests.analytic import PROMPTS, GaussianDenoiser, QuadraticSource, brightness, cold_start_table
+from training.solver import Solver
 
 TARGET = EPDTable(
     torch.tensor([[0.15, 0.6], [0.45, 0.8]], dtype=torch.float64),
@@ -46,7 +47,7 @@ def diffusion_trainer(config=None, reward=None, *, seed=0, **runner) -> PPOTrain
     sigmas = schedules.get_schedule("logsnr", 3, GaussianDenoiser.sigma_min, GaussianDenoiser.sigma_max)
     source = RLRunner(
         GaussianDenoiser(),
-        sigmas,
+        Solver("epd", "epd", 3, table=cold_start_table(), sigmas=sigmas).on(GaussianDenoiser()),
         reward or brightness(),
         **({"group_size": config.rloo_k, "shared_noise": config.shared_noise, "seed": seed} | runner),
     )

@@ -3,13 +3,14 @@
 import itertools
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 import schedules
 from errors import InputError
-from models.generate import generate, initial_noise
+from models.generate import initial_noise
 from models.randomness import derived_seed
 from solvers import EPDTable, epd_sampler
 from training.ppo.policy import EPDParamPolicy
@@ -17,15 +18,18 @@ from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptBatch, PromptStream
 from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
+from training.solver import Solver
 
 K = 3
 LAST_PLACES = 2**-23  # two of a float32 below 1: its logistic function is rounded otherwise at the end of a batch
 SIGMAS = schedules.get_schedule("logsnr", 3, GaussianDenoiser.sigma_min, GaussianDenoiser.sigma_max)
+SOLVER = Solver("epd", "epd", len(SIGMAS), table=cold_start_table(), sigmas=SIGMAS)
 
 
-def runner(denoiser=None, reward=None, **settings):
+def runner(denoiser=None, reward=None, solver=SOLVER, **settings):
     settings = {"group_size": K, "shared_noise": False, "seed": 5, "dtype": torch.float64} | settings
-    return RLRunner(denoiser or GaussianDenoiser(), SIGMAS, reward or brightness(), **settings)
+    denoiser = denoiser or GaussianDenoiser()
+    return RLRunner(denoiser, solver.on(denoiser), reward or brightness(), **settings)
 
 
 def batch(number=4) -> PromptBatch:
@@ -57,18 +61,16 @@ def test_each_image_comes_from_its_own_prompt_seed_and_table():
 def test_a_rollout_is_what_replay_makes_of_the_same_table():
     table, seeds, prompts = cold_start_table(), [11, 12, 13, 14], list(PROMPTS[:4])
     images = runner(dtype=torch.float32).sample_images(table, prompts, seeds)
-    latents = generate(
-        GaussianDenoiser(), prompts, seeds, lambda d, x, s: epd_sampler(d, x, s, table), SIGMAS, progress=False
-    )
+    latents = SOLVER.on(GaussianDenoiser()).latents(GaussianDenoiser(), prompts, seeds)
     assert torch.equal(images.pixels, GaussianDenoiser().decode(latents))
 
 
 def test_afs_and_guidance_reach_the_solver_and_the_model():
     plain = runner().roll_out(tables(), batch(), 0).pixels
     denoiser = GaussianDenoiser()
-    fast = runner(denoiser, afs=True).roll_out(tables(), batch(), 0).pixels
+    fast = runner(denoiser, solver=replace(SOLVER, afs=True)).roll_out(tables(), batch(), 0).pixels
     assert denoiser.rows == [24, 12, 24]  # without the first direction
-    unguided = runner(guidance_scale=1.0).roll_out(tables(), batch(), 0).pixels
+    unguided = runner(solver=SOLVER.guided(1.0)).roll_out(tables(), batch(), 0).pixels
     assert not torch.allclose(plain, fast, atol=1e-3)
     assert not torch.allclose(plain, unguided, atol=1e-3)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.generate import generate
 from solvers import EPDTable
 from training.ppo.assembly import Parts, build, make_fabric, prepare
 from training.ppo.config import load_config
@@ -16,8 +15,8 @@ from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import Images
 from training.ppo.tests.test_rl_runner import runner
 from training.ppo.tests.tiny_world import METADATA, START, write_world
-from training.sampling import load_predictor, predictor_plan
 from training.snapshot import save_snapshot
+from training.solver import load_solver
 
 SOLVER = replace(
     START,
@@ -56,19 +55,10 @@ def test_a_rollout_samples_the_solver_that_its_file_says(world: Path, tmp_path: 
     parts, table, file = parts_of(world, tmp_path, says)
     prompts, seeds = ["a", "b"], [3, 4]
     rolled = parts.trainer.source.sample_images(table, prompts, seeds)
-    predictor = load_predictor(file)
-    plan = predictor_plan(predictor, parts.denoiser)
-    latents = generate(
-        parts.denoiser,
-        prompts,
-        seeds,
-        plan.solve,
-        plan.sigmas,
-        guidance_scale=predictor.guidance_scale,
-        progress=False,
-    )
+    solver = load_solver(file).on(parts.denoiser)
+    latents = solver.latents(parts.denoiser, prompts, seeds)
     torch.testing.assert_close(rolled.pixels, parts.denoiser.decode(latents), rtol=0, atol=1e-6)
-    assert [plan.sigmas[0].item(), plan.sigmas[-1].item()] == pytest.approx([says["sigma_max"], says["sigma_min"]])
+    assert [solver.sigmas[0].item(), solver.sigmas[-1].item()] == pytest.approx([says["sigma_max"], says["sigma_min"]])
 
 
 def test_each_of_these_settings_changes_the_image(world: Path, tmp_path: Path):

@@ -1,0 +1,414 @@
+"""The solver as one value, read once: all that turns a prompt and a seed into an image of a frozen model.
+
+Replay, reinforcement learning, evaluation, export and the drawings take their images, their costs and their numbers
+from a `Solver`; nothing else puts a table, a grid and a guidance scale together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+from models.denoiser import Denoiser
+from models.fingerprints import file_sha256
+from models.generate import Asked, Measure, conditioned, initial_noise
+from schedules import SCHEDULES, get_schedule
+from solvers import (
+    COLUMNS,
+    SAMPLERS,
+    Denoise,
+    EPDSteps,
+    EPDTable,
+    NetworkEvaluations,
+    network_evaluations,
+    with_ipndm_history,
+)
+from training.networks import Plain
+from training.snapshot import GRID, find_snapshot, load_snapshot
+
+# The exponent that a schedule is commonly used with; the others have none.
+USUAL_RHO = {"polynomial": 7.0, "time_uniform": 1.0, "discrete": 1.0}
+
+CLASSICAL = tuple(name for name in SAMPLERS if name != "epd")
+# What a classical solver is tried at: guided few-step sampling prefers smaller exponents than the usual 7.
+TRIED_SCHEDULES = (
+    "polynomial:3",
+    "polynomial:4",
+    "polynomial:5",
+    "polynomial:6",
+    "polynomial",
+    "logsnr",
+    "time_uniform",
+    "discrete",
+)
+MULTISTEP_ORDERS = {"dpmpp": (1, 2, 3), "ipndm": (1, 2, 3, 4)}  # orders that can be asked for, the last is the default
+
+# Worlds that the public EPD code base calls by their data, and the model each stands for.
+MODEL_OF_DATASET = {"ms_coco": "sd15"}
+# The public code base's name of the family of Stable Diffusion 1.x, the one that files without a `backend` mean.
+USUAL_BACKEND = "ldm"
+
+# How the public code base calls the one EPD solver in its snapshots, and its plug-in for iPNDM.
+EPD_NAMES = (None, "epd", "epd_parallel")
+IPNDM = "ipndm"
+
+
+class Schedule(NamedTuple):
+    """A schedule of noise levels by name, with its exponent (1 where it has none)."""
+
+    schedule_type: str
+    rho: float
+
+    def __str__(self) -> str:
+        """As it is written on the command line: `discrete`, or `discrete:2` where the exponent is not the usual one."""
+        usual = self.rho == USUAL_RHO.get(self.schedule_type, 1.0)
+        return self.schedule_type if usual else f"{self.schedule_type}:{self.rho:g}"
+
+    def sigmas(
+        self, num_steps: int, denoiser: Denoiser, sigma_range: tuple[float | None, float | None] = (None, None)
+    ) -> Tensor:
+        """Noise levels, float64 [num_steps]; least and largest are the model's where `sigma_range` is silent.
+
+        Raises InputError where the schedule does not suit the model.
+        """
+        low, high = (
+            usual if told is None else told
+            for told, usual in zip(sigma_range, (denoiser.sigma_min, denoiser.sigma_max), strict=True)
+        )
+        try:
+            return get_schedule(self.schedule_type, num_steps, low, high, rho=self.rho, denoiser=denoiser)
+        except ValueError as error:
+            raise InputError(f"schedule {self}, sigmas from {low:g} to {high:g}: {error}") from None
+
+
+class Origin(NamedTuple):
+    """The file that a solver was read from, and all that it says."""
+
+    file: Path
+    sha256: str
+    metadata: Mapping[str, Plain]
+
+
+@dataclass(frozen=True, eq=False)
+class Solver:
+    """A few-step solver: how it steps, at which noise levels, how strongly guided, and what it was made for.
+
+    label: how it is called in tables. sampler: of `solvers.SAMPLERS`. num_steps: grid points.
+    table: of the sampler epd, None for the others; one for all samples, or a batch, one for each. options: of the
+    others, `max_order`. afs: the first evaluation is estimated, not made.
+    schedule: names its noise levels; None where they are its own. sigmas: float64 [num_steps], or [B, num_steps], one
+    grid a sample; None until `on` a model where a schedule names them. sigma_range: least and largest noise level of
+    the schedule, None for the model's.
+    guidance_scale: the one scale of all evaluations, 1 for none; None where the table has a column of its own, and
+    until `on` a model where its default is meant.
+    model: what it was made for, by name or path; None where nothing says. origin: the file it was read from, if any.
+    """
+
+    label: str
+    sampler: str
+    num_steps: int
+    table: EPDTable | None = None
+    options: Mapping[str, int] | None = None
+    afs: bool = False
+    schedule: Schedule | None = None
+    sigmas: Tensor | None = None
+    sigma_range: tuple[float | None, float | None] = (None, None)
+    guidance_scale: float | None = None
+    model: str | None = None
+    origin: Origin | None = None
+
+    @property
+    def grid_name(self) -> str:
+        """The schedule as it is written on the command line, `own` for noise levels of its own."""
+        return "own" if self.schedule is None else str(self.schedule)
+
+    @property
+    def has_guidance_column(self) -> bool:
+        """Whether the table has a scale of its own for each evaluation."""
+        return self.table is not None and self.table.guidance is not None
+
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return self.label if self.origin is None else str(self.origin.file)
+
+    @cached_property
+    def evaluations(self) -> NetworkEvaluations:
+        """What an image costs; rows count guidance as far as it is known: a scale still open counts as one."""
+        scale = 1.0 if self.guidance_scale is None else self.guidance_scale
+        if self.table is None:
+            return network_evaluations(self.sampler, self.num_steps, afs=self.afs, guidance=scale)
+        table = self.table if self.table.batch_size is None else self.table.select(0)
+        return table.evaluations(afs=self.afs, guidance_scale=scale)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Most network rows of an image in one call: its points are one call, and guidance doubles what it is asked."""
+        points = 1 if self.table is None else max(1, self.table.num_points)
+        guided = self.guidance_scale if self.table is None or self.table.guidance is None else self.table.guidance
+        return points * (2 if guided is None or (torch.as_tensor(guided) != 1).any() else 1)
+
+    def on(self, denoiser: Denoiser) -> Solver:
+        """The same solver with its noise levels and its guidance settled for a model.
+
+        Raises InputError where nothing says the noise levels, the schedule does not suit the model, or the model is of
+        another family than the solver was made for.
+        """
+        backend = None if self.origin is None else self.origin.metadata.get("backend")
+        if backend is not None and backend != denoiser.backend:
+            raise InputError(
+                f"{self.where}: was made for a model of the family {backend}, and {denoiser.name} is of the family "
+                f"{denoiser.backend}: choose a model of its family"
+            )
+        sigmas, scale = self.sigmas, self.guidance_scale
+        if sigmas is None:
+            if self.schedule is None:
+                raise InputError(f"{self.where}: does not say its schedule_type; name one with --schedule")
+            try:
+                sigmas = self.schedule.sigmas(self.num_steps, denoiser, self.sigma_range)
+            except InputError as error:
+                raise InputError(f"{self.where}: {error}") from None
+        if scale is None and not self.has_guidance_column:
+            scale = denoiser.default_guidance_scale
+        return replace(self, sigmas=sigmas, guidance_scale=scale)
+
+    def guided(self, scale: float) -> Solver:
+        """The same with one guidance scale for all evaluations. Raises InputError where it has a column of its own."""
+        if self.has_guidance_column:
+            raise InputError(
+                f"guidance {scale:g}: {self.where} has a scale of its own for each evaluation; leave the guidance out"
+            )
+        return replace(self, guidance_scale=scale)
+
+    def on_schedule(self, schedule: Schedule) -> Solver:
+        """The same at the noise levels of a named schedule."""
+        return replace(self, schedule=schedule, sigmas=None)
+
+    def select(self, samples: slice) -> Solver:
+        """The part of a batch of solvers; what all samples share stays."""
+        table, sigmas = self.table, self.sigmas
+        return replace(
+            self,
+            table=table.select(samples) if table is not None and table.batch_size is not None else table,
+            sigmas=sigmas[samples] if sigmas is not None and sigmas.ndim == 2 else sigmas,
+        )
+
+    def steps(self, x: Tensor) -> EPDSteps:
+        """The table's sampler interval by interval, for whoever calls the network; needs a table, settled by `on`."""
+        return EPDSteps(self.table, self.sigmas, x, afs=self.afs)
+
+    def solve(self, denoise: Denoise, noise: Tensor) -> Tensor:
+        """From standard normal noise [N, C, H, W] to latents; the solver is settled by `on`."""
+        first = self.sigmas[..., 0]
+        x = noise * (first if first.ndim == 0 else first.to(noise).view(-1, *[1] * (noise.ndim - 1)))
+        if self.table is not None:
+            return SAMPLERS["epd"](denoise, x, self.sigmas, self.table, afs=self.afs)
+        return SAMPLERS[self.sampler](denoise, x, self.sigmas, afs=self.afs, **(self.options or {}))
+
+    @torch.no_grad()
+    def latents(
+        self,
+        denoiser: Denoiser,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        batch_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        measure: Measure = nullcontext,
+        asked: Asked = int,
+    ) -> Tensor:
+        """One latent for every pair of a prompt and a seed: [N, C, H, W] in `dtype`, on the denoiser's device.
+
+        At most `batch_size` are carried at once (None: all). A latent depends on its prompt, its seed and the solver
+        only. The noise and the text embeddings are identical to the last bit in every batch; the network's matrix
+        products may be summed in another order when the batch has another size, which moves latents by a few units of
+        the last place a step.
+        """
+        if len(prompts) != len(seeds) or not prompts:
+            raise ValueError(f"need as many prompts as seeds, and at least one: got {len(prompts)} and {len(seeds)}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        batches = []
+        for start in range(0, len(prompts), batch_size or len(prompts)):
+            rows = slice(start, start + (batch_size or len(prompts)))
+            with measure("text"):
+                conditioning = denoiser.encode(prompts[rows], self.guidance_scale)
+            with measure("solver"):
+                noise = initial_noise(seeds[rows], denoiser.latent_shape, device=denoiser.device, dtype=dtype)
+                # The table stays on the host, where it is checked and multiplied out without a word to the device.
+                denoise = conditioned(denoiser, conditioning, measure, asked)
+                batches.append(self.select(rows).solve(denoise, noise))
+        return torch.cat(batches)
+
+    def described(self) -> dict[str, Plain]:
+        """Plain values that say all that its latents depend on but the model, the prompts and the noise."""
+        columns: dict[str, Plain] = {column.name: None for column in COLUMNS}
+        columns |= {} if self.table is None else {name: rows.tolist() for name, rows in self.table.columns().items()}
+        return {
+            "solver": self.sampler,
+            "sigmas": self.sigmas.tolist(),
+            "guidance": self.guidance_scale,
+            "settings": {**(columns if self.table is not None else self.options or {}), "afs": self.afs},
+        }
+
+
+def load_solver(source: str | Path, root: str | Path = "exps", *, guidance: float | None = None) -> Solver:
+    """Read the solver that a person means; see `training.snapshot.find_snapshot` for what `source` can be.
+
+    `guidance` takes the place of the file's one scale.
+    Raises InputError where there is none, the file is no snapshot, it was made for another sampler than EPD, it has a
+    guidance column beside `guidance`, or it would drop every prompt and `guidance` does not say otherwise.
+    """
+    file = find_snapshot(source, root)
+    table, metadata = load_snapshot(file)
+    solver = solver_of(table, Origin(file, file_sha256(file), metadata))
+    if guidance is not None:
+        return solver.guided(guidance)
+    if solver.guidance_scale == 0:
+        raise InputError(
+            f"{file}: guidance_rate is 0: it was made for an unconditional model, and no prompt would count; say which "
+            "guidance is meant"
+        )
+    return solver
+
+
+def solver_of(table: EPDTable, origin: Origin) -> Solver:
+    """The solver of a table and of what its file says. Raises InputError where that cannot be used."""
+    says = _Says(origin)
+    sampler = says.text("sampler_stu")
+    if sampler not in (*EPD_NAMES, IPNDM):
+        raise InputError(f"{origin.file}: sampler_stu is {sampler!r}; only tables of the solver epd can be used")
+    if sampler == IPNDM and table.direction_history is None:
+        table = with_ipndm_history(table, says.order())
+    own = origin.metadata.get(GRID)
+    return Solver(
+        label=_label(origin.file),
+        sampler="epd",
+        num_steps=table.num_steps,
+        table=table,
+        afs=says.afs(),
+        schedule=None if own is not None else says.schedule(),
+        sigmas=None if own is None else torch.tensor(own, dtype=torch.float64),
+        sigma_range=(says.number("sigma_min"), says.number("sigma_max")),
+        guidance_scale=None if table.guidance is not None else says.guidance_scale(),
+        model=says.model(),
+        origin=origin,
+    )
+
+
+class _Says(NamedTuple):
+    """What a file says of its solver, by the keys of the public code base, each checked where it is read."""
+
+    origin: Origin
+
+    def text(self, key: str) -> str | None:
+        value = self.origin.metadata.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.fault(key, value, "it must be a text")
+        return value
+
+    def number(self, key: str) -> float | None:
+        value = self.origin.metadata.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fault(key, value, "it must be a number")
+        return float(value)
+
+    def afs(self) -> bool:
+        value = self.origin.metadata.get("afs", False)
+        if not isinstance(value, bool):
+            raise self.fault("afs", value, "it must be true or false")
+        return value
+
+    def order(self) -> int:
+        orders = MULTISTEP_ORDERS[IPNDM]
+        value = self.number("max_order")
+        if value not in (None, *orders):
+            raise self.fault("max_order", value, f"the orders of {IPNDM} are {', '.join(map(str, orders))}")
+        return orders[-1] if value is None else int(value)
+
+    def schedule(self) -> Schedule | None:
+        name, rho = self.text("schedule_type"), self.number("schedule_rho")
+        if name is None:
+            return None
+        if name not in SCHEDULES:
+            raise self.fault("schedule_type", name, f"known are {', '.join(SCHEDULES)}")
+        return Schedule(name, rho if rho is not None and name in USUAL_RHO else USUAL_RHO.get(name, 1.0))
+
+    def guidance_scale(self) -> float | None:
+        scale = self.number("guidance_rate")
+        if self.text("guidance_type") == "uncond":
+            return 0.0 if scale == 0 else 1.0
+        return scale
+
+    def model(self) -> str | None:
+        dataset, backend = self.text("dataset_name"), self.text("backend")
+        if backend not in (None, USUAL_BACKEND):
+            dataset = backend  # what is called ms_coco there is another model's
+        return self.text("model_path") or MODEL_OF_DATASET.get(dataset, dataset)
+
+    def fault(self, key: str, value: Plain, remedy: str) -> InputError:
+        return InputError(f"{self.origin.file}: {key} is {value!r}; {remedy}")
+
+
+def _label(file: Path) -> str:
+    """A short name: the run's number where it lies in a numbered folder, otherwise the folder's name."""
+    folder = file.resolve().parent
+    run = folder.parent if folder.name == "export" else folder
+    number = run.name.split("-")[0]
+    return f"epd-{number if number.isdecimal() and len(number) == 5 else run.name}"
+
+
+def classical_solver(name: str, num_steps: int, schedule: Schedule, *, afs: bool = False) -> Solver:
+    """A classical sampler on `num_steps` grid points of a model's whole range.
+
+    `name` is a sampler's, with an order for the multistep ones where not the highest is meant: `ddim`, `dpmpp:2`.
+    Raises InputError for a name that is not known.
+    """
+    sampler, order = parse_classical(name)
+    options = {} if order is None else {"max_order": order}
+    return Solver(name, sampler, num_steps, options=options, afs=afs, schedule=schedule)
+
+
+def parse_classical(name: str) -> tuple[str, int | None]:
+    """Sampler and order (None for those without) of `ddim`, `dpmpp`, `dpmpp:2`. Raises InputError for another text."""
+    solver, colon, text = name.partition(":")
+    if solver not in CLASSICAL:
+        raise InputError(f"unknown solver {name!r}; known are {', '.join(SAMPLERS)}")
+    orders = MULTISTEP_ORDERS.get(solver)
+    if orders is None:
+        if colon:
+            raise InputError(f"solver {name!r}: {solver} has no order to choose; write {solver}")
+        return solver, None
+    if not colon:
+        return solver, orders[-1]
+    if text not in map(str, orders):
+        raise InputError(f"solver {name!r}: the orders of {solver} are {', '.join(map(str, orders))}")
+    return solver, int(text)
+
+
+def parse_schedule(text: str) -> Schedule:
+    """A schedule as people write it, `discrete` or `polynomial:5`. Raises InputError for another text."""
+    name, colon, exponent = text.strip().partition(":")
+    if name not in SCHEDULES:
+        raise InputError(f"unknown schedule {text!r}; known are {', '.join(SCHEDULES)}")
+    if not colon:
+        return Schedule(name, USUAL_RHO.get(name, 1.0))
+    if name not in USUAL_RHO:
+        raise InputError(f"schedule {text!r}: {name} has no exponent rho; write {name}")
+    try:
+        rho = float(exponent)
+    except ValueError:
+        raise InputError(f"schedule {text!r}: rho is {exponent!r}; write a number, {name}:2") from None
+    if not 0 < rho < float("inf"):
+        raise InputError(f"schedule {text!r}: rho is {exponent}; it must be positive and finite")
+    return Schedule(name, rho)
