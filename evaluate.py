@@ -10,6 +10,8 @@ if __name__ == "__main__":
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import click
@@ -28,12 +30,13 @@ from models.prompts import read_prompts
 from models.shapes import scenes, verify
 from solvers import num_steps_for
 from training.command_line import Finite, require_one_process
-from training.comparison import CLASSICAL_BASELINE, Comparison, Entry, parse_baseline
+from training.comparison import CLASSICAL_BASELINE, TOTAL, Comparison, Entry, parse_baseline
 from training.evaluation import (
     REFERENCE_SCHEDULE,
     REFERENCE_SOLVER,
     REFERENCE_STEPS,
     Evaluation,
+    Measured,
     Panel,
     Setting,
     Store,
@@ -55,6 +58,7 @@ from training.solver import (
 
 SHAPES = "shapes"
 SHAPES_REWARD = Path("weights/shapes_reward.pt")
+SHAPES_VALIDATION = Path("src/prompts/shapes_validation.csv")
 USUAL_REWARD = Path("weights/HPS_v2.1_compressed.pt")
 PREVIEWS = 6  # prompts on the sheets
 
@@ -63,6 +67,7 @@ EXAMPLES = """
 Examples:
   python evaluate.py --model shapes --solvers epd,ddim,heun,dpm2,dpmpp,ipndm --nfe 4,6,8,12,20
   python evaluate.py --solvers epd,dpmpp,dpmpp:2 --nfe 4,8 --predictor_path 1 --baseline classical --baseline dpmpp@8
+  python evaluate.py --nfe 4 --guidances 1.5,2,3,5,7.5 --schedules discrete,polynomial
 
 Every measurement is kept: the same call again is quick, and one that was stopped goes on.
 """
@@ -84,6 +89,24 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
     help="Tried for every classical solver, NAME or NAME:RHO; each metric is reported at the best.",
 )
 @click.option(
+    "--guidances",
+    help="Constant guidance scales tried likewise, 1.5,3,7.5. Guidance is a choice that every solver deserves. "
+    "[--guidance]",
+)
+@click.option(
+    "--validation-file",
+    type=click.Path(path_type=Path),
+    help="Prompts on which schedule and guidance are chosen. [shapes: its validation prompts; otherwise those that are "
+    "scored, which favours the classical solvers]",
+)
+@click.option(
+    "--validation-number",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="How many of them, from the top.",
+)
+@click.option(
     "--predictor_path",
     "predictors",
     multiple=True,
@@ -94,10 +117,10 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
     "--baseline",
     "baselines",
     multiple=True,
-    default=(CLASSICAL_BASELINE,),
+    default=(CLASSICAL_BASELINE, f"{CLASSICAL_BASELINE}@{TOTAL}"),
     show_default=True,
     help="What differences are taken to, may be repeated: classical (the best of them), or a solver's or predictor's "
-    "label; at as many parallel evaluations, or at those after an @: classical@8.",
+    "label; at as many parallel evaluations, at those after an @ (classical@8), or at as many in all (@total).",
 )
 @click.option(
     "--prompt-file",
@@ -110,7 +133,9 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
 @click.option(
     "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First noise seed; bootstrap seed."
 )
-@click.option("--guidance", type=Finite(min=0), help="Guidance scale. [the model's own]")
+@click.option(
+    "--guidance", type=Finite(min=0), help="Guidance scale of the reference and of the classical solvers. [the model's]"
+)
 @click.option(
     "--reward",
     "reward_path",
@@ -143,6 +168,9 @@ def main(
     solvers: str,
     nfe: str,
     schedules: str,
+    guidances: str | None,
+    validation_file: Path | None,
+    validation_number: int,
     predictors: tuple[str, ...],
     exps: Path,
     baselines: tuple[str, ...],
@@ -173,52 +201,56 @@ def main(
     weights = reward_path or (SHAPES_REWARD if model == SHAPES else USUAL_REWARD)
     find_reward_files(weights)
     prompts = first_prompts(prompt_file, number)
+    chosen_on = validation_file or (SHAPES_VALIDATION if model == SHAPES else None)
+    validation_prompts = None if chosen_on is None else first_prompts(chosen_on, validation_number)
     tables = _predictors(model, predictors, exps, budgets) if "epd" in names else []
 
     number_type = resolve_dtype(dtype)
     denoiser = load_denoiser(model, device=resolve_device(device), dtype=number_type)
-    denoiser.validate_prompts(prompts)
+    denoiser.validate_prompts([*prompts, *(validation_prompts or [])])
     scale = denoiser.default_guidance_scale if guidance is None else guidance
-    tables = _with_guidance(tables, scale, explicit=bool(predictors))
-    rivals = [one for name in classical for budget in budgets for one in classical_solvers(name, budget, tried)]
-    compared = [solver.on(denoiser) for solver in [*tables, *(rival.guided(scale) for rival in rivals)]]
-    if not compared:
+    scales = [scale] if guidances is None else _scales(guidances)
+    if f"{CLASSICAL_BASELINE}@{TOTAL}" in baselines:
+        budgets = sorted({*budgets, *(table.evaluations.total for table in tables)})
+    rivals = [
+        rival.guided(one).on(denoiser)
+        for name in classical
+        for budget in budgets
+        for rival in classical_solvers(name, budget, tried)
+        for one in scales
+    ]
+    silent = [table.guidance_scale is None and not table.has_guidance_column for table in tables]
+    tables = [
+        (table.guided(scale) if says_none else table).on(denoiser)
+        for table, says_none in zip(tables, silent, strict=True)
+    ]
+    if not tables and not rivals:
         raise InputError(
             "nothing to compare: no solver can spend any of the evaluations of --nfe, and there is no predictor"
         )
     chosen_baselines = [
-        parse_baseline(text, list(dict.fromkeys(solver.label for solver in compared))) for text in baselines
+        parse_baseline(text, list(dict.fromkeys(solver.label for solver in [*tables, *rivals]))) for text in baselines
     ]
 
     click.get_current_context().with_resource(only_writer(outdir))
-    store = Store(cache, click.echo)
-    setting = Setting(
-        prompts=prompts,
-        seeds=[seed + index for index in range(number)],
-        model_fingerprint=model_fingerprint(model),
-        batch_size=batch,
+    scene = Scene(
+        denoiser=denoiser,
+        model=model,
+        weights=weights,
+        store=Store(cache, click.echo),
+        guidance_scale=scale,
+        seed=seed,
+        batch=batch,
         dtype=torch.promote_types(number_type, torch.float32),
-        previews=PREVIEWS,
     )
-    panel = judging_panel(model, weights, denoiser, prompts, batch)
-    click.echo(f"{len(compared)} solvers and the reference on {number} prompts of {prompt_file}, guidance {scale:g}")
-    with tqdm(unit="evaluation") as bar:
-        evaluation = Evaluation(
-            denoiser, panel, setting, store, bar.update, reference=reference_solver(denoiser, scale)
-        )
-        bar.reset(total=evaluation.evaluations_ahead(compared))
-        bar.set_description("reference")
-        reference = evaluation.reference()
-        entries = []
-        for solver in compared:
-            bar.set_description(f"{solver.label} {solver.grid_name}, NFE {solver.evaluations.parallel}")
-            entries.append(Entry(solver, evaluation.measure(solver)))
-    real = _true_images(prompts, seed) if model == SHAPES else None
-    target = reference.features
-    if real is not None:
-        target = evaluation.features(real, {"true images of": list(prompts), "seed": seed})
+    validation = None
+    if validation_prompts is not None and len(rivals) > len({(one.label, one.num_steps) for one in rivals}):
+        click.echo(f"{len(rivals)} settings of classical solvers on {len(validation_prompts)} prompts of {chosen_on}")
+        validation = scene.compare(rivals, validation_prompts, None)[0]
+        rivals = validation.contenders()
+    click.echo(f"{len(tables) + len(rivals)} solvers and the reference on {number} prompts of {prompt_file}")
+    comparison, reference, real = scene.compare([*tables, *rivals], prompts, validation)
     click.echo("taking intervals, about a second a solver")
-    comparison = Comparison(entries, target, store, seed=seed)
     report = Report(
         comparison=comparison,
         differences=comparison.differences(chosen_baselines),
@@ -227,13 +259,17 @@ def main(
         prompts=prompts,
         settings={
             "command": shlex.join(["python", *sys.argv]),
-            "model": f"{model} (sha256 {setting.model_fingerprint[:16]})",
+            "model": f"{model} (sha256 {scene.model_sha256[:16]})",
             "prompts": f"the first {number} of {prompt_file}, seeds {seed} to {seed + number - 1}",
             "guidance": scale,
             "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REFERENCE_SCHEDULE}, from the same noise",
             "preference model": str(weights),
             "Fréchet distance to": "true images of the same captions" if real is not None else "the reference's images",
             "schedules tried": ", ".join(map(str, tried)),
+            "guidance scales tried": ", ".join(f"{one:g}" for one in scales),
+            "chosen on": "these prompts"
+            if validation is None
+            else f"the first {validation_number} of {chosen_on}, seeds {seed} to {seed + validation_number - 1}",
             "predictors": ", ".join(f"{table.label} = {table.where}" for table in tables) or "none",
             "torch": torch.__version__,
             "device": f"{denoiser.device}, {dtype}",
@@ -242,6 +278,54 @@ def main(
     files = report.write(outdir)
     click.echo("\n\n".join(["", report.table(), *report.difference_tables(), ""]))
     click.echo("wrote " + ", ".join(map(str, files)))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What stays the same from one set of prompts to another."""
+
+    denoiser: Denoiser
+    model: str
+    weights: Path
+    store: Store
+    guidance_scale: float
+    seed: int
+    batch: int
+    dtype: torch.dtype
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Of the model's files."""
+        return model_fingerprint(self.model)
+
+    def compare(
+        self, solvers: Sequence[Solver], prompts: Sequence[str], validation: Comparison | None
+    ) -> tuple[Comparison, Measured, Tensor | None]:
+        """Solvers and the reference on prompts, and true images [N, 3, H, W] where the world can draw them."""
+        setting = Setting(
+            prompts=prompts,
+            seeds=[self.seed + index for index in range(len(prompts))],
+            model_fingerprint=self.model_sha256,
+            batch_size=self.batch,
+            dtype=self.dtype,
+            previews=PREVIEWS,
+        )
+        panel = judging_panel(self.model, self.weights, self.denoiser, prompts, self.batch)
+        fine = reference_solver(self.denoiser, self.guidance_scale)
+        with tqdm(unit="evaluation") as bar:
+            evaluation = Evaluation(self.denoiser, panel, setting, self.store, bar.update, reference=fine)
+            bar.reset(total=evaluation.evaluations_ahead(solvers))
+            bar.set_description("reference")
+            reference = evaluation.reference()
+            entries = []
+            for solver in solvers:
+                bar.set_description(f"{solver.label} {solver.grid_name}, NFE {solver.evaluations.parallel}")
+                entries.append(Entry(solver, evaluation.measure(solver)))
+        real = _true_images(prompts, self.seed) if self.model == SHAPES else None
+        target = reference.features
+        if real is not None:
+            target = evaluation.features(real, {"true images of": list(prompts), "seed": self.seed})
+        return Comparison(entries, target, self.store, seed=self.seed, validation=validation), reference, real
 
 
 def _listed(text: str, option: str) -> list[str]:
@@ -257,6 +341,16 @@ def _budgets(text: str) -> list[int]:
     if not all(part.isascii() and part.isdecimal() and 0 < int(part) <= 1000 for part in parts):
         raise InputError(f"--nfe {text!r}: write numbers of evaluations from 1 to 1000, for example 4,6,8")
     return sorted({int(part) for part in parts})
+
+
+def _scales(text: str) -> list[float]:
+    try:
+        scales = [float(part) for part in _listed(text, "--guidances")]
+    except ValueError:
+        raise InputError(f"--guidances {text!r}: write numbers, for example 1.5,3,7.5") from None
+    if not all(0 <= scale < float("inf") for scale in scales):
+        raise InputError(f"--guidances {text!r}: every scale must be at least 0 and finite")
+    return scales
 
 
 def first_prompts(file: Path, number: int) -> list[str]:
@@ -299,20 +393,6 @@ def _discovered(model: str, root: Path) -> Iterator[Solver]:
             continue
         if solver.model == model:
             yield solver
-
-
-def _with_guidance(solvers: Sequence[Solver], scale: float, *, explicit: bool) -> list[Solver]:
-    """Those made for this guidance: any other has another reference, to which the distances would mean nothing."""
-    kept = []
-    for solver in solvers:
-        if solver.has_guidance_column or solver.guidance_scale in (None, scale):
-            kept.append(solver if solver.has_guidance_column else solver.guided(scale))
-            continue
-        fault = f"{solver.where}: was made for guidance {solver.guidance_scale:g}, compared is guidance {scale:g}"
-        if explicit:
-            raise InputError(f"{fault}; set --guidance {solver.guidance_scale:g}")
-        click.echo(f"left out: {fault}")
-    return kept
 
 
 def classical_solvers(name: str, budget: int, schedules: Sequence[Schedule]) -> list[Solver]:

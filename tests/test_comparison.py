@@ -47,7 +47,9 @@ def entry(label, solver, schedule, nfe, *, reward, distance, exploded=0):
     steps = nfe // 2 if solver in ("epd", "heun") else nfe
     halves = torch.full((steps, 2), 0.5)
     table = EPDTable(halves, halves) if solver == "epd" else None
-    return Entry(Solver(label, solver, steps + 1, table=table, schedule=Schedule(schedule, 1.0)), measured)
+    return Entry(
+        Solver(label, solver, steps + 1, table=table, schedule=Schedule(schedule, 1.0), guidance_scale=2.5), measured
+    )
 
 
 @pytest.fixture
@@ -112,6 +114,29 @@ def test_differences_are_paired_and_taken_between_best_schedules(comparison, ent
     assert distance.verdict == "better"
     assert found(differences, ("ddim", 4), "reward").verdict == "worse"
     assert found(differences, ("epd-00003", 4), "frechet").verdict == "better"
+
+
+def test_what_is_best_is_chosen_on_the_validation_prompts(entries, tmp_path):
+    """Where the order of two settings is another there, the one that is best there is reported, with its score here."""
+    one, other = entries[1:3]  # ddim at 4 evaluations: the first has the better reward, the second the better distance
+    swapped = [Entry(one.solver, other.measured), Entry(other.solver, one.measured)]
+    store = Store(tmp_path / "kept", pytest.fail)
+    elsewhere = Comparison(swapped, TARGET, store, seed=5)
+    here = Comparison(entries, TARGET, store, seed=5, validation=elsewhere)
+    assert cell(here, "ddim", 4, "reward").entry is other
+    assert cell(here, "ddim", 4, "latent_rms").entry is one
+    assert set(elsewhere.contenders()) == {one.solver, other.solver}
+    assert cell(here, "heun", 4, "reward").entry is entries[3]  # the only one
+
+
+def test_a_baseline_at_as_many_evaluations_in_all(entries, tmp_path):
+    six = entry("ddim", "ddim", "discrete", 6, reward=9.0, distance=0.5)
+    compared = Comparison([*entries, six], TARGET, Store(tmp_path / "kept", pytest.fail), seed=5)
+    baseline = parse_baseline("classical@total", ["ddim"])
+    differences = compared.differences([baseline])
+    assert str(baseline) == "classical@total"
+    assert found(differences, ("epd-00003", 4), "reward").baseline_entry is six  # 4 in sequence are 6 in all
+    assert found(differences, ("ddim", 4), "reward").baseline_entry is entries[3]
 
 
 def test_no_solver_is_held_against_itself(comparison):
@@ -180,7 +205,7 @@ def test_the_csv_holds_every_schedule_and_marks_the_best(report, comparison):
     for line in lines:
         cell_here = cell(comparison, line["label"], int(line["parallel_evaluations"]), line["metric"])
         best = cell_here.entry.solver.grid_name == line["schedule"]
-        assert line["best_schedule"] == str(best)
+        assert line["best"] == str(best)
         if best:
             assert float(line["estimate"]) == pytest.approx(cell_here.interval.estimate)
         if best or line["metric"] != "frechet":
@@ -204,8 +229,8 @@ def test_the_table_names_schedules_and_counts_explosions(report):
     lines = [line.split("|") for line in report.table().splitlines()]
     assert len({len(line) for line in lines}) == 1
     ddim = next(line for line in lines if line[1].strip() == "ddim" and line[2].strip() == "4")
-    assert ddim[4].strip().endswith("discrete")
-    assert ddim[6].strip().endswith("logsnr")
+    assert ddim[4].strip().endswith("discrete g2.5")
+    assert ddim[6].strip().endswith("logsnr g2.5")
     assert ddim[-2].strip() == f"0 to 3/{ROWS}"
     assert all(METRICS[name].meaning in report.markdown() for name in report.comparison.metrics)
     assert "(2000 resamples)" in report.markdown()
@@ -214,8 +239,8 @@ def test_the_table_names_schedules_and_counts_explosions(report):
 def test_the_difference_table_says_what_was_compared_with_what(report):
     (table,) = report.difference_tables()
     lines = {tuple(part.strip() for part in line.split("|")[1:3]): line.split("|") for line in table.splitlines()[2:]}
-    assert lines["epd-00003", "4"][3].strip().endswith("better (heun, discrete)")
-    assert lines["epd-00003", "4"][5].strip().endswith("better (ddim, logsnr)")
+    assert lines["epd-00003", "4"][3].strip().endswith("better (heun, discrete g2.5)")
+    assert lines["epd-00003", "4"][5].strip().endswith("better (ddim, logsnr g2.5)")
     assert lines["heun", "4"][3].strip() == "itself"
     assert ("ddim", "8") not in lines  # the only classical solver at 8
 

@@ -312,9 +312,45 @@ def test_predictors_are_found_by_their_model(world, tmp_path):
     (exps / "00004-broken" / "network-snapshot-1.pkl").write_bytes(b"\x80\x04")
     result = run(world, tmp_path / "out", "--exps", exps, "--solvers", "epd,ddim", "--nfe", "4")
     assert result.exit_code == 0, result.output
-    assert {line["label"] for line in results(tmp_path / "out")} == {"epd-00000", "ddim"}
-    for reason in ("was made for guidance 5, compared is guidance 3", "takes 3 parallel", "00004-broken"):
+    guided = {line["label"]: line["guidance"] for line in results(tmp_path / "out")}
+    assert guided == {"epd-00000": "3.0", "epd-00002": "5.0", "ddim": "3.0"}
+    for reason in ("takes 3 parallel", "00004-broken"):
         assert reason in result.output
+
+
+def test_schedule_and_guidance_are_chosen_on_other_prompts(world, tmp_path):
+    """Each metric stands at the setting that is best for it there, whatever is best on the prompts that are scored."""
+    options = ("--guidances", "1,3,9", "--solvers", "ddim", "--nfe", "2")
+    (tmp_path / "validation.txt").write_text("\n".join(PROMPTS[3:]))
+    everywhere = run(world, tmp_path / "all", *options, "--prompt-file", tmp_path / "validation.txt", "--number", 3)
+    assert everywhere.exit_code == 0, everywhere.output
+    tried = results(tmp_path / "all")
+    assert {(line["schedule"], line["guidance"]) for line in tried} == {
+        (schedule, scale) for schedule in ("discrete", "logsnr") for scale in ("1.0", "3.0", "9.0")
+    }
+    validated = run(
+        world, tmp_path / "out", *options, "--validation-file", tmp_path / "validation.txt", "--validation-number", 3
+    )
+    assert validated.exit_code == 0, validated.output
+    assert "6 settings of classical solvers on 3 prompts" in validated.output
+    best = {line["metric"]: (line["schedule"], line["guidance"]) for line in tried if line["best"] == "True"}
+    chosen = {
+        line["metric"]: (line["schedule"], line["guidance"])
+        for line in results(tmp_path / "out") if line["best"] == "True"
+    }  # fmt: skip
+    assert chosen == best
+    assert "that are best for it on the validation prompts" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_baseline_at_equal_total_evaluations_is_measured(world, tmp_path):
+    result = run(world, tmp_path / "out", base=("--solvers", "epd,ddim", "--nfe", "4", "--predictor_path", "2"))
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    against = {
+        (item["baseline"], item["baseline_entry"]["total_evaluations"])
+        for item in content["differences"] if item["label"] == "epd-00002"
+    }  # fmt: skip
+    assert against == {("classical", 4), ("classical@total", 6)}
 
 
 def refused(result):
@@ -344,7 +380,9 @@ def refused(result):
         (("--predictor_path", "2"), "--solvers has no epd"),
         (("--solvers", "epd", "--predictor_path", "9"), "experiment 9: no folder"),
         (("--solvers", "epd", "--predictor_path", "2", "--nfe", "6"), "add 4 to --nfe"),
-        (("--solvers", "epd", "--predictor_path", "2", "--guidance", "5"), "set --guidance 3"),
+        (("--guidances", "1,x"), "--guidances '1,x': write numbers"),
+        (("--guidances", "1,-2"), "--guidances '1,-2': every scale must be at least 0"),
+        (("--validation-file", "none.csv"), "none.csv: there is no such prompt file"),
         (
             ("--solvers", "epd", "--predictor_path", "2", "--predictor_path", "2"),
             "several predictors are called epd-00002",
@@ -391,7 +429,7 @@ def test_true_images_of_shapes_pass_the_verifier_and_depend_on_their_own_seed_on
 def test_the_examples_of_the_help_are_understood():
     help_text = CliRunner().invoke(evaluate.main, ["--help"]).output
     examples = [line.strip() for line in help_text.splitlines() if line.strip().startswith("python evaluate.py")]
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         evaluate.main.make_context("evaluate.py", shlex.split(example)[2:])
 

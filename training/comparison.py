@@ -26,6 +26,7 @@ from training.statistics import (
 )
 
 CLASSICAL_BASELINE = "classical"
+TOTAL = "total"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,20 +42,24 @@ class Baseline:
     """What others are held against.
 
     label: a solver's or predictor's, or `classical` for the best of all classical solvers. nfe: at how many parallel
-    evaluations; None for as many as the other has.
+    evaluations; None for as many as the other has, `TOTAL` for as many as the other has in all.
     """
 
     label: str
-    nfe: int | None
+    nfe: int | str | None
 
     def __str__(self) -> str:
         """As it is written on the command line."""
         return self.label if self.nfe is None else f"{self.label}@{self.nfe}"
 
+    def evaluations(self, row: Row) -> int:
+        """At how many parallel evaluations it is taken for a row."""
+        return {None: row.parallel, TOTAL: row.total}.get(self.nfe, self.nfe)
+
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One metric of one solver: at which entry (its best schedule for that metric), and how much."""
+    """One metric of one solver: at which entry (its best schedule and guidance for that metric), and how much."""
 
     entry: Entry
     interval: Interval
@@ -62,7 +67,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One solver at one parallel NFE, over all its schedules."""
+    """One solver at one parallel NFE, over all its schedules and guidance scales."""
 
     label: str
     entries: Sequence[Entry]
@@ -86,7 +91,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """A row minus a baseline on the same prompts and noises, each at its own best schedule for the metric."""
+    """A row minus a baseline on the same prompts and noises, each at its own best setting for the metric."""
 
     row: Row
     baseline: Baseline
@@ -108,9 +113,22 @@ class Comparison:
     One set of bootstrap draws of the prompts serves everything, so that whatever is subtracted is paired.
     """
 
-    def __init__(self, entries: Sequence[Entry], frechet_target: Tensor, store: Store, *, seed: int) -> None:
-        """`frechet_target`: features [N, D], row i for the prompt of row i of every entry. `seed`: of the bootstrap."""
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        frechet_target: Tensor,
+        store: Store,
+        *,
+        seed: int,
+        validation: Comparison | None = None,
+    ) -> None:
+        """Nothing is resampled yet.
+
+        frechet_target: features [N, D], row i for the prompt of row i of every entry. seed: of the bootstrap.
+        validation: the same solvers on other prompts; what is best is then what is best there (see `contenders`).
+        """
         self.entries = list(entries)
+        self.validation = validation
         self.metrics = [name for name in METRICS if name == "frechet" or name in entries[0].measured.values]
         self._target, self._store, self._seed = frechet_target, store, seed
         self._target_hash = hashlib.sha256(frechet_target.numpy().tobytes()).hexdigest()
@@ -126,13 +144,17 @@ class Comparison:
     @cached_property
     def rows(self) -> list[Row]:
         """All solvers by parallel NFE, in the order in which they were handed in."""
+        return [
+            Row(label, entries, {name: self._cell(entries, name) for name in self.metrics})
+            for (_, label), entries in sorted(self._groups.items(), key=lambda group: group[0][0])
+        ]
+
+    @cached_property
+    def _groups(self) -> dict[tuple[int, str], list[Entry]]:
         groups: dict[tuple[int, str], list[Entry]] = {}
         for entry in self.entries:
             groups.setdefault((entry.solver.evaluations.parallel, entry.solver.label), []).append(entry)
-        return [
-            Row(label, entries, {name: self._cell(entries, name) for name in self.metrics})
-            for (_, label), entries in sorted(groups.items(), key=lambda group: group[0][0])
-        ]
+        return groups
 
     def estimate(self, measured: Measured, metric: str) -> float:
         """The metric's value."""
@@ -155,9 +177,20 @@ class Comparison:
         return self._intervals[key]
 
     def best(self, entries: Sequence[Entry], metric: str) -> Entry:
-        """The entry that is best by the metric; the first of several."""
+        """The entry that is best by the metric, on the validation prompts if there are any; the first of several."""
+        if len(entries) == 1:
+            return entries[0]
+        if self.validation is not None:
+            elsewhere = {entry.solver: entry for entry in self.validation.entries}
+            chosen = self.validation.best([elsewhere[entry.solver] for entry in entries], metric)
+            return next(entry for entry in entries if entry.solver is chosen.solver)
         sign = 1 if METRICS[metric].higher_is_better else -1
         return max(entries, key=lambda entry: sign * self.estimate(entry.measured, metric))
+
+    def contenders(self) -> list[Solver]:
+        """Of each solver at each parallel NFE those that are best by some metric: worth measuring on other prompts."""
+        best = (self.best(entries, name) for entries in self._groups.values() for name in self.metrics)
+        return list(dict.fromkeys(entry.solver for entry in best))
 
     def differences(self, baselines: Sequence[Baseline]) -> list[Difference]:
         """Every row against every baseline that has an entry for it, itself excepted."""
@@ -166,7 +199,7 @@ class Comparison:
         ]
 
     def _against(self, row: Row, baseline: Baseline) -> Iterator[Difference]:
-        nfe = row.parallel if baseline.nfe is None else baseline.nfe
+        nfe = baseline.evaluations(row)
         candidates = [entry for entry in self.entries if _is_meant(entry, baseline.label, nfe)]
         for metric in self.metrics if candidates else ():
             ours, theirs = row.cells[metric].entry, self.best(candidates, metric)
@@ -198,14 +231,16 @@ class Comparison:
 
 
 def parse_baseline(text: str, labels: Sequence[str]) -> Baseline:
-    """`classical`, a solver's or predictor's label, each also with `@NFE`. Raises InputError for another text."""
+    """`classical`, a solver's or predictor's label, each also with `@NFE` or `@total`. InputError for another text."""
     label, at, nfe = text.partition("@")
     if label not in (CLASSICAL_BASELINE, *labels):
         raise InputError(
             f"baseline {text!r}: {label!r} is not compared here; there are {CLASSICAL_BASELINE}, {', '.join(labels)}"
         )
+    if nfe == TOTAL:
+        return Baseline(label, TOTAL)
     if at and not nfe.isdecimal():
-        raise InputError(f"baseline {text!r}: write a number of evaluations after @, for example {label}@8")
+        raise InputError(f"baseline {text!r}: write a number of evaluations after @, or {TOTAL}: {label}@8")
     return Baseline(label, int(nfe) if at else None)
 
 

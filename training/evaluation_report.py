@@ -24,8 +24,8 @@ from training.statistics import Interval
 MARKERS = "osv^Dp<>hX*P"
 FIGURE_DPI = 110
 CSV_COLUMNS = (
-    *("label", "solver", "schedule", "num_steps", "parallel_evaluations", "total_evaluations", "exploded"),
-    *("metric", "estimate", "low", "high", "best_schedule"),
+    *("label", "solver", "schedule", "guidance", "num_steps", "parallel_evaluations", "total_evaluations", "exploded"),
+    *("metric", "estimate", "low", "high", "best"),
 )
 
 
@@ -54,6 +54,12 @@ class Report:
 
     # -------------------------------------------------------------------------------------------------- tables
 
+    @property
+    def chosen_on(self) -> str:
+        """The prompts that settings were chosen on, in words."""
+        chosen_elsewhere = self.comparison.validation is not None
+        return "the validation prompts" if chosen_elsewhere else "these very prompts, which favours classical solvers"
+
     def markdown(self) -> str:
         """The whole report as Markdown."""
         settings = [f"- {name}: {value}" for name, value in self.settings.items()]
@@ -63,10 +69,10 @@ class Report:
             "\n".join(settings),
             self.table(),
             f"In brackets: 95% bootstrap intervals over the prompts ({self.comparison.resamples} resamples). "
-            "Each metric of a classical solver stands at the schedule (named) that is best for it on these very "
-            "prompts, which favours the classical solvers. Parallel NFE counts evaluations one after "
-            "another, total NFE all of them; both before guidance, which doubles them. Differences are taken between "
-            "best schedules, prompt by prompt: better or worse where the interval excludes 0, otherwise open.",
+            f"Each metric of a classical solver stands at the schedule and guidance (named) that are best for it on "
+            f"{self.chosen_on}. Parallel NFE counts evaluations one after another, total NFE all of them; both before "
+            "guidance, which doubles those at another scale than 1. Differences are taken between best settings, "
+            "prompt by prompt: better or worse where the interval excludes 0, otherwise open.",
             "\n".join(meanings),
             *self.difference_tables(),
         ]
@@ -79,7 +85,7 @@ class Report:
         headings = [f"{METRICS[name].heading} ({arrows[METRICS[name].higher_is_better]})" for name in metrics]
         lines = [[REFERENCE_LABEL, "", "", *(self._reference_cell(name) for name in metrics), _share(self.reference)]]
         for row in self.comparison.rows:
-            cells = [_with_schedule(row, name) for name in metrics]
+            cells = [_with_setting(row, name) for name in metrics]
             lines.append([row.label, str(row.parallel), str(row.total), *cells, _exploded(row.entries)])
         return _markdown_table(["solver", "parallel NFE", "total NFE", *headings, "exploded"], lines)
 
@@ -105,7 +111,7 @@ class Report:
         return tables
 
     def csv(self) -> str:
-        """Every schedule of every solver, one metric a line; the interval of a Fréchet distance at the best only."""
+        """Every setting of every solver, one metric a line; the interval of a Fréchet distance at the best only."""
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, CSV_COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -124,9 +130,7 @@ class Report:
                     else:
                         ends = {"low": None, "high": None}
                     estimate = self.comparison.estimate(entry.measured, metric)
-                    lines.append(
-                        {**_described(entry), "metric": metric, "estimate": estimate, **ends, "best_schedule": best}
-                    )
+                    lines.append({**_described(entry), "metric": metric, "estimate": estimate, **ends, "best": best})
         return lines
 
     def json(self) -> str:
@@ -137,6 +141,7 @@ class Report:
                 "label": item.row.label,
                 "parallel_evaluations": item.row.parallel,
                 "schedule": item.row.cells[item.metric].entry.solver.grid_name,
+                "guidance": item.row.cells[item.metric].entry.solver.guidance_scale,
                 "baseline": str(item.baseline),
                 "baseline_entry": _described(item.baseline_entry),
                 "metric": item.metric,
@@ -222,6 +227,7 @@ def _described(entry: Entry) -> dict[str, Plain]:
         "label": solver.label,
         "solver": solver.sampler,
         "schedule": solver.grid_name,
+        "guidance": solver.guidance_scale,
         "num_steps": solver.num_steps,
         "parallel_evaluations": solver.evaluations.parallel,
         "total_evaluations": solver.evaluations.total,
@@ -230,12 +236,17 @@ def _described(entry: Entry) -> dict[str, Plain]:
 
 
 def _name(entry: Entry) -> str:
-    return f"{entry.solver.label}, {entry.solver.grid_name}"
+    return f"{entry.solver.label}, {_setting(entry)}"
 
 
-def _with_schedule(row: Row, metric: str) -> str:
+def _setting(entry: Entry) -> str:
+    scale = entry.solver.guidance_scale
+    return f"{entry.solver.grid_name} g{'*' if scale is None else f'{scale:g}'}"
+
+
+def _with_setting(row: Row, metric: str) -> str:
     cell = row.cells[metric]
-    return f"{_number(cell.interval)} {cell.entry.solver.grid_name}"
+    return f"{_number(cell.interval)} {_setting(cell.entry)}"
 
 
 def _number(interval: Interval) -> str:
