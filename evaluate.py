@@ -15,52 +15,46 @@ from functools import cached_property
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError, shows_input_errors
 from files import only_writer
-from models import Denoiser, clip, load_denoiser
+from models import Denoiser, load_denoiser
 from models.devices import DTYPES, resolve_device, resolve_dtype
-from models.fingerprints import fingerprint, model_fingerprint
+from models.fingerprints import model_fingerprint
 from models.pictures import to_pixels
-from models.prompts import read_prompts
-from models.shapes import scenes, verify
-from solvers import num_steps_for
+from models.prompts import first_prompts
 from training.command_line import Finite, require_one_process
-from training.comparison import CLASSICAL_BASELINE, TOTAL, Comparison, Entry, parse_baseline
-from training.evaluation import (
+from training.measuring.comparison import CLASSICAL_BASELINE, TOTAL, Comparison, Entry, parse_baseline
+from training.measuring.evaluation import (
+    PREVIEWS,
     REFERENCE_SCHEDULE,
     REFERENCE_SOLVER,
     REFERENCE_STEPS,
     Evaluation,
     Measured,
-    Panel,
     Setting,
     Store,
     reference_solver,
 )
-from training.evaluation_report import Report
-from training.ppo import rewards
-from training.ppo.rewards import find_reward_files, load_reward
+from training.measuring.report import Report
+from training.ppo.panels import SHAPES, judging_panel, true_images
+from training.ppo.rewards import find_reward_files
 from training.solver import (
     CLASSICAL,
     TRIED_SCHEDULES,
-    Schedule,
     Solver,
-    classical_solver,
+    classical_solvers,
     load_solver,
     parse_classical,
     parse_schedule,
 )
 
-SHAPES = "shapes"
 SHAPES_REWARD = Path("weights/shapes_reward.pt")
 SHAPES_VALIDATION = Path("src/prompts/shapes_validation.csv")
 USUAL_REWARD = Path("weights/HPS_v2.1_compressed.pt")
-PREVIEWS = 6  # prompts on the sheets
 
 EXAMPLES = """
 \b
@@ -214,9 +208,7 @@ def main(
         budgets = sorted({*budgets, *(table.evaluations.total for table in tables)})
     rivals = [
         rival.guided(one).on(denoiser)
-        for name in classical
-        for budget in budgets
-        for rival in classical_solvers(name, budget, tried)
+        for rival in classical_solvers(classical, budgets, tried, note=click.echo)
         for one in scales
     ]
     silent = [table.guidance_scale is None and not table.has_guidance_column for table in tables]
@@ -321,7 +313,7 @@ class Scene:
             for solver in solvers:
                 bar.set_description(f"{solver.label} {solver.grid_name}, NFE {solver.evaluations.parallel}")
                 entries.append(Entry(solver, evaluation.measure(solver)))
-        real = _true_images(prompts, self.seed) if self.model == SHAPES else None
+        real = true_images(prompts, self.seed) if self.model == SHAPES else None
         target = reference.features
         if real is not None:
             target = evaluation.features(real, {"true images of": list(prompts), "seed": self.seed})
@@ -351,14 +343,6 @@ def _scales(text: str) -> list[float]:
     if not all(0 <= scale < float("inf") for scale in scales):
         raise InputError(f"--guidances {text!r}: every scale must be at least 0 and finite")
     return scales
-
-
-def first_prompts(file: Path, number: int) -> list[str]:
-    """The first `number` different prompts of a file. Raises InputError where it has fewer."""
-    prompts = list(dict.fromkeys(read_prompts(file)))
-    if len(prompts) < number:
-        raise InputError(f"{file}: has {len(prompts)} different prompts, --number {number} asks for more")
-    return prompts[:number]
 
 
 def _predictors(model: str, sources: Sequence[str], root: Path, budgets: Sequence[int]) -> list[Solver]:
@@ -393,48 +377,6 @@ def _discovered(model: str, root: Path) -> Iterator[Solver]:
             continue
         if solver.model == model:
             yield solver
-
-
-def classical_solvers(name: str, budget: int, schedules: Sequence[Schedule]) -> list[Solver]:
-    """A classical solver on every schedule, with `budget` parallel evaluations; none where it cannot spend so many."""
-    sampler, _ = parse_classical(name)
-    try:
-        num_steps = num_steps_for(sampler, budget)
-    except ValueError as error:
-        click.echo(f"left out: {error}")
-        return []
-    return [classical_solver(name, num_steps, schedule) for schedule in schedules]
-
-
-def judging_panel(model: str, weights: Path, denoiser: Denoiser, prompts: Sequence[str], batch: int) -> Panel:
-    """What judges the images of a model: the reward `weights` and, in the shapes world, the verifier.
-
-    Raises:
-        InputError: the reward's files are missing or malformed, or the verifier cannot judge a prompt.
-    """
-    if model == SHAPES:
-        for prompt in prompts:
-            scenes.parse(prompt)
-    files = find_reward_files(weights)
-    described = [files.weights, files.weights.with_suffix(".json"), files.tokenizer]
-    judged_by = [path for path in described if path.exists()]
-    judged_by += [Path(clip.__file__), *sorted(Path(rewards.__file__).parent.glob("*.py"))]
-    if model == SHAPES:
-        judged_by += [Path(scenes.__file__), Path(verify.__file__)]
-    reward = load_reward(weights, device=denoiser.device, batch_size=batch)
-    reward.say_what_is_cut(prompts)
-    return Panel(reward, _verified if model == SHAPES else None, fingerprint(judged_by))
-
-
-def _verified(image: Tensor, prompt: str) -> dict[str, float]:
-    verdict = verify.verify(image, prompt)
-    return {"verifier": verdict.score, "verified": float(verdict.correct)}
-
-
-def _true_images(prompts: Sequence[str], seed: int) -> Tensor:
-    """Renderings [N, 3, 64, 64] of the captions, each placed by a generator of its own."""
-    placed = enumerate(scenes.parse(prompt) for prompt in prompts)
-    return torch.stack([scenes.render(scene, np.random.default_rng([seed, index])) for index, scene in placed])
 
 
 if __name__ == "__main__":

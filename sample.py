@@ -18,7 +18,7 @@ from models import load_denoiser
 from models.devices import DTYPES, resolve_device, resolve_dtype
 from models.prompts import parse_seeds, read_prompts
 from training.command_line import Finite, require_one_process
-from training.image_folder import LOG_NAME, SHEET_NAME, Job, draw
+from training.image_folder import LOG_NAME, SHEET_NAME, ImageRequest, draw
 from training.solver import CLASSICAL, Schedule, Solver, classical_solver, load_solver, parse_classical, parse_schedule
 
 USUAL_SCHEDULE = "discrete"
@@ -96,7 +96,7 @@ def main(
     denoiser = load_denoiser(spec, device=resolve_device(device), dtype=number_type)
     denoiser.validate_prompts(wanted)
     settled = asked.on(denoiser)
-    job = Job(
+    request = ImageRequest(
         prompts=wanted,
         seeds=numbers,
         solver=settled,
@@ -112,7 +112,7 @@ def main(
         f"{cost.total} in all, {cost.rows} network rows"
     )
     click.get_current_context().with_resource(only_writer(outdir))
-    records = draw(job, denoiser, outdir, sheet=grid, note=click.echo)
+    records = draw(request, denoiser, outdir, sheet=grid, note=click.echo)
     click.echo(f"wrote {len(records)} images and {LOG_NAME}{f' and {SHEET_NAME}' if grid else ''} to {outdir}")
 
 

@@ -37,8 +37,8 @@ from training.ddpm.comparison import Judged
 from training.ddpm.config import RENDERED, SCHEMA, DDPMConfig, judge_file, reward_file
 from training.ddpm.jobs import FINETUNE, TRAIN_REWARD_MODEL, compare, finetune, load_start, train_reward_model
 from training.ddpm.run import Resumed, open_run
+from training.measuring.statistics import Interval, bootstrap_indices, frechet_distance, frechet_resamples
 from training.ppo.rewards import RewardHPS
-from training.statistics import Interval, bootstrap_indices, frechet_distance, frechet_resamples
 
 SHAPES_CLIP = ROOT / "weights" / "shapes_reward.pt"
 VERIFIED = 128  # images of each kind that the verifier looks at

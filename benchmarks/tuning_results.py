@@ -8,24 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor
 
 from benchmarks.tuning_runs import PlannedRun, Study
 from errors import InputError
-from evaluate import PREVIEWS, classical_solvers, first_prompts, judging_panel
 from models.devices import resolve_device, resolve_dtype
 from models.fingerprints import model_fingerprint
-from models.prompts import read_prompts
+from models.prompts import first_prompts, read_prompts
 from models.registry import load_denoiser
 from training.checkpoint import best_path, newest_checkpoint
-from training.comparison import Entry
-from training.evaluation import Evaluation, Setting, Store
+from training.measuring.comparison import Entry
+from training.measuring.evaluation import PREVIEWS, Evaluation, Setting, Store
+from training.measuring.statistics import Interval, bootstrap_indices, paired_difference_interval
 from training.ppo.assembly import guidance_scale, model_spec
 from training.ppo.export_epd_predictor import read_export, write_export
+from training.ppo.panels import judging_panel
 from training.run_folder import RunFolder, read_metrics
-from training.solver import Solver, load_solver, parse_schedule
-from training.statistics import Interval, bootstrap_indices, paired_difference_interval
+from training.solver import Solver, classical_solvers, load_solver, parse_schedule
 
 FINAL, BEST = "final", "best"
 TABLES: Mapping[str, str] = {
@@ -223,7 +224,7 @@ class Scorer:
     def classical(self, nfe: int) -> list[Solver]:
         """Every classical solver that can spend so many parallel evaluations, at every schedule."""
         schedules = [parse_schedule(text) for text in self._study.schedules]
-        solvers = [solver for name in self._study.solvers for solver in classical_solvers(name, nfe, schedules)]
+        solvers = classical_solvers(self._study.solvers, [nfe], schedules, note=click.echo)
         if not solvers:
             raise InputError(f"no solver of the study can spend {nfe} parallel evaluations: add ddim to its solvers")
         return [self.on_model(solver.guided(self._guidance_scale)) for solver in solvers]

@@ -47,9 +47,9 @@ from errors import InputError, shows_input_errors
 from files import write_atomically
 from interrupts import goes_on_by
 from training.configuration import to_plain
-from training.evaluation import Store
+from training.measuring.evaluation import Store
+from training.measuring.statistics import Interval
 from training.ppo.figures import COLOURS, GRID
-from training.statistics import Interval
 
 NOT_REACHED = "not reached"
 EXPLAINED = """\

@@ -127,3 +127,11 @@ def _cell(file: Path, line: int, row: dict[str | None, str | list[str] | None]) 
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{file}, line {line}: column `{PROMPT_COLUMN}` is empty; write a prompt or remove the line")
     return prompt.strip()
+
+
+def first_prompts(file: Path, number: int) -> list[str]:
+    """The first `number` different prompts of a file. Raises InputError where it has fewer."""
+    prompts = list(dict.fromkeys(read_prompts(file)))
+    if len(prompts) < number:
+        raise InputError(f"{file}: has {len(prompts)} different prompts, --number {number} asks for more")
+    return prompts[:number]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from training.ddpm.config import DDPMConfig
 from training.ddpm.rollout import ImageReward
+from training.measuring.scoring import scores_by
 from training.ppo.rewards import load_reward
-from training.scoring import scores_by
 
 
 def preference_reward(config: DDPMConfig, device: torch.device) -> ImageReward:

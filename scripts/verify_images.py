@@ -23,7 +23,7 @@ from models.pictures import opened_picture
 from models.shapes.scenes import IMAGE_SIZE, parse, to_tensor
 from models.shapes.verify import Verdict, verify
 from training.image_folder import LOG_NAME
-from training.statistics import bootstrap_indices, mean_interval
+from training.measuring.statistics import bootstrap_indices, mean_interval
 
 EXAMPLES = """
 \b

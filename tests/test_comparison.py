@@ -13,11 +13,11 @@ from PIL import Image
 
 from errors import InputError
 from solvers import EPDTable
-from training.comparison import Baseline, Comparison, Entry, parse_baseline
-from training.evaluation import METRICS, Measured, Store, key_of
-from training.evaluation_report import Report
+from training.measuring.comparison import Baseline, Comparison, Entry, parse_baseline
+from training.measuring.evaluation import METRICS, Measured, Store, key_of
+from training.measuring.report import Report
+from training.measuring.statistics import bootstrap_indices, frechet_distance, mean_interval, paired_difference_interval
 from training.solver import Schedule, Solver
-from training.statistics import bootstrap_indices, frechet_distance, mean_interval, paired_difference_interval
 
 ROWS = 24
 

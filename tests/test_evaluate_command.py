@@ -26,6 +26,7 @@ from solvers import SAMPLERS, EPDTable
 from tests.by_hand import latents_by_hand
 from tests.plain_clip import write_letter_tokenizer
 from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
+from training.ppo import panels
 from training.ppo.rewards.reward_hps import RewardHPS
 from training.snapshot import save_snapshot
 
@@ -54,7 +55,7 @@ STEPS = 40  # of the reference: the true 200 take too long for a test
 @pytest.fixture(scope="module", autouse=True)
 def quick_reference():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.evaluation.REFERENCE_STEPS", STEPS)
+        patch.setattr("training.measuring.evaluation.REFERENCE_STEPS", STEPS)
         yield
 
 
@@ -401,7 +402,7 @@ def test_prompts_that_the_model_cannot_take_are_refused(world, tmp_path):
 
 def test_what_the_verifier_cannot_judge_is_refused_before_anything_is_drawn(world):
     with pytest.raises(InputError, match="'a red' is no caption"):
-        evaluate.judging_panel("shapes", world / "reward.pt", None, [*captions("heldout", 2, 0), "a red"], 4)
+        panels.judging_panel("shapes", world / "reward.pt", None, [*captions("heldout", 2, 0), "a red"], 4)
 
 
 def test_prompts_that_the_reward_cuts_are_said(world, tmp_path, caplog):
@@ -416,12 +417,12 @@ def test_prompts_that_the_reward_cuts_are_said(world, tmp_path, caplog):
 
 def test_true_images_of_shapes_pass_the_verifier_and_depend_on_their_own_seed_only():
     prompts = list(captions("heldout", 3, 0))
-    images = evaluate._true_images(prompts, 11)
+    images = panels.true_images(prompts, 11)
     assert images.shape == (3, 3, 64, 64)
     for image, prompt in zip(images, prompts, strict=True):
-        assert evaluate._verified(image, prompt) == {"verifier": 1.0, "verified": 1.0}
-    assert torch.equal(evaluate._true_images(prompts[:2], 11), images[:2])
-    wrong = evaluate._verified(torch.zeros(3, 64, 64), prompts[0])
+        assert panels.verified(image, prompt) == {"verifier": 1.0, "verified": 1.0}
+    assert torch.equal(panels.true_images(prompts[:2], 11), images[:2])
+    wrong = panels.verified(torch.zeros(3, 64, 64), prompts[0])
     assert wrong["verified"] == 0
     assert wrong["verifier"] < 0.5
 

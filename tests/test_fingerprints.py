@@ -13,7 +13,7 @@ from models.fingerprints import file_sha256, fingerprint, model_fingerprint
 from models.latent_diffusion import LatentDiffusion
 from models.registry import Asset, RegisteredModel
 from tests.test_import_boundaries import REPOSITORY, imported_names
-from training.evaluation import SAMPLING_CODE
+from training.measuring.evaluation import SAMPLING_CODE
 
 
 def write(folder, files):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from errors import InputError
-from training.scoring import scores_by
+from training.measuring.scoring import scores_by
 
 
 class Answer:

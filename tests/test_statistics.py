@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.statistics import (
+from training.measuring.statistics import (
     Interval,
     bootstrap_indices,
     frechet_difference_interval,
@@ -74,7 +74,7 @@ def test_intervals_do_not_depend_on_the_chunks(monkeypatch):
     values, indices = normal(10, 30), bootstrap_indices(30, seeded(11))
     features, reference = normal(12, 30, 4), normal(13, 30, 4)
     whole = mean_interval(values, indices), frechet_resamples(features, reference, indices)
-    monkeypatch.setattr("training.statistics.CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr("training.measuring.statistics.CHUNK_ELEMENTS", 1000)
     pieces = mean_interval(values, indices), frechet_resamples(features, reference, indices)
     assert pieces[0] == whole[0]
     torch.testing.assert_close(pieces[1].replicates, whole[1].replicates, rtol=1e-12, atol=1e-12)

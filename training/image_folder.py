@@ -50,7 +50,7 @@ class ImageRecord:
 
 
 @dataclass(frozen=True)
-class Job:
+class ImageRequest:
     """What is to be drawn: every prompt with every seed, or `paired`, prompt i with seed i.
 
     solver: settled for the model. model: the name or path by which that was asked for. dtype: of the latents.
@@ -72,36 +72,38 @@ class Job:
         return [(number, prompt, seed) for number, prompt in enumerate(self.prompts) for seed in self.seeds]
 
 
-def draw(job: Job, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Callable[[str], None]) -> list[ImageRecord]:
-    """Draw every image of the job into `folder`, with images.jsonl and, if asked for, a contact sheet grid.png.
+def draw(
+    request: ImageRequest, denoiser: Denoiser, folder: Path, *, sheet: bool, note: Callable[[str], None]
+) -> list[ImageRecord]:
+    """Draw every image of the request into `folder`, with images.jsonl and, if asked for, a contact sheet grid.png.
 
     Files of the same names are replaced, each at once; images and their lines appear batch by batch. An image whose
     latents are not finite is written as it decodes with zeros in their place, one that the decoder gives no numbers for
     is black there; both are marked in their records and reported through `note`. Raises InputError where a file cannot
     be written.
     """
-    pairs = job.pairs()
+    pairs = request.pairs()
     records: list[ImageRecord] = []
     _log(folder, [], mode="w")  # what it said of images that are replaced now
     kept: list[np.ndarray] = []
     exploded = undecoded = 0
     with tqdm(total=len(pairs), unit="image") as bar:
-        for start in range(0, len(pairs), job.batch_size):
-            batch = pairs[start : start + job.batch_size]
-            drawn = _drawn(job, denoiser, batch)
+        for start in range(0, len(pairs), request.batch_size):
+            batch = pairs[start : start + request.batch_size]
+            drawn = _drawn(request, denoiser, batch)
             exploded += int((~drawn.solved).sum())
             undecoded += int((drawn.solved & ~drawn.decoded).sum())
             pixels = to_pixels(drawn.images)
             for (number, prompt, seed), image, is_finite in zip(batch, pixels, drawn.fine.tolist(), strict=True):
-                records.append(_record(job, number, prompt, seed, finite=is_finite))
+                records.append(_record(request, number, prompt, seed, finite=is_finite))
                 write_atomically(folder / records[-1].file, _png(image, records[-1]))
             _log(folder, records[start:], mode="a")
             kept.extend(pixels if sheet else ())
             bar.update(len(batch))
     if sheet:
-        columns = ["its own seed"] if job.paired else [f"seed {seed}" for seed in job.seeds]
+        columns = ["its own seed"] if request.paired else [f"seed {seed}" for seed in request.seeds]
         rows = [kept[start : start + len(columns)] for start in range(0, len(kept), len(columns))]
-        write_sheet(folder / SHEET_NAME, rows, job.prompts, columns)
+        write_sheet(folder / SHEET_NAME, rows, request.prompts, columns)
     remedy = "; use --dtype bfloat16 or float32" if denoiser.dtype == torch.float16 else ""
     overflowed = f"the decoder overflowed in {str(denoiser.dtype).removeprefix('torch.')}{remedy}"
     for lost, reason in ((exploded, "the solver exploded there"), (undecoded, overflowed)):
@@ -131,19 +133,19 @@ def write_sheet(
     write_atomically(path, buffer.getvalue())
 
 
-def _drawn(job: Job, denoiser: Denoiser, batch: Sequence[tuple[int, str, int]]) -> Decoded:
+def _drawn(request: ImageRequest, denoiser: Denoiser, batch: Sequence[tuple[int, str, int]]) -> Decoded:
     """The images of (number, prompt, seed)."""
     _, prompts, seeds = zip(*batch, strict=True)
-    return decode(denoiser, job.solver.latents(denoiser, prompts, seeds, dtype=job.dtype), DECODED_AT_ONCE)
+    return decode(denoiser, request.solver.latents(denoiser, prompts, seeds, dtype=request.dtype), DECODED_AT_ONCE)
 
 
-def _record(job: Job, number: int, prompt: str, seed: int, *, finite: bool) -> ImageRecord:
-    solver, origin = job.solver, job.solver.origin
+def _record(request: ImageRequest, number: int, prompt: str, seed: int, *, finite: bool) -> ImageRecord:
+    solver, origin = request.solver, request.solver.origin
     return ImageRecord(
         file=f"{number:05d}-{file_stem(prompt)}-seed{seed:06d}.png",
         prompt=prompt,
         seed=seed,
-        model=job.model,
+        model=request.model,
         solver=solver.label if origin is None else solver.sampler,
         schedule=solver.grid_name,
         num_steps=solver.num_steps,

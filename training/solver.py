@@ -6,7 +6,7 @@ from a `Solver`; nothing else puts a table, a grid and a guidance scale together
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +29,7 @@ from solvers import (
     EPDTable,
     NetworkEvaluations,
     network_evaluations,
+    num_steps_for,
     with_ipndm_history,
 )
 from training.networks import Plain
@@ -377,6 +378,26 @@ def classical_solver(name: str, num_steps: int, schedule: Schedule, *, afs: bool
     sampler, order = parse_classical(name)
     options = {} if order is None else {"max_order": order}
     return Solver(name, sampler, num_steps, options=options, afs=afs, schedule=schedule)
+
+
+def classical_solvers(
+    names: Sequence[str], budgets: Sequence[int], schedules: Sequence[Schedule], *, note: Callable[[str], object]
+) -> list[Solver]:
+    """Classical solvers on every schedule, with each number of parallel evaluations.
+
+    One that cannot spend exactly so many is left out, which `note` is told. Raises InputError for an unknown name.
+    """
+    solvers = []
+    for name in names:
+        sampler, _ = parse_classical(name)
+        for budget in budgets:
+            try:
+                num_steps = num_steps_for(sampler, budget)
+            except ValueError as error:
+                note(f"left out: {error}")
+                continue
+            solvers += [classical_solver(name, num_steps, schedule) for schedule in schedules]
+    return solvers
 
 
 def parse_classical(name: str) -> tuple[str, int | None]:

@@ -5,7 +5,7 @@ import torch
 from tests.ddpm.tiny_ddpm import SHAPE, tiny_model, tiny_policy
 from training.ddpm.comparison import COMPARISON_METRICS, Comparison, Judged, comparison_lines, thumbnails_of
 from training.ddpm.reward_model import new_classifier
-from training.statistics import frechet_distance
+from training.measuring.statistics import frechet_distance
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from errors import InputError
 from training.ddpm.policy import DenoisingPolicy
 from training.ddpm.rollout import ImageReward, sample_images
-from training.statistics import (
+from training.measuring.statistics import (
     Interval,
     bootstrap_indices,
     frechet_difference_interval,

@@ -23,7 +23,8 @@ from training.configuration import LoadedConfig
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
 from training.ppo.cold_start import prepare_table
 from training.ppo.config import Config, apply_snapshot
-from training.ppo.heldout import HeldoutJudge, HeldoutWatch, VerifierPanel
+from training.ppo.heldout import HeldoutJudge, HeldoutWatch
+from training.ppo.panels import SHAPES, VerifierPanel
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.ppo_trainer import PPOTrainer, Trainer
 from training.ppo.rewards import Reward, build_reward, find_reward_files, load_reward
@@ -35,7 +36,6 @@ from training.solver import MODEL_OF_DATASET, Origin, Schedule, Solver, load_sol
 COCO_PROMPTS = "MS-COCO_val2014_30k_captions.csv"
 FETCH_COCO = f"Fetch {COCO_PROMPTS} (some 2 MB):  python -m models.assets fetch coco-prompts"
 MAKE_ONE = "Predictors are distilled by train.py; with --init-only it writes an undistilled one to start from."
-SHAPES = "shapes"
 POLICY_TOLERANCE = 1e-9
 """How far a policy's mean may be from the table in its checkpoint: both are float64, made on two devices at worst."""
 VERIFIER = "verifier"

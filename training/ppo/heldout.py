@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from models.randomness import generator_of
-from models.shapes.verify import verify
 from solvers import EPDTable
+from training.measuring.scoring import scores_by
+from training.measuring.statistics import Interval, bootstrap_indices, paired_difference_interval
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rewards.protocol import Reward
 from training.ppo.rl_runner import Images, Shard
 from training.ppo.rollout import DivergenceError
-from training.scoring import scores_by
-from training.statistics import Interval, bootstrap_indices, paired_difference_interval
 
 HELDOUT_METRICS: Mapping[str, str] = {
     "heldout/reward": "mean training reward of the mean table on the held-out prompts",
@@ -36,19 +35,6 @@ HELDOUT_METRICS: Mapping[str, str] = {
     "heldout/suspected_reward_hacking": "1 where the reward's interval lies above 0 and the panel's below, else 0",
 }
 """Every metric of an evaluation with its meaning."""
-
-
-class VerifierPanel:
-    """The exact verifier of the shapes world as a judge: the share of the caption's parts that hold, in [0, 1]."""
-
-    name = "verifier"
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [N] of images [N, 3, 64, 64] in [0, 1]."""
-        return torch.tensor([verify(image.cpu(), prompt).score for image, prompt in zip(images, prompts, strict=True)])
-
-    def say_what_is_cut(self, prompts: Sequence[str]) -> None:
-        """Nothing is: a caption is judged whole."""
 
 
 @dataclass(frozen=True)

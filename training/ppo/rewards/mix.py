@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from errors import InputError
+from training.measuring.scoring import scores_by
 from training.ppo.rewards.protocol import Reward
-from training.scoring import scores_by
 
 
 @dataclass

@@ -11,7 +11,8 @@ from torch import Tensor
 import schedules
 from models.shapes.scenes import captions, parse, render
 from solvers import EPDTable
-from training.ppo.heldout import HELDOUT_METRICS, HeldoutJudge, HeldoutScores, HeldoutWatch, VerifierPanel
+from training.ppo.heldout import HELDOUT_METRICS, HeldoutJudge, HeldoutScores, HeldoutWatch
+from training.ppo.panels import VerifierPanel
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import DivergenceError

@@ -25,8 +25,8 @@ from models.fingerprints import fingerprint
 from models.generate import bounded, decode
 from models.pictures import to_pixels
 from training.checkpoint import read_tensors, write_tensors
+from training.measuring.scoring import scores_by
 from training.networks import Plain
-from training.scoring import scores_by
 from training.solver import Schedule, Solver, classical_solver
 
 # A solver of order 2 at 200 evaluations in steps that are uniform in the model's own time: what is left of its error is
@@ -36,11 +36,13 @@ REFERENCE_STEPS = 200
 REFERENCE_SCHEDULE = Schedule("discrete", 1.0)
 REFERENCE_LABEL = f"reference ({REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REFERENCE_SCHEDULE})"
 
+PREVIEWS = 6  # images of each solver that are kept for sheets
+
 # Files whose change may change latents, and what is measured of them, whatever the model; see `Denoiser.code`.
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLING_CODE = [ROOT / "solvers.py", ROOT / "training" / "solver.py"]
 SAMPLING_CODE += [ROOT / "models" / f"{name}.py" for name in ("denoiser", "generate", "randomness")]
-JUDGING_CODE = [ROOT / "training" / "evaluation.py", ROOT / "models" / "pictures.py"]
+JUDGING_CODE = [Path(__file__).resolve(), ROOT / "models" / "pictures.py"]
 
 
 def reference_solver(denoiser: Denoiser, guidance_scale: float) -> Solver:

@@ -15,11 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from files import write_atomically
-from training.comparison import Comparison, Difference, Entry, Row
-from training.evaluation import METRICS, REFERENCE_LABEL, Measured
 from training.image_folder import write_sheet
+from training.measuring.comparison import Comparison, Difference, Entry, Row
+from training.measuring.evaluation import METRICS, REFERENCE_LABEL, Measured
+from training.measuring.statistics import Interval
 from training.networks import Plain
-from training.statistics import Interval
 
 MARKERS = "osv^Dp<>hX*P"
 FIGURE_DPI = 110

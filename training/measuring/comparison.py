@@ -11,9 +11,8 @@ from torch import Tensor
 
 from errors import InputError
 from models.randomness import generator_of
-from training.evaluation import METRICS, Measured, Store
-from training.solver import Solver
-from training.statistics import (
+from training.measuring.evaluation import METRICS, Measured, Store
+from training.measuring.statistics import (
     FrechetResamples,
     Interval,
     bootstrap_indices,
@@ -24,6 +23,7 @@ from training.statistics import (
     mean_interval,
     paired_difference_interval,
 )
+from training.solver import Solver
 
 CLASSICAL_BASELINE = "classical"
 TOTAL = "total"

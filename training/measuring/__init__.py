@@ -1,0 +1,1 @@
+"""What solvers do to images, in numbers: measurements, intervals, comparisons and their reports."""
