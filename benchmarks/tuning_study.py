@@ -65,7 +65,7 @@ highest plateau of all arms from the same start, at the resolution of logging.ev
 
 
 @dataclass(frozen=True)
-class Report:
+class StudyReport:
     """What a study found.
 
     Attributes:
@@ -314,7 +314,7 @@ def main(study_file: Path, output: Path | None, device: str | None, cache: Path)
     outcomes, finished = [outcome for outcome, _ in settled], [one for _, one in settled if one is not None]
     groups = score(study, finished, device, cache) if finished else []
     lines = [line for group in groups for line in lines_of(group)]
-    report = Report(study, study_file.stem, command, outcomes, groups, lines, learning_of(groups, study))
+    report = StudyReport(study, study_file.stem, command, outcomes, groups, lines, learning_of(groups, study))
     files = report.write(output)
     click.echo("\n\n".join(["", *report.failures(), *report.tables(), ""]))
     click.echo("wrote " + ", ".join(map(str, files)))
