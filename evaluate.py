@@ -238,7 +238,7 @@ def main(
     validation = None
     if validation_prompts is not None and len(rivals) > len({(one.label, one.num_steps) for one in rivals}):
         click.echo(f"{len(rivals)} settings of classical solvers on {len(validation_prompts)} prompts of {chosen_on}")
-        validation = scene.compare(rivals, validation_prompts, None)[0]
+        validation = scene.choose(rivals, validation_prompts)
         rivals = validation.contenders()
     click.echo(f"{len(tables) + len(rivals)} solvers and the reference on {number} prompts of {prompt_file}")
     comparison, reference, real = scene.compare([*tables, *rivals], prompts, validation)
@@ -294,6 +294,23 @@ class Scene:
         self, solvers: Sequence[Solver], prompts: Sequence[str], validation: Comparison | None
     ) -> tuple[Comparison, Measured, Tensor | None]:
         """Solvers and the reference on prompts, and true images [N, 3, H, W] where the world can draw them."""
+        fine = reference_solver(self.denoiser, self.guidance_scale)
+        evaluation, entries = self._measured(solvers, prompts, fine)
+        reference, real = evaluation.reference(), self._real(prompts)
+        target = reference.features if real is None else self._features(evaluation, real, prompts)
+        compared = Comparison(entries, target, self.store, seed=self.seed, validation=validation)
+        return compared, reference, real
+
+    def choose(self, solvers: Sequence[Solver], prompts: Sequence[str]) -> Comparison:
+        """Solvers on the prompts that settings are chosen on: no reference, whose evaluations are most of the work."""
+        evaluation, entries = self._measured(solvers, prompts, None)
+        real = self._real(prompts)
+        target = None if real is None else self._features(evaluation, real, prompts)
+        return Comparison(entries, target, self.store, seed=self.seed)
+
+    def _measured(
+        self, solvers: Sequence[Solver], prompts: Sequence[str], reference: Solver | None
+    ) -> tuple[Evaluation, list[Entry]]:
         setting = Setting(
             prompts=prompts,
             seeds=[self.seed + index for index in range(len(prompts))],
@@ -303,21 +320,23 @@ class Scene:
             previews=PREVIEWS,
         )
         panel = judging_panel(self.model, self.weights, self.denoiser, prompts, self.batch)
-        fine = reference_solver(self.denoiser, self.guidance_scale)
+        entries = []
         with tqdm(unit="evaluation") as bar:
-            evaluation = Evaluation(self.denoiser, panel, setting, self.store, bar.update, reference=fine)
+            evaluation = Evaluation(self.denoiser, panel, setting, self.store, bar.update, reference=reference)
             bar.reset(total=evaluation.evaluations_ahead(solvers))
-            bar.set_description("reference")
-            reference = evaluation.reference()
-            entries = []
+            if reference is not None:
+                bar.set_description("reference")
+                evaluation.reference()
             for solver in solvers:
                 bar.set_description(f"{solver.label} {solver.grid_name}, NFE {solver.evaluations.parallel}")
                 entries.append(Entry(solver, evaluation.measure(solver)))
-        real = true_images(prompts, self.seed) if self.model == SHAPES else None
-        target = reference.features
-        if real is not None:
-            target = evaluation.features(real, {"true images of": list(prompts), "seed": self.seed})
-        return Comparison(entries, target, self.store, seed=self.seed, validation=validation), reference, real
+        return evaluation, entries
+
+    def _real(self, prompts: Sequence[str]) -> Tensor | None:
+        return true_images(prompts, self.seed) if self.model == SHAPES else None
+
+    def _features(self, evaluation: Evaluation, real: Tensor, prompts: Sequence[str]) -> Tensor:
+        return evaluation.features(real, {"true images of": list(prompts), "seed": self.seed})
 
 
 def _listed(text: str, option: str) -> list[str]:

@@ -116,7 +116,7 @@ class Comparison:
     def __init__(
         self,
         entries: Sequence[Entry],
-        frechet_target: Tensor,
+        frechet_target: Tensor | None,
         store: Store,
         *,
         seed: int,
@@ -124,15 +124,16 @@ class Comparison:
     ) -> None:
         """Nothing is resampled yet.
 
-        frechet_target: features [N, D], row i for the prompt of row i of every entry. seed: of the bootstrap.
-        validation: the same solvers on other prompts; what is best is then what is best there (see `contenders`).
+        frechet_target: features [N, D], row i for the prompt of row i of every entry; None: no Fréchet distance. seed:
+        of the bootstrap. validation: the same solvers on other prompts; what is best by a metric is then what is best
+        there, if it was measured there (see `contenders`).
         """
         self.entries = list(entries)
         self.validation = validation
-        self.metrics = [name for name in METRICS if name == "frechet" or name in entries[0].measured.values]
+        measured = {*entries[0].measured.values, *([] if frechet_target is None else ["frechet"])}
+        self.metrics = [name for name in METRICS if name in measured]
         self._target, self._store, self._seed = frechet_target, store, seed
-        self._target_hash = hashlib.sha256(frechet_target.numpy().tobytes()).hexdigest()
-        self._indices = bootstrap_indices(len(frechet_target), generator_of(seed))
+        self._indices = bootstrap_indices(len(entries[0].measured.features), generator_of(seed))
         self._estimates: dict[tuple[str, str], float] = {}
         self._intervals: dict[tuple[str, str], Interval] = {}
 
@@ -180,7 +181,7 @@ class Comparison:
         """The entry that is best by the metric, on the validation prompts if there are any; the first of several."""
         if len(entries) == 1:
             return entries[0]
-        if self.validation is not None:
+        if self.validation is not None and metric in self.validation.metrics:
             elsewhere = {entry.solver: entry for entry in self.validation.entries}
             chosen = self.validation.best([elsewhere[entry.solver] for entry in entries], metric)
             return next(entry for entry in entries if entry.solver is chosen.solver)
@@ -219,7 +220,7 @@ class Comparison:
         description = {
             "kind": "frechet",
             "features": measured.key,
-            "target": self._target_hash,
+            "target": hashlib.sha256(self._target.numpy().tobytes()).hexdigest(),
             "seed": self._seed,
             "resamples": len(self._indices),
         }
