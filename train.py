@@ -21,6 +21,7 @@ from interrupts import goes_on_by
 from models import Denoiser, load_denoiser
 from models.devices import resolve_device
 from models.prompts import read_prompts
+from models.registry import usual_prompts
 from schedules import SCHEDULES
 from solvers import SAMPLERS
 from training.command_line import Finite, require_one_process
@@ -40,10 +41,6 @@ from training.snapshot import find_run
 from training.solver import MODEL_OF_DATASET, USUAL_RHO
 from training.starts import NEAR_EULER, check_start, needs_grid, start_table
 
-USUAL_PROMPTS = {
-    "shapes": "src/prompts/shapes_train.csv",
-    "ms_coco": "src/prompts/MS-COCO_val2014_30k_captions.csv",
-}
 EXAMPLES = """
 \b
 Examples:
@@ -57,7 +54,7 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.option("--dataset_name", help="The model's world: shapes, ms_coco (Stable Diffusion 1.5), or a name of yours.")
 @click.option("--model_path", help="Registered name, pipeline folder or file. [what dataset_name stands for]")
-@click.option("--prompt-file", help="A .txt (one a line) or .csv (column `text`). [the world's own training prompts]")
+@click.option("--prompt-file", help="A .txt (one a line) or .csv (column `text`). [the model's usual ones]")
 @click.option("--num_steps", type=click.IntRange(2, 1000), default=4, show_default=True, help="Grid points.")
 @click.option(
     "--num_points",
@@ -172,7 +169,7 @@ def _options(told: dict[str, object]) -> Options:
         raise InputError("--dataset_name is missing: shapes, ms_coco, or a name of yours with --model_path")
     if not re.fullmatch(r"\w+", name):
         raise InputError(f"--dataset_name {name!r}: use letters, digits and _ only, it becomes part of a folder's name")
-    prompt_file = told["prompt_file"] or USUAL_PROMPTS.get(name)
+    prompt_file = told["prompt_file"] or usual_prompts(told["model_path"], MODEL_OF_DATASET.get(name, name))
     if prompt_file is None and not told["init_only"]:
         raise InputError(f"--prompt-file is missing: {name} has no prompts of its own")
     if not told["init_only"] and (told["num_points"] == 0 or told["start"] != NEAR_EULER):

@@ -54,12 +54,14 @@ class RegisteredModel:
     """A model with a name.
 
     weights: alternatives, the first that is there is used. companions: all needed besides. remedy: what to do when
-    something is missing. unknown_words: see `LatentDiffusion`.
+    something is missing. prompts: those that it is trained on where nobody names others, a path below the repository's
+    root. unknown_words: see `LatentDiffusion`.
     """
 
     weights: tuple[Asset, ...]
     companions: tuple[Asset, ...]
     remedy: str
+    prompts: str
     unknown_words: Callable[[str], list[str]] | None
 
 
@@ -74,15 +76,22 @@ REGISTERED = {
         weights=(Asset("shapes", None),),
         companions=(Asset("shapes/model_index.json", None),),
         remedy="It is part of the repository:  git checkout -- src/shapes",
+        prompts="src/prompts/shapes_train.csv",
         unknown_words=_words_unknown_to_shapes,
     ),
     "sd15": RegisteredModel(
         weights=(_fetched(asset_table.SD15_SAFETENSORS), _fetched(asset_table.SD15_CKPT)),
         companions=TOKENIZER,
         remedy=FETCH_SD15,
+        prompts=asset_table.COCO_PROMPTS.path,
         unknown_words=None,
     ),
 }
+
+
+def usual_prompts(*names: str | None) -> str | None:
+    """The prompts that the first registered model among `names` is usually trained on; None where there is none."""
+    return next((REGISTERED[name].prompts for name in names if name in REGISTERED), None)
 
 
 def load_denoiser(

@@ -22,7 +22,7 @@ from training.command_line import started_processes
 from training.configuration import LoadedConfig
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
 from training.ppo.cold_start import prepare_table
-from training.ppo.config import Config, apply_snapshot
+from training.ppo.config import Config, apply_snapshot, with_usual
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch
 from training.ppo.panels import SHAPES, VerifierPanel
 from training.ppo.policy import EPDParamPolicy
@@ -118,7 +118,7 @@ def prepare(loaded: LoadedConfig) -> Start:
         InputError: lists all that is missing (with its size and the command that fetches it, where that is known) or
             contradicts the predictor.
     """
-    config, faults = loaded.config, []
+    config, faults = with_usual(loaded.config), []
     require_processes(config)
     try:
         start = start_from_snapshot(loaded)
@@ -235,8 +235,9 @@ def path_faults(config: Config) -> Iterator[str]:
     checks: list[tuple[str, Callable[[], object]]] = [
         (f"run.output_root={config.run.output_root}", lambda: _check_writable(Path(config.run.output_root))),
         (f"run.device={config.run.device}", lambda: resolve_device(config.run.device)),
-        (f"data.prompt_csv={config.data.prompt_csv}", lambda: _read_prompts(config.data.prompt_csv)),
     ]
+    if config.data.prompt_csv is not None:
+        checks.append((f"data.prompt_csv={config.data.prompt_csv}", lambda: _read_prompts(config.data.prompt_csv)))
     if spec is not None:
         checks.append((f"model {spec}", lambda: check_assets(spec)))
     if config.model.compile:
@@ -391,7 +392,8 @@ def _heldout_prompts(config: Config) -> list[str]:
             f"{config.logging.eval_prompts}: holds {len(prompts)} prompts, and "
             f"logging.eval_count={config.logging.eval_count}: set it to {len(prompts)}"
         )
-    shared = set(prompts[: config.logging.eval_count]) & set(read_prompts(config.data.prompt_csv))
+    trained_on = [] if config.data.prompt_csv is None else read_prompts(config.data.prompt_csv)
+    shared = set(prompts[: config.logging.eval_count]) & set(trained_on)
     if shared:
         raise InputError(
             f"{config.logging.eval_prompts}: {len(shared)} held-out prompts are also trained on, for example "

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.registry import usual_prompts
 from schedules import SCHEDULES
 from training.configuration import OVERRIDE, Disagreements, LoadedConfig, Schema, knob, raise_all
 from training.run_folder import name_fault
-from training.solver import USUAL_RHO, Solver
+from training.solver import MODEL_OF_DATASET, USUAL_RHO, Solver
 
 
 @dataclass
@@ -38,7 +39,9 @@ class DataConfig:
     predictor_snapshot: str = knob(
         "", "snapshot (.pkl or .json), its folder, or an experiment number in exps/", required=True
     )
-    prompt_csv: str = knob("", "training prompts: a CSV file with a column `text`", required=True)
+    prompt_csv: str | None = knob(
+        None, "training prompts: a CSV file with a column `text`; null: the model's usual ones", required=True
+    )
     shuffle: bool = knob(True, "a new prompt order each epoch, drawn from run.seed; false: the file's order")
 
 
@@ -133,7 +136,11 @@ class LoggingConfig:
     preview_prompts: int = knob(
         4, "held-out prompts whose images are kept at each evaluation, from the top", at_least=0
     )
-    eval_interval: int = knob(25, "steps between held-out evaluations of the mean table; 0: none", at_least=0)
+    eval_interval: int | None = knob(
+        None,
+        "steps between held-out evaluations of the mean table; 0: none; null: 25, or none where eval_prompts is null",
+        at_least=0,
+    )
     eval_prompts: str | None = knob(None, "held-out prompts: a CSV file with a column `text`")
     eval_count: int = knob(
         64, "held-out images per evaluation: prompts from the top of the file, one image each", at_least=2
@@ -213,14 +220,37 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
                 f"{key}={ours}: {snapshot.where} was made with {theirs}: set the key to null, "
                 f"or insist with {OVERRIDE} {key}={ours}"
             )
-    raise_all(faults)
-    if model.model_path is None and chosen["dataset_name"] == fixed["dataset_name"]:
+    if model.model_path is None and chosen.get("dataset_name") == fixed["dataset_name"]:
         chosen["model_path"] = metadata.get("model_path")
-    return dataclasses.replace(loaded.config, model=dataclasses.replace(model, **chosen)), notes
+    config = with_usual(dataclasses.replace(loaded.config, model=dataclasses.replace(model, **chosen)))
+    if config.data.prompt_csv is None:
+        faults.append(
+            f"data.prompt_csv is null and {config.model.model_path or config.model.dataset_name} is no model that has "
+            f"usual prompts: name a CSV file with a column `text`"
+        )
+    raise_all(faults)
+    return config, notes
+
+
+def with_usual(config: Config) -> Config:
+    """The configuration with what null stands for: the model's usual prompts, and how often to evaluate.
+
+    The prompts stay null where the model is not known, or has none.
+    """
+    model, data, logging = config.model, config.data, config.logging
+    if data.prompt_csv is None:
+        dataset = MODEL_OF_DATASET.get(model.dataset_name, model.dataset_name)
+        data = dataclasses.replace(data, prompt_csv=usual_prompts(model.model_path, dataset))
+    if logging.eval_interval is None:
+        interval = 0 if logging.eval_prompts is None else USUAL_EVAL_INTERVAL
+        logging = dataclasses.replace(logging, eval_interval=interval)
+    return dataclasses.replace(config, data=data, logging=logging)
 
 
 MIX_WEIGHTS = (1e-6, 1e6)
 """Least and largest size of a weight beside the main reward's 1: beyond it one of the two is lost in rounding."""
+
+USUAL_EVAL_INTERVAL = 25
 
 SHAPE_KEYS = ("num_steps", "num_points")
 FIXED_FILES = ("data.predictor_snapshot", "model.model_path", "reward.weights_path", "logging.eval_prompts")
@@ -299,13 +329,14 @@ def _batch_disagreements(ppo: PPOConfig, devices: int) -> Disagreements:
 
 def _judge_disagreements(config: Config) -> Disagreements:
     logging = config.logging
-    if logging.eval_interval and logging.eval_prompts is None:
+    if logging.eval_prompts is None and (logging.eval_interval or (logging.eval_interval is None and logging.panel)):
+        asked = "eval_interval" if logging.eval_interval else "panel"
         yield (
-            {"logging.eval_interval", "logging.eval_prompts"},
-            f"logging.eval_interval={logging.eval_interval} but logging.eval_prompts is null: "
+            {"logging.eval_interval", "logging.eval_prompts", "logging.panel"},
+            f"logging.{asked}={getattr(logging, asked)} but logging.eval_prompts is null: "
             f"name a CSV file, or set logging.eval_interval=0",
         )
-    if logging.stop_on_reward_hacking and (logging.panel is None or not logging.eval_interval):
+    if logging.stop_on_reward_hacking and (logging.panel is None or not with_usual(config).logging.eval_interval):
         yield (
             {"logging.stop_on_reward_hacking", "logging.panel", "logging.eval_interval"},
             "logging.stop_on_reward_hacking=true needs logging.panel and logging.eval_interval: "

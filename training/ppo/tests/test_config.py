@@ -196,7 +196,8 @@ def test_all_faults_come_at_once():
         (["logging.preview_prompts=65"], "set logging.preview_prompts=64 or less"),
         (["reward.mix={other/reward.pt: 1}"], "two checkpoints are called reward"),
         (["ppo.decode_rgb=false"], "every reward here scores RGB images"),
-        (["logging.eval_interval=5"], "logging.eval_prompts is null"),
+        (["logging.eval_interval=5"], "logging.eval_interval=5 but logging.eval_prompts is null"),
+        (["logging.panel=verifier", "logging.eval_interval=null"], "logging.panel=verifier but"),
         (["logging.stop_on_reward_hacking=true"], "without a panel no hacking is seen"),
         (["logging.panel=weights/reward.pt"], "is trained on"),
         (["logging.eval_prompts=train.csv"], "held-out prompts must not be trained on"),
@@ -261,7 +262,7 @@ def test_what_a_message_proposes_works():
         ("run: " + "[" * 9000, "is nested too deeply"),
         ("- " * 9000, "is nested too deeply"),
         ("#" * 40000, "it has more than 32768 bytes"),
-        ("".join(f"k{number}: 1\n" for number in range(30)), "and 14 more"),
+        ("".join(f"k{number}: 1\n" for number in range(30)), "and 12 more"),
     ],
 )
 def test_malformed_files(tmp_path: Path, content: str, part: str):
@@ -301,6 +302,35 @@ def test_snapshot_fills_what_is_null():
     model = config.model
     assert {name: getattr(model, name) for name in METADATA} == METADATA
     assert (model.num_steps, model.num_points, notes) == (4, 2, [])
+
+
+@pytest.mark.parametrize(
+    ("model", "prompts"),
+    [
+        ({}, "src/prompts/shapes_train.csv"),
+        ({"dataset_name": "ms_coco"}, "src/prompts/MS-COCO_val2014_30k_captions.csv"),
+        ({"dataset_name": "mine", "model_path": "sd15"}, "src/prompts/MS-COCO_val2014_30k_captions.csv"),
+    ],
+)
+def test_no_prompts_are_the_usual_ones_of_the_model(model: dict, prompts: str):
+    said = METADATA | {"dataset_name": model.get("dataset_name", "shapes")}
+    config, notes = apply_snapshot(least(data={"prompt_csv": None}, model=model), snapshot(said))
+    assert config.data.prompt_csv == prompts
+    assert notes == []
+
+
+def test_a_model_without_usual_prompts_needs_some():
+    with pytest.raises(InputError, match=r"data\.prompt_csv is null and mine is no model that has usual prompts"):
+        apply_snapshot(least(data={"prompt_csv": None}), snapshot(METADATA | {"dataset_name": "mine"}))
+
+
+@pytest.mark.parametrize(
+    ("said", "interval"),
+    [({}, 0), ({"eval_prompts": "b.csv"}, 25), ({"eval_prompts": "b.csv", "eval_interval": 3}, 3)],
+)
+def test_who_names_no_held_out_prompts_gets_no_evaluation(said: dict, interval: int):
+    config, _ = apply_snapshot(least(logging={"eval_interval": None, **said}), snapshot(METADATA))
+    assert config.logging.eval_interval == interval
 
 
 def test_agreement_with_the_snapshot_is_no_note():

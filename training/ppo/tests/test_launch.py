@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import sample
 import training.ppo.training_run as training_run
 from errors import InputError
 from files import only_writer
-from models import clip
+from models import clip, registry
 from training.checkpoint import best_path, newest_checkpoint, step_path
 from training.command_line import spread
 from training.configuration import config_hash
@@ -162,6 +163,25 @@ def test_a_run_writes_its_folder(finished: RunFolder):
     assert rows[0]["heldout/reward_difference"] == 0.0
     assert max(row["first_pass_ratio_error"] for row in rows[1:]) == 0.0
     assert finished.report.stat().st_size > 10_000
+
+
+def test_a_run_that_is_told_the_least_takes_the_usual_prompts_and_does_not_evaluate(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = yaml.safe_load(config.read_text())
+    del told["logging"]
+    told["data"]["prompt_csv"] = None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(told))
+    overrides = [f"run.output_root={tmp_path / 'exps'}", "ppo.steps=1"]
+    prompts = config.parent / "train.csv"
+    monkeypatch.setitem(registry.REGISTERED, "tiny", replace(registry.REGISTERED["shapes"], prompts=str(prompts)))
+    result = launch("--config", tmp_path / "config.yaml", "--override", *overrides)
+    assert result.exit_code == 0, result.output
+    folder = only_run(tmp_path / "exps")
+    assert load_config(folder.config).config.data.prompt_csv == str(prompts)
+    (row,) = read_metrics(folder.metrics)
+    assert row["step"] == 1
+    assert not [name for name in row if name.startswith("heldout")]
 
 
 def test_previews_tell_their_prompt_and_seed(finished: RunFolder):
