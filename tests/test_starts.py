@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +18,14 @@ from models.latent_diffusion import LatentDiffusion
 from scripts import show_solver
 from solvers import EPDTable
 from tests.tiny_pipeline import save_tiny_pipeline
+from training.distillation_run import load_options
 from training.ppo.assembly import start_from_snapshot
 from training.ppo.config import SCHEMA
 from training.ppo.figures import solver_figure
-from training.snapshot import load_snapshot, private_parts, save_snapshot
+from training.snapshot import find_snapshot, load_snapshot, private_parts, save_snapshot
+from training.starts import needs_grid, start_table
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 STARTS = [("ddim", 0), ("ipndm", 0), ("ipndm:2", 0), ("dpmpp:2", 0), ("dpmpp", 0), ("dpm2", 1)]
 METADATA = {"dataset_name": "tiny", "guidance_rate": 3.0, "schedule_type": "polynomial", "schedule_rho": 4.0}
 
@@ -77,6 +81,20 @@ def test_a_start_draws_what_its_sampler_draws(pipeline, tmp_path, start, points)
     assert table.std() > 5
     for cost in ("parallel_evaluations", "total_evaluations", "guidance", "num_steps"):
         assert table_record[cost] == sampler_record[cost]
+
+
+def test_the_start_that_is_shipped_for_stable_diffusion_is_what_its_options_write():
+    file = find_snapshot(REPOSITORY / "exps/00006-ms_coco-11-20-epd-near_euler-discrete")
+    options = load_options(file.parent)
+    table, metadata = load_snapshot(file)
+    assert needs_grid(options) is False
+    written = start_table(options, None)
+    assert table.columns().keys() == written.columns().keys()
+    assert all(torch.equal(table.columns()[name], written.columns()[name]) for name in table.columns())
+    said = options.metadata(None)
+    assert said["guidance_rate"] == 7.5
+    assert {key: metadata[key] for key in said} == said
+    assert file.parent.name.partition("-")[2] == options.description
 
 
 @pytest.mark.parametrize(

@@ -683,6 +683,21 @@ def test_default_configuration_names_what_stable_diffusion_lacks(monkeypatch: py
         assert part in result.output
 
 
+def test_default_configuration_lacks_nothing_but_what_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("models.registry.SOURCE", tmp_path)
+    result = launch("--dry-run", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "num_steps 11 (10 intervals), num_points 2" in result.output
+    missing = [line.removeprefix("  - ").partition(":")[0] for line in result.output.splitlines() if line[:4] == "  - "]
+    assert "model sd15" in missing
+    assert set(missing) <= {
+        "model sd15",
+        "reward weights/HPS_v2.1_compressed.pt",
+        "data.prompt_csv=src/prompts/MS-COCO_val2014_30k_captions.csv",
+    }
+
+
 @pytest.mark.integration
 def test_shapes_configuration_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asset):
     asset("src/shapes/model_index.json")
