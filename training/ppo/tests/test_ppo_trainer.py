@@ -1,13 +1,16 @@
 """The trainer: its gradient is the score-function gradient, it finds known optima, a resumed run is the same run."""
 
 import io
+import math
 import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import schedules
 from errors import InputError
+from models.pictures import png_text, to_pixels
 from solvers import EPDTable
 from training.ppo import algorithm
 from training.ppo.cold_start import prepare_table
@@ -382,6 +385,29 @@ def test_reward_variances_show_prompts_and_tables_apart():
     uniform = prepare_table(cold_start_table()).table
     silent = trainer(policy=EPDParamPolicy(uniform, concentration=1e9)).step()
     assert silent["reward_within_variance"] < 1e-6
+
+
+@pytest.mark.integration
+def test_it_trains_a_real_start_and_the_images_can_be_looked_at(integration):
+    """Two steps; then an image of the mean table for each of four prompts."""
+    subject, start = integration.parts.trainer, integration.start.table
+    for step in (1, 2):
+        record = subject.step()
+        assert record["step"] == step
+        assert record["first_pass_ratio_error"] == 0
+        assert record["dropped_groups"] == 0
+        assert math.isfinite(record["reward_mean"])
+    with torch.no_grad():
+        table = subject.policy().mean_table().to(device="cpu")
+    assert 0 < (table.positions - start.positions).abs().max() < 0.5
+    prompts = subject.prompts.take(4).texts
+    images = subject.source.sample_images(table, prompts, range(4))
+    assert images.finite.all()
+    integration.pictures.mkdir(exist_ok=True)
+    for number, pixels in enumerate(to_pixels(images.pixels)):
+        story = png_text({"prompt": prompts[number], "seed": str(number), "step": "2"})
+        file = integration.pictures / f"ppo_trainer_integration_sample_{number}.png"
+        Image.fromarray(pixels).save(file, pnginfo=story)
 
 
 if __name__ == "__main__":

@@ -372,6 +372,14 @@ def test_build_reward_refuses_two_of_one_name(tmp_path):
 
 
 @pytest.mark.integration
+def test_a_real_image_scores_higher_for_its_own_prompt(integration):
+    source, prompts = integration.parts.trainer.source, integration.parts.trainer.prompts.take(8).texts
+    images = source.sample_images(integration.start.table, prompts, range(8)).pixels
+    own, others = (source.reward.score(images, texts).mean() for texts in (prompts, [*prompts[1:], prompts[0]]))
+    assert own > others
+
+
+@pytest.mark.integration
 def test_hps_v2_1_agrees_with_open_clip(asset):
     weights, tokenizer = (
         asset("weights/HPS_v2.1_compressed.pt"),

@@ -250,5 +250,24 @@ def test_a_prompt_stream_refuses_another_streams_place():
         PromptStream([], shuffle=False, seed=0)
 
 
+@pytest.mark.integration
+def test_a_real_model_rolls_out_real_tables_and_a_real_reward_scores_them(integration):
+    trainer, denoiser = integration.parts.trainer, integration.parts.denoiser
+    tables = trainer.policy().sample(8, torch.Generator().manual_seed(0)).table()
+    prompts = trainer.prompts.take(2)
+    images = trainer.source.roll_out(tables, prompts, step=0)
+    assert images.pixels.shape == (8, 3, *denoiser.image_size)
+    assert images.finite.all()
+    assert 0 <= images.pixels.min() < images.pixels.max() <= 1
+    assert (images.pixels.std((1, 2, 3)) > 0.02).all()
+    first, second = images.pixels.flatten(1).split(4)
+    assert (first - first.mean(0)).abs().mean() < (first - second).abs().mean()  # a group shares prompt and noise
+    rewards = trainer.source.score(images).rewards
+    assert rewards.isfinite().all()
+    assert rewards.std() > 0
+    again = trainer.source.roll_out(tables, prompts, step=0)
+    assert torch.equal(again.pixels, images.pixels)
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-q"]))
