@@ -143,12 +143,12 @@ class Schema(Generic[Config]):
         """As `load`, from nested plain values; `origin` names them in messages."""
         faults: list[str] = []
         overridden = list(self._parse_overrides(overrides, faults))
-        assigned = [(key, value, origin) for key, value in self._flatten(values, origin, faults)]
-        assigned += [(key, value, OVERRIDE) for key, value in overridden]
+        assigned = {key: (value, origin) for key, value in self._flatten(values, origin, faults)}
+        assigned |= {key: (value, OVERRIDE) for key, value in overridden}
         node = OmegaConf.structured(self.kind)
         origins: dict[str, str] = {}
         unsound: set[str] = set()
-        for key, value, where in assigned:
+        for key, (value, where) in assigned.items():
             if key not in self.knobs:
                 hint = self._suggestion(key) if len(faults) < MOST_FAULTS else ""
                 faults.append(f"{where}: unknown key {_cut(key)}{hint}")
@@ -177,6 +177,9 @@ class Schema(Generic[Config]):
 
     def _assign(self, node: DictConfig, key: str, value: Any) -> str | None:
         """Set a knob, in the place of all that it held before; or say why it cannot be."""
+        if value is None and types.NoneType not in _members(self._kinds[key]):
+            usual = value_of(self.kind(), key)
+            return f"must not be null: leave it out, or set {key}={usual}" if usual else "must not be null"
         if float in _members(self._kinds[key]) and isinstance(value, str) and NOT_FINITE.fullmatch(value):
             value = float(value.replace(".", ""))
         try:

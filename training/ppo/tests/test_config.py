@@ -242,6 +242,13 @@ def test_a_value_out_of_range_is_one_fault(override: str):
     assert f"{override} must be at least" in line
 
 
+def test_an_override_has_the_last_word_over_a_value_that_cannot_be():
+    assert (
+        least("ppo.steps=3", "ppo.rloo_k=x", "ppo.rloo_k=2", ppo={"steps": None, "rloo_k": "four"}).config.ppo.steps
+        == 3
+    )
+
+
 def test_what_a_message_proposes_works():
     assert least("run.num_devices=3", "ppo.rollout_batch_size=36", "ppo.minibatch_size=36").config.run.num_devices == 3
 
