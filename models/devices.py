@@ -30,16 +30,25 @@ def resolve_device(name: str) -> torch.device:
     Metal is never chosen by itself: it has no float64, so noise levels must stay on the CPU there. Raises `InputError`
     for an unknown name and for a device this machine does not have.
     """
+    if fault := device_fault(name):
+        raise InputError(fault)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise InputError(f"Unknown device {name!r}. Known: auto, cpu, cuda, cuda:<index>, mps.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise InputError(f"Device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices here.")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise InputError("Device 'mps' asked for, but torch finds no Metal device here. Use cpu or auto.")
     return torch.device(name)
+
+
+def device_fault(name: str) -> str | None:
+    """What is wrong with a device's name, whatever this machine has; None where it is one."""
+    kind, _, index = name.partition(":")
+    if name in ("auto", "cpu", "mps") or (kind == "cuda" and (index.isdecimal() or name == kind)):
+        return None
+    meant = f" Did you mean {name.replace(kind, 'cuda', 1)}?" if kind == "gpu" else ""
+    return f"Unknown device {name!r}. Known: auto, cpu, cuda, cuda:<index>, mps.{meant}"
 
 
 def resolve_dtype(name: str) -> torch.dtype:

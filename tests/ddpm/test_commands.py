@@ -316,6 +316,65 @@ def test_bad_input_is_explained(done, tmp_path, command, change, message):
     assert message in " ".join(fails(command, *smoke(folder, *paths, change)).split())
 
 
+PUBLIC = """
+seed: 42
+device: 'gpu'
+path:
+  real_img: 'data/real'
+  fake_img: 'data/fake'
+  ddpm: null
+  rm: 'rm.pt'
+finetune:
+  lr: 0.000001
+  num_epochs: 1
+  ddim_steps: 1
+  eta: 0.5
+  clip_eps: 0.2
+  episodes_per_epoch: 1
+  grad_clip: 1.0
+  microbatch: 1
+  save: true
+train_reward:
+  num_img: 2
+  num_noise: 0
+  batch_size: 2
+  num_workers: 0
+  lr: 0.0001
+  label_smoothing: 0.05
+  num_epochs: 1
+  save: false
+"""
+"""Keys and values as public PPO of a DDPM has them; what is else in its two files runs as it is."""
+
+
+def test_a_public_configuration_runs_once_the_lines_that_are_named_are_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("public.yaml").write_text(PUBLIC)
+    said = fails("train_reward_model", "--cfg", "public.yaml")
+    replaced = {
+        "device=gpu": ("Did you mean cuda?", "device=cpu"),
+        "path.ddpm=None": ("set path.ddpm=src/shapes_ddpm", f"path.ddpm={write_tiny_ddpm(tmp_path / 'start')}"),
+        "finetune.save=true": ("set finetune.save=outputs/ddpm", "finetune.save=outputs/ddpm"),
+        "train_reward.save=false": ("set train_reward.save=rm.pt", "train_reward.save=rm.pt"),
+        "finetune.ddim_steps=1": ("must be at least 2", "finetune.ddim_steps=2"),
+        "finetune.episodes_per_epoch=1": ("must be at least 2", "finetune.episodes_per_epoch=2"),
+        "train_reward.num_img=2": ("must be at least 20", "train_reward.num_img=20"),
+    }
+    lines = [line for line in said.splitlines() if line.startswith("  - ")]
+    assert len(lines) == len(replaced)
+    for value, (remedy, _) in replaced.items():
+        (line,) = [line for line in lines if f"{value}:" in line or f"{value} " in line]
+        assert remedy in line
+    for kind, seed in (("real", 0), ("fake", 1)):
+        Path("data", kind).mkdir(parents=True)
+        for index, pixels in enumerate(render_scenes("train", 20, seed, progress=False).images):
+            Image.fromarray(pixels).save(f"data/{kind}/{index}.png")
+    lines = [line for _, line in replaced.values()]
+    for command in COMMANDS:
+        succeeds(command, "--cfg", "public.yaml", "--override", *lines, "eval.num_img=8")
+    assert Path("outputs/ddpm/unet").is_dir()
+
+
 def test_a_run_never_saves_over_the_ddpm_it_starts_from(done):
     folder, _, _ = done
     for save in (folder / "start", folder / "start" / "unet", folder):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.devices import device_fault
 from models.prompts import text_fault
-from training.configuration import Disagreements, Schema, knob
+from training.configuration import Disagreements, Schema, knob, value_of
 
 RENDERED, SAMPLED = "rendered", "sampled"
 CLASSIFIER, PREFERENCE = "classifier", "preference"
@@ -100,7 +101,7 @@ class TrainRewardConfig:
     )
     heldout_share: float = knob(0.2, "share of the images that no classifier is trained on", above=0, at_most=0.5)
     batch_size: int = knob(64, "images per update", at_least=2)
-    num_workers: int = knob(2, "threads that read image files", at_least=1)
+    num_workers: int = knob(2, "threads that read image files; 0 is one, too", at_least=0)
     lr: float = knob(1e-3, "AdamW's step size", above=0, at_most=1e30)
     label_smoothing: float = knob(
         0.1, "share of each label that is spread evenly over both classes", at_least=0, below=1
@@ -148,6 +149,9 @@ def judge_file(config: DDPMConfig) -> Path:
 
 
 def _disagreements(config: DDPMConfig) -> Disagreements:
+    if fault := device_fault(config.device):
+        yield {"device"}, f"device={config.device}: {fault}"
+    yield from _switches(config)
     yield from _batch_disagreements(config.finetune)
     yield from _file_disagreements(config)
     if config.finetune.eta == 0:
@@ -164,6 +168,15 @@ def _disagreements(config: DDPMConfig) -> Disagreements:
             {"eval.shown", "eval.num_img"},
             f"eval.shown={config.eval.shown} is more than eval.num_img={config.eval.num_img}",
         )
+
+
+def _switches(config: DDPMConfig) -> Disagreements:
+    """Public configurations say whether to save, to a name that is always the same."""
+    places = {"finetune.save": FinetuneConfig.save, "train_reward.save": config.path.rm or TrainRewardConfig.save}
+    for key, usual in places.items():
+        value = value_of(config, key)
+        if value.lower() in ("true", "false"):
+            yield {key}, f"{key}={value}: what is trained is always written, and this is where to; set {key}={usual}"
 
 
 def _batch_disagreements(finetune: FinetuneConfig) -> Disagreements:

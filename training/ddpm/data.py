@@ -60,7 +60,7 @@ def read_folder(folder: Path, key: str, size: tuple[int, int], limit: int, *, th
         key: the configuration's name for it, for messages.
         size: (H, W) in pixels.
         limit: most images; where there are more, these are drawn by `seed`.
-        threads: that decode.
+        threads: that decode, at least one.
         seed: of the draw.
 
     Raises:
@@ -75,7 +75,7 @@ def read_folder(folder: Path, key: str, size: tuple[int, int], limit: int, *, th
         raise InputError(f"{key}={folder}: holds no image ({', '.join(SUFFIXES)})")
     order = np.random.default_rng(seed).permutation(len(files))[:limit]
     chosen = [files[index] for index in sorted(order)]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(max(1, threads)) as pool:
         decoded = list(pool.map(lambda file: _decode(file, size), chosen))
     read = [result for result in decoded if isinstance(result, _Decoded)]
     broken = [result for result in decoded if isinstance(result, str)]
