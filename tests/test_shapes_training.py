@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from models.shapes import scenes
-from models.shapes.data import cached_scenes, render_scenes
+from models.shapes import data, scenes
+from models.shapes.data import RenderedScenes, cached_scenes, render_scenes
 from models.shapes.layout import LayoutHead, layout_of
 from models.shapes.tokenizer import build_tokenizer
 from models.shapes.train_autoencoder import WINDOW, build_autoencoder, random_windows, reconstruction_terms
@@ -18,6 +18,8 @@ from models.shapes.train_diffusion import (
     build_network,
     build_scheduler,
     build_text_encoder,
+    cached_latents,
+    encode_images,
     learn_layout,
     spread_timesteps,
     tokenize,
@@ -95,6 +97,30 @@ def test_scenes_are_rendered_alike_and_kept(tmp_path):
     assert first.captions == again.captions
     assert [file.suffix for file in tmp_path.iterdir()] == [".npz"]
     assert all(scenes.parse(caption).split() == "train" for caption in first.captions)
+
+
+def test_scenes_that_other_code_drew_are_not_served(tmp_path, monkeypatch):
+    assert {file.name for file in data.DRAWING_CODE} == {"scenes.py", "data.py"}
+    code = tmp_path / "scenes.py"
+    code.write_text("one renderer")
+    monkeypatch.setattr(data, "DRAWING_CODE", (code,))
+    first = cached_scenes(tmp_path, "train", 2, seed=1)
+    monkeypatch.setattr(data, "render_scenes", lambda *_: RenderedScenes(255 - first.images, first.captions))
+    assert np.array_equal(cached_scenes(tmp_path, "train", 2, seed=1).images, first.images)
+    code.write_text("another renderer")
+    assert np.array_equal(cached_scenes(tmp_path, "train", 2, seed=1).images, 255 - first.images)
+
+
+def test_latents_of_other_images_or_another_autoencoder_are_not_served(tmp_path):
+    images = torch.randint(256, (3, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    torch.manual_seed(0)
+    first, second = build_autoencoder(), build_autoencoder()
+    latents = cached_latents(tmp_path, first, images)
+    assert torch.equal(latents, encode_images(first, images).half().float())
+    assert torch.equal(cached_latents(tmp_path, first, images), latents)
+    assert len([*tmp_path.iterdir()]) == 1
+    assert torch.equal(cached_latents(tmp_path, first, images[:2]), encode_images(first, images[:2]).half().float())
+    assert torch.equal(cached_latents(tmp_path, second, images), encode_images(second, images).half().float())
 
 
 def test_the_layout_is_the_mean_of_each_cell():

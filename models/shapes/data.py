@@ -9,11 +9,15 @@ import numpy as np
 from tqdm import tqdm
 
 from files import replacing
+from models.fingerprints import fingerprint
 from models.shapes import scenes
 
 # One-, two- and three-object scenes; the middle ones are the most frequent because relations are the hardest to learn.
 NUMBERS_OF_OBJECTS = np.array(scenes.SUPPORTED_NUMBERS_OF_OBJECTS)
 PROBABILITIES = np.array([0.3, 0.5, 0.2])
+
+DRAWING_CODE = (Path(scenes.__file__), Path(__file__))
+"""Files whose change may change what is drawn."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ def render_scenes(split: scenes.Split, number: int, seed: int, *, progress: bool
 
 
 def cached_scenes(folder: Path, split: scenes.Split, number: int, seed: int) -> RenderedScenes:
-    """`render_scenes`, kept in `folder` between runs."""
-    file = folder / f"scenes-{split}-{number}-seed{seed}.npz"
+    """`render_scenes`, kept in `folder` between runs of the same code."""
+    file = folder / f"scenes-{split}-{number}-seed{seed}-{fingerprint(DRAWING_CODE)[:12]}.npz"
     if not file.exists():
         rendered = render_scenes(split, number, seed)
         with replacing(file) as temporary, temporary.open("wb") as stream:

@@ -9,6 +9,7 @@ the same command again to resume, with more --steps to go on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch.nn import functional
 from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from files import replacing
 from models.digests import record_weights
 from models.loading import load_module
 from models.randomness import seed_globally
@@ -95,10 +97,15 @@ def encode_images(autoencoder: AutoencoderKL, images: Tensor, batch: int = 64) -
     return torch.cat(latents) * autoencoder.config.scaling_factor
 
 
-def cached_latents(file: Path, autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
-    """`encode_images`, kept in a file between runs."""
+def cached_latents(folder: Path, autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+    """`encode_images`, kept in `folder` between runs with these very weights and images."""
+    digest = hashlib.sha256(images.numpy())
+    for weight in autoencoder.state_dict().values():
+        digest.update(weight.cpu().contiguous().numpy())
+    file = folder / f"latents-{digest.hexdigest()[:12]}.pt"
     if not file.exists():
-        torch.save(encode_images(autoencoder, images).half(), file)
+        with replacing(file) as temporary:
+            torch.save(encode_images(autoencoder, images).half(), temporary)
     return read_scratch(file).float()
 
 
@@ -145,7 +152,7 @@ def main(
     autoencoder = load_module(AutoencoderKL, output / "vae").float().to(device)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     rendered = cached_scenes(scratch, "train", images, seed)
-    latents = cached_latents(scratch / "latents.pt", autoencoder, torch.from_numpy(rendered.images))
+    latents = cached_latents(scratch, autoencoder, torch.from_numpy(rendered.images))
     tokens = tokenize(tokenizer, rendered.captions)
     empty = tokenize(tokenizer, [""])
     parts = {
