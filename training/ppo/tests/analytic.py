@@ -21,7 +21,8 @@ PROMPTS = ("red", "green", "blue", "dark grey", "white", "a long list of colours
 class GaussianDenoiser:
     """Latents ~ N(mean(prompt), 0.5^2 I), so that D(x, sigma) = (0.25 x + sigma^2 mean) / (0.25 + sigma^2) is exact.
 
-    Guidance g moves the mean: g * mean(prompt). Pixels are the logistic function of the latent's first three channels.
+    Guidance g moves the mean: g * mean(prompt). Pixels are the logistic function of the latent's first three channels,
+    taken in float64: torch rounds float32's otherwise at the end of a batch, and pixels must not depend on theirs.
     """
 
     name = "gaussian"
@@ -62,7 +63,7 @@ class GaussianDenoiser:
         return (0.25 * x + variance * mean) / (0.25 + variance)
 
     def decode(self, latents: Tensor, chunk_size: int = 16) -> Tensor:
-        return torch.cat([part[:, :3].float().sigmoid() for part in latents.split(chunk_size)])
+        return torch.cat([part[:, :3].double().sigmoid().float() for part in latents.split(chunk_size)])
 
 
 class Brightness:
