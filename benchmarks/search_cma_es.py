@@ -7,10 +7,11 @@ tried on the same prompts with the same noise; a candidate's fitness is its mean
 ppo.steps * ppo.rollout_batch_size images, as PPO does. Larger generations of the same budget: fewer steps of larger
 batches, for example ppo.steps=15 ppo.rollout_batch_size=128 for 60 steps of 32.
 
-What is searched are the parameters that move the mean table of the PPO policy: the logarithms of the segments and of
-the weights, the last of each interval held (a common factor changes no mean), and those of the scales where they are
-trained. They are measured in standard deviations of the policy's draws, so that with --sigma0 1 the first candidates
-lie about as far from the start as the tables that PPO tries first. The result is the mean of the search distribution.
+What is searched are the parameters that move the mean of the PPO policy, of all that ppo.train names: the logarithms of
+shares (segments, weights, gaps of the grid), the last of each row held (a common factor changes no mean), those of
+scales and of guidance, and the entries of the history. They are measured in standard deviations of the policy's draws,
+so that with --sigma0 1 the first candidates lie about as far from the start as the solvers that PPO tries first. The
+result is the mean of the search distribution.
 
 Needs the package cma, which the extra `test` brings.
 """
@@ -44,7 +45,9 @@ from solvers import EPDTable
 from training.command_line import SeveralPairs
 from training.ppo import algorithm
 from training.ppo.assembly import Parts, Start, build, make_policy, prepare
+from training.ppo.cold_start import DRAWN
 from training.ppo.config import PPOConfig, load_config
+from training.ppo.distributions import Dirichlet, Normal
 from training.ppo.launch import Job, resumed_job, train, with_options
 from training.ppo.policy import HIDDEN_SIZE, EPDParamPolicy
 from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores
@@ -58,16 +61,22 @@ def deviations(policy: EPDParamPolicy) -> Tensor:
     """How far a draw of the policy lies from its mean, in each column of its parameters: [S, P], 0 where not searched.
 
     To first order the logarithm of a Dirichlet component, less that of the last one, has the variance
-    1 / alpha_i + 1 / alpha_last; log scales have theirs as a parameter.
+    1 / alpha_i + 1 / alpha_last; what is drawn normally, itself or its logarithm, has its deviation as a parameter.
     """
     spread = torch.zeros_like(policy.base)
-    parts, spreads = (values.split(policy.sizes, dim=-1) for values in (policy.base, spread))
-    for log_alpha, into in zip(parts[:2], spreads[:2], strict=True):
-        inverse = (-log_alpha).exp()
-        into[:, :-1] = (inverse[:, :-1] + inverse[:, -1:]).sqrt()
-    for log_std, into in zip(parts[3::2], spreads[2::2], strict=True):  # (location, log_std) of each trained scale
-        into[:] = log_std.exp()
+    cold_start = policy.cold_start().parts
+    for name, block in policy.split(spread).items():
+        part, moved = cold_start[name], block.chunk(cold_start[name].blocks, dim=-1)[0]  # [S, n]: what moves the mean
+        places = DRAWN[name].rows(torch.arange(moved.numel()).view(moved.shape)).flatten()
+        moved[places // moved.shape[1], places % moved.shape[1]] = _deviations(part).flatten()
     return spread
+
+
+def _deviations(part: Dirichlet | Normal) -> Tensor:
+    if isinstance(part, Normal):
+        return part.log_std.exp()
+    inverse = 1 / part.alpha
+    return (inverse + inverse[..., -1:]).sqrt().index_fill(-1, torch.tensor(inverse.shape[-1] - 1), 0.0)
 
 
 def move_mean(policy: EPDParamPolicy, residual: Tensor) -> None:
@@ -169,7 +178,7 @@ class TableSearch:
     def _begin(self) -> cma.CMAEvolutionStrategy:
         size = int((self._deviations > 0).sum())
         if size < 2:
-            raise InputError("CMA-ES needs at least two parameters: the table has one interval with one point")
+            raise InputError(f"CMA-ES needs at least two parameters, and ppo.train leaves it {size}: name more there")
         draw = np.random.default_rng(derived_seed("candidates", self._seed))
         options = {
             "popsize": self.settings.rloo_k,

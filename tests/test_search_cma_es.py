@@ -15,6 +15,7 @@ from errors import InputError
 from solvers import EPDTable
 from training.checkpoint import step_path
 from training.ppo.checkpoint import load_checkpoint, table_from_plain
+from training.ppo.cold_start import DRAWN, GRID, TRAINED, prepare_table
 from training.ppo.config import PPOConfig
 from training.ppo.export_epd_predictor import main as export_command
 from training.ppo.launch import main as launch_command
@@ -32,15 +33,24 @@ TARGET = EPDTable(
 )
 
 
-def a_policy(**settings) -> EPDParamPolicy:
-    return EPDParamPolicy(cold_start_table(), concentration=20.0, **settings)
+def a_policy(train=TRAINED, **settings) -> EPDParamPolicy:
+    table = prepare_table(cold_start_table(3), train, guidance_scale=7.5).table
+    sigmas = torch.tensor([8.0, 3.0, 1.0, 0.2], dtype=torch.float64)
+    return EPDParamPolicy(table, sigmas=sigmas, train=train, **({"concentration": 20.0} | settings))
 
 
 def a_search(source=None, *, seed=0, policy=None) -> TableSearch:
     settings = PPOConfig(rollout_batch_size=2 * POPULATION, rloo_k=POPULATION, shared_noise=True)
     stream = PromptStream(PROMPTS, shuffle=True, seed=seed)
     source = source or QuadraticSource(TARGET, POPULATION)
-    return TableSearch(policy or a_policy(), source, stream, settings, seed=seed, sigma0=1.0)
+    return TableSearch(
+        policy or EPDParamPolicy(cold_start_table(), concentration=20.0),
+        source,
+        stream,
+        settings,
+        seed=seed,
+        sigma0=1.0,
+    )
 
 
 def mean_of(search: TableSearch) -> torch.Tensor:
@@ -62,29 +72,32 @@ def test_it_finds_the_optimum_of_a_quadratic_in_the_table():
 
 
 def test_the_spread_is_that_of_the_policys_draws():
-    policy = EPDParamPolicy(
-        cold_start_table(), concentration=5000.0, train_scale_dir=True, train_scale_time=True, scale_std=0.03
-    )
+    policy = a_policy(tuple(DRAWN), concentration=5000.0, grid_concentration=9000.0, scale_std=0.03, history_std=0.2)
     sample = policy().sample(20_000, torch.Generator().manual_seed(0))
-    spread = dict(zip(("segments", "weights", "dir", "dir_std", "time", "time_std"), deviations(policy).split(
-        policy.sizes, -1), strict=True))  # fmt: skip
-    for name, logs in (("segments", sample.log_segments), ("weights", sample.log_weights)):
-        ratios = logs[..., :-1] - logs[..., -1:]
-        torch.testing.assert_close(spread[name][:, :-1], ratios.std(0), rtol=0.03, atol=0)
-        assert (spread[name][:, -1] == 0).all()
-    torch.testing.assert_close(spread["dir"], sample.log_scale_dir.std(0), rtol=0.03, atol=0)
-    torch.testing.assert_close(spread["time"], sample.log_scale_time.std(0), rtol=0.03, atol=0)
-    assert (spread["dir_std"] == 0).all()
-    assert (spread["time_std"] == 0).all()
+    spread = policy.split(deviations(policy))
+    for name, drawn in sample.drawn.items():
+        if name in ("positions", "weights", GRID):
+            ratios = drawn[..., :-1] - drawn[..., -1:]
+            rows = spread[name].mT if name == GRID else spread[name]
+            torch.testing.assert_close(rows[:, :-1], ratios.std(0), rtol=0.03, atol=0)
+            assert (rows[:, -1] == 0).all()
+            continue
+        location, log_std = spread[name].chunk(2, dim=-1)
+        assert (log_std == 0).all()
+        if name.endswith("history"):
+            assert (location.triu() == 0).all()
+            location = location[[1, 2, 2], [0, 0, 1]][None]
+        torch.testing.assert_close(location, drawn.std(0), rtol=0.03, atol=0)
 
 
 def test_the_policy_holds_any_point_of_the_search():
-    policy = a_policy(train_scale_time=True)
+    policy = a_policy(tuple(DRAWN))
     residual = torch.randn(policy.base.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     move_mean(policy, residual)
-    found, wanted = policy().mean_table(), policy.distribution(residual).mean_table()
-    for name in ("positions", "weights", "scale_time"):
-        assert torch.equal(getattr(found, name), getattr(wanted, name))
+    found, wanted = policy(), policy.distribution(residual)
+    for name, entries in wanted.mean_table().columns().items():
+        assert torch.equal(getattr(found.mean_table(), name), entries)
+    assert torch.equal(found.mean_sigmas(), wanted.mean_sigmas())
     long = EPDParamPolicy(cold_start_table(65), concentration=20.0)
     with pytest.raises(InputError, match="at most 64 intervals, this one has 65"):
         move_mean(long, torch.zeros_like(long.base))
@@ -139,7 +152,7 @@ def test_a_candidate_without_a_finite_reward_is_as_good_as_the_worst():
 
 def test_one_parameter_alone_is_refused():
     one = EPDTable(torch.tensor([[0.5]]).double(), torch.tensor([[1.0]]).double())
-    with pytest.raises(InputError, match="at least two parameters"):
+    with pytest.raises(InputError, match=r"at least two parameters, and ppo\.train leaves it 1"):
         a_search(policy=EPDParamPolicy(one, concentration=20.0))
 
 

@@ -51,7 +51,10 @@ Disagreements = Iterator[tuple[set[str], str]]
 
 @dataclass(frozen=True)
 class Limits:
-    """Which values a knob accepts: an inclusive or exclusive range, or a list of choices; `required`: no empty text."""
+    """Which values a knob accepts: an inclusive or exclusive range, or some of a list of choices.
+
+    A list holds several of the choices, each once. `required`: no empty text, no empty list.
+    """
 
     required: bool = False
     at_least: float | None = None
@@ -64,6 +67,8 @@ class Limits:
         """What is wrong with `value`, or None."""
         if value is None:
             return None
+        if isinstance(value, list):
+            return self._complaint_of_several(value)
         if self.required and not value:
             return "is not set"
         if self.choices and value not in self.choices:
@@ -80,6 +85,16 @@ class Limits:
             return f"must be at most {self.at_most:g}"
         if self.below is not None and value >= self.below:
             return f"must be below {self.below:g}"
+        return None
+
+    def _complaint_of_several(self, values: list[str]) -> str | None:
+        known = f"known are {', '.join(self.choices)}"
+        if self.required and not values:
+            return f"must name something; {known}"
+        if unknown := [value for value in values if value not in self.choices]:
+            return f"names {_cut(unknown[0])}; {known}"
+        if twice := [value for value, times in Counter(values).items() if times > 1]:
+            return f"names {twice[0]} twice"
         return None
 
 
@@ -112,13 +127,21 @@ class LoadedConfig(Generic[Config]):
 class Schema(Generic[Config]):
     """Reads configurations of one kind."""
 
-    def __init__(self, kind: type[Config], disagreements: Callable[[Config], Disagreements], *, shipped: str) -> None:
+    def __init__(
+        self,
+        kind: type[Config],
+        disagreements: Callable[[Config], Disagreements],
+        *,
+        shipped: str,
+        retired: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> None:
         """Describe a kind of configuration.
 
         Args:
             kind: the dataclass.
             disagreements: what values that are each allowed cannot go together.
             shipped: where the configurations that come with the project are, for messages.
+            retired: keys of earlier versions, and what to write instead.
         """
         self.kind = kind
         self.knobs: dict[str, dataclasses.Field] = {}
@@ -129,6 +152,7 @@ class Schema(Generic[Config]):
         self._sections = [part.name for part in dataclasses.fields(kind) if "limits" not in part.metadata]
         self._disagreements = disagreements
         self._shipped = shipped
+        self._retired = retired
 
     def load(self, path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[Config]:
         """Read a YAML file, then the overrides (`section.key=value`); check every value and all that must agree.
@@ -149,6 +173,9 @@ class Schema(Generic[Config]):
         origins: dict[str, str] = {}
         unsound: set[str] = set()
         for key, (value, where) in assigned.items():
+            if key in self._retired:
+                faults.append(f"{where}: {key} is gone: {self._retired[key]}")
+                continue
             if key not in self.knobs:
                 hint = self._suggestion(key) if len(faults) < MOST_FAULTS else ""
                 faults.append(f"{where}: unknown key {_cut(key)}{hint}")
@@ -177,6 +204,8 @@ class Schema(Generic[Config]):
 
     def _assign(self, node: DictConfig, key: str, value: Any) -> str | None:
         """Set a knob, in the place of all that it held before; or say why it cannot be."""
+        if typing.get_origin(self._kinds[key]) is list and not isinstance(value, list):
+            return "must be a list in brackets, [one, two]"
         if value is None and types.NoneType not in _members(self._kinds[key]):
             usual = value_of(self.kind(), key)
             return f"must not be null: leave it out, or set {key}={usual}" if usual else "must not be null"

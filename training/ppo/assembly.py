@@ -324,10 +324,12 @@ def make_policy(start: Start) -> EPDParamPolicy:
     ppo = start.config.ppo
     return EPDParamPolicy(
         start.table,
+        train=ppo.train,
         concentration=ppo.dirichlet_concentration,
-        train_scale_dir=ppo.train_scale_dir,
-        train_scale_time=ppo.train_scale_time,
+        grid_concentration=ppo.grid_concentration,
         scale_std=ppo.scale_std,
+        guidance_std=ppo.guidance_std,
+        history_std=ppo.history_std,
         seed=start.config.run.seed,
     )
 

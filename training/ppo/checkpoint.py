@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from errors import InputError
-from solvers import EPDTable
+from solvers import COLUMNS, EPDTable
 from training.checkpoint import CheckpointFormat
 
 KEYS = frozenset({"format", "step", "trainer", "watch", "start", "table", "config", "config_hash"})
@@ -17,17 +17,15 @@ what the run started from, the policy's mean table, the configuration and its ha
 CHECKPOINT = CheckpointFormat("the RL job", 2, KEYS - {"format"})
 save_checkpoint, load_checkpoint = CHECKPOINT.save, CHECKPOINT.load
 
-TABLE_FIELDS = ("positions", "weights", "scale_dir", "scale_time")
-
 
 def table_to_plain(table: EPDTable) -> dict[str, Tensor | None]:
     """A table's tensors by name."""
-    return {name: getattr(table, name) for name in TABLE_FIELDS}
+    return {column.name: getattr(table, column.name) for column in COLUMNS}
 
 
 def table_from_plain(tensors: Mapping[str, Tensor | None]) -> EPDTable:
     """The inverse of `table_to_plain`. Raises ValueError where the tensors are no table."""
-    return EPDTable(*(tensors[name] for name in TABLE_FIELDS))
+    return EPDTable(**{column.name: tensors[column.name] for column in COLUMNS})
 
 
 def require_equal(table: EPDTable, expected: EPDTable, tolerance: float, what: str) -> None:
@@ -41,13 +39,8 @@ def require_equal(table: EPDTable, expected: EPDTable, tolerance: float, what: s
 
 
 def largest_difference(table: EPDTable, other: EPDTable) -> float:
-    """Largest absolute difference of two tables' entries; infinite where only one has a scale, or the shapes differ."""
-    largest = 0.0
-    for name in TABLE_FIELDS:
-        mine, theirs = getattr(table, name), getattr(other, name)
-        if mine is None and theirs is None:
-            continue
-        if mine is None or theirs is None or mine.shape != theirs.shape:
-            return float("inf")
-        largest = max(largest, float((mine - theirs).abs().max()))
-    return largest
+    """Largest absolute difference of two tables' entries; infinite where only one has a column, or shapes differ."""
+    mine, theirs = table.columns(), other.columns()
+    if {name: entries.shape for name, entries in mine.items()} != {name: part.shape for name, part in theirs.items()}:
+        return float("inf")
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine if mine[name].numel())

@@ -1,105 +1,87 @@
-"""From a solver table to the Dirichlet concentrations around it, and back (design.md, section 3).
+"""From a solver to the parameters of the policy around it, and back (design.md, section 3).
 
-The K positions of an interval cut (0, 1) into K+1 segments. Segments and weights both lie on a simplex, so a row of a
-table is the mean of two Dirichlet distributions, of K+1 and of K components; their concentrations are c times it.
+What the policy can draw, and from what, is declared once, in `DRAWN`. The K positions of an interval cut (0, 1) into
+K+1 segments: segments, weights, and the gaps of the grid in log sigma lie on a simplex, so a row of them is the mean of
+a Dirichlet distribution, whose concentrations are c times it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from errors import InputError
-from solvers import EPDTable
+from schedules import from_log_gaps, log_gaps
+from solvers import COLUMNS, EPDTable
+from training.ppo.distributions import Dirichlet, LogNormal, Normal
 
 MINIMUM_SHARE = 1e-6
 """Least segment and least weight of a row: a Dirichlet distribution cannot have a mean with a component of 0."""
 
+GRID = "grid"
+"""What `ppo.train` calls the noise levels."""
+
+Family = type[Dirichlet] | type[Normal]
+
+
+def _same(numbers: Tensor) -> Tensor:
+    return numbers
+
 
 @dataclass(frozen=True)
-class ColdStart:
-    """A table that a Dirichlet policy can be centred on, and what had to change for that.
+class Drawn:
+    """How the policy draws a part of the solver: a column of the table, or the grid.
 
     Attributes:
-        table: float64 [S, K] on the CPU; positions increasing, every segment and weight at least `MINIMUM_SHARE` (up to
-            rounding), weights summing to 1.
-        repairs: one line per changed row, for the run's log and manifest; empty when the table was in order.
+        name: as `ppo.train` calls it: the column's, or `GRID`.
+        family: what its numbers are drawn from.
+        spread: the key in `ppo` that says how widely at first: a total concentration, or a standard deviation.
+        by_interval: entries -> [S, n], the numbers that belong to each interval, as the policy's network sorts them.
+        rows: [..., S, n] -> [..., R, M], those of them that are drawn, as the family takes them.
+        entries: (values [..., R, M], the start's entries) -> entries.
     """
 
-    table: EPDTable
-    repairs: tuple[str, ...]
+    name: str
+    family: Family
+    spread: str
+    by_interval: Callable[[Tensor], Tensor] = _same
+    rows: Callable[[Tensor], Tensor] = _same
+    entries: Callable[[Tensor, Tensor], Tensor] = lambda values, start: values
 
+    def is_idle(self, num_intervals: int, num_points: int) -> bool:
+        """Whether nothing of it can vary in a table of this shape: no points, or one weight, which is always 1."""
+        shape = (num_intervals + 1,) if self.name == GRID else _COLUMNS[self.name].shape(num_intervals, num_points)
+        rows, numbers = self.rows(self.by_interval(torch.ones(shape))).shape[-2:]
+        return rows == 0 or numbers < self.family.fewest
 
-@dataclass(frozen=True)
-class Concentrations:
-    """Dirichlet concentrations per interval, positive: of the segments [..., S, K+1], of the weights [..., S, K]."""
-
-    positions: Tensor
-    weights: Tensor
-
-
-def prepare_table(table: EPDTable) -> ColdStart:
-    """Put a table [S, K] in the order and inside the bounds that a Dirichlet policy needs, and say what changed.
-
-    Rows whose positions do not increase are sorted with their weights and scales: the solver's sum over k is the same.
-    Positions closer than `MINIMUM_SHARE` to a neighbour, to 0 or to 1 are moved apart by that much, and smaller weights
-    are raised to it.
-
-    Raises:
-        InputError: a batch of tables.
-    """
-    if table.batch_size is not None:
-        raise InputError(f"a policy starts from one table [S, K]; this is a batch of {table.batch_size}")
-    table = table.detach().to(device="cpu", dtype=torch.float64)
-    ordered, reordered = table.sorted_by_position()
-    positions = _space_out(ordered.positions)
-    weights = ordered.weights.clamp(min=MINIMUM_SHARE)
-    moved, raised = ((new != old).any(-1) for new, old in ((positions, ordered.positions), (weights, ordered.weights)))
-    repairs = [
-        *_lines(reordered, "positions were not increasing: sorted together with weights and scales"),
-        *_lines(moved, f"positions moved to keep every segment at least {MINIMUM_SHARE:g}"),
-        *_lines(raised, f"weights raised to {MINIMUM_SHARE:g}, the row normalised"),
-    ]
-    prepared = EPDTable(positions, weights / weights.sum(-1, keepdim=True), ordered.scale_dir, ordered.scale_time)
-    return ColdStart(prepared, tuple(repairs))
-
-
-def concentrations_from_table(table: EPDTable, concentration: float) -> Concentrations:
-    """Dirichlet concentrations whose mean is the table: `concentration` times its segments and its weights, in float64.
-
-    Args:
-        table: positions increasing, as `prepare_table` leaves it; [S, K] or [B, S, K].
-        concentration: the sum c of each Dirichlet's concentrations; the larger, the closer the draws stay to the table.
-
-    Raises:
-        InputError: `concentration` is not positive, or a segment or weight is not.
-    """
-    segments, weights = segments_from_positions(table.positions.double()), table.weights.double()
-    if not concentration > 0:
-        raise InputError(f"dirichlet concentration {concentration}: it must be above 0")
-    for name, values in (("segments between positions", segments), ("weights", weights)):
-        rows = (values <= 0).any(-1).nonzero()[:, -1].unique().tolist()
-        if rows:
+    def check(self, entries: Tensor) -> None:
+        """Raise InputError where the family has no such mean."""
+        numbers = self.by_interval(entries)
+        if self.family.positive and (numbers <= 0).any():
+            interval, number = (numbers <= 0).nonzero()[0].tolist()
             raise InputError(
-                f"table intervals {rows}: {name} must be positive; order the table with cold_start.prepare_table"
+                f"ppo.train names {self.name}, which is drawn in proportion to the start's, and in interval {interval} "
+                f"it is {numbers[interval, number].item():.9g}: it must be above 0; leave it out, or start elsewhere"
             )
-    weights = weights / weights.sum(-1, keepdim=True)
-    return Concentrations(positions=concentration * segments, weights=concentration * weights)
 
+    def parameters(self, entries: Tensor, spread: float) -> Tensor:
+        """The unconstrained parameters [S, blocks * n] of the distribution whose mean is these entries, in float64.
 
-def table_from_concentrations(
-    concentrations: Concentrations, scale_dir: Tensor | None = None, scale_time: Tensor | None = None
-) -> EPDTable:
-    """The Dirichlet means as a table; the inverse of `concentrations_from_table` for any concentration."""
-    segments, weights = dirichlet_mean(concentrations.positions), dirichlet_mean(concentrations.weights)
-    return EPDTable(positions_from_segments(segments), weights, scale_dir, scale_time)
+        Raises:
+            InputError: there is none, or none so wide.
+        """
+        self.check(entries)
+        try:
+            return torch.cat(self.family.start(self.by_interval(entries), spread), dim=-1)
+        except ValueError as error:
+            raise InputError(f"ppo.{self.spread}={spread:g} is out of range for {self.name}: {error}") from None
 
-
-def dirichlet_mean(alpha: Tensor) -> Tensor:
-    """alpha [..., M] over its sum."""
-    return alpha / alpha.sum(-1, keepdim=True)
+    def distribution(self, parameters: Tensor) -> Dirichlet | Normal:
+        """The distribution with these unconstrained parameters [..., S, blocks * n]."""
+        return self.family.bounded(*(self.rows(block) for block in parameters.chunk(self.family.blocks, dim=-1)))
 
 
 def segments_from_positions(positions: Tensor) -> Tensor:
@@ -111,6 +93,156 @@ def segments_from_positions(positions: Tensor) -> Tensor:
 def positions_from_segments(segments: Tensor) -> Tensor:
     """Positions [..., K]: the running sum of the segments [..., K+1] without the last, which is 1."""
     return segments[..., :-1].cumsum(-1)
+
+
+def _lower(square: Tensor) -> Tensor:
+    """The entries below the diagonal of [..., S, S] as one row [..., 1, S (S - 1) / 2]."""
+    row, column = torch.tril_indices(*square.shape[-2:], offset=-1)
+    return square[..., row, column].unsqueeze(-2)
+
+
+def _from_lower(values: Tensor, start: Tensor) -> Tensor:
+    """The inverse of `_lower`, zero elsewhere."""
+    square = values.new_zeros(*values.shape[:-2], *start.shape[-2:])
+    row, column = torch.tril_indices(*start.shape[-2:], offset=-1)
+    square[..., row, column] = values.squeeze(-2)
+    return square
+
+
+_COLUMNS = {column.name: column for column in COLUMNS}
+
+DRAWN = {
+    drawn.name: drawn
+    for drawn in (
+        Drawn(
+            "positions",
+            Dirichlet,
+            "dirichlet_concentration",
+            by_interval=segments_from_positions,
+            entries=lambda segments, _: positions_from_segments(segments),
+        ),
+        Drawn("weights", Dirichlet, "dirichlet_concentration", by_interval=lambda w: w / w.sum(-1, keepdim=True)),
+        Drawn("scale_dir", LogNormal, "scale_std"),
+        Drawn("scale_time", LogNormal, "scale_std"),
+        Drawn("guidance", LogNormal, "guidance_std"),
+        Drawn("history", Normal, "history_std", rows=_lower, entries=_from_lower),
+        Drawn("direction_history", Normal, "history_std", rows=_lower, entries=_from_lower),
+        Drawn(
+            GRID,
+            Dirichlet,
+            "grid_concentration",
+            by_interval=lambda sigmas: log_gaps(sigmas).unsqueeze(-1),
+            rows=lambda gaps: gaps.transpose(-1, -2),
+            entries=lambda gaps, sigmas: from_log_gaps(gaps.squeeze(-2), sigmas[-1].item(), sigmas[0].item()),
+        ),
+    )
+}
+"""All that the policy can draw, by name, in the order in which it is drawn. The first and the last noise level stay."""
+
+
+TRAINED = ("positions", "weights")
+"""What is trained where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """A table that a policy can be centred on, and what had to change for that.
+
+    Attributes:
+        table: float64 [S, K] on the CPU, with every column that is to be trained. Where these are trained: positions
+            increasing, every segment and weight at least `MINIMUM_SHARE` (up to rounding), weights summing to 1.
+        repairs: one line for each change, for the run's log and manifest; empty when the table was in order.
+    """
+
+    table: EPDTable
+    repairs: tuple[str, ...]
+
+
+def prepare_table(
+    table: EPDTable, train: Collection[str] = TRAINED, *, guidance_scale: float | None = None
+) -> ColdStart:
+    """Put a table [S, K] in the order and inside the bounds that a policy needs, and say what changed.
+
+    A column that is to be trained and missing is added at the entry that changes nothing: history 0, scales 1, guidance
+    `guidance_scale`, the constant that the solver is used at. Where positions are trained, rows of them that do not
+    increase are sorted with all that belongs to a point (the solver's sum over k is the same), and positions closer
+    than `MINIMUM_SHARE` to a neighbour, to 0 or to 1 are moved apart by that much; where weights are trained, smaller
+    ones are raised to it.
+
+    Raises:
+        InputError: a batch of tables, nothing to train in it, or a column that cannot be trained from where it starts.
+    """
+    if table.batch_size is not None:
+        raise InputError(f"a policy starts from one table [S, K]; this is a batch of {table.batch_size}")
+    table = table.detach().to(device="cpu", dtype=torch.float64)
+    names = trainable(table, train)
+    repairs = [
+        f"ppo.train: {name} is left out, nothing of it can vary {_size_of(table)}"
+        for name in DRAWN
+        if name in train and name not in names
+    ]
+    added = {
+        name: table.positions.new_full(
+            _COLUMNS[name].shape(table.num_intervals, table.num_points), _neutral(name, guidance_scale)
+        )
+        for name in names
+        if name != GRID and name not in table.columns()
+    }
+    repairs += [
+        f"{name} is new in the table and begins at {new[0, 0].item():g} everywhere" for name, new in added.items()
+    ]
+    table = replace(table, **added)
+    if "positions" in names:
+        table, reordered = table.sorted_by_position()
+        positions = _space_out(table.positions)
+        repairs += _lines(reordered, "positions were not increasing: sorted together with weights and scales")
+        repairs += _lines(
+            (positions != table.positions).any(-1), f"positions moved to keep every segment at least {MINIMUM_SHARE:g}"
+        )
+        table = replace(table, positions=positions)
+    if "weights" in names:
+        weights = table.weights.clamp(min=MINIMUM_SHARE)
+        repairs += _lines(
+            (weights != table.weights).any(-1), f"weights raised to {MINIMUM_SHARE:g}, the row normalised"
+        )
+        table = replace(table, weights=weights / weights.sum(-1, keepdim=True))
+    for name, entries in table.columns().items():
+        if name in names:
+            DRAWN[name].check(entries)
+    return ColdStart(table, tuple(repairs))
+
+
+def trainable(table: EPDTable, train: Collection[str]) -> tuple[str, ...]:
+    """Those of the names in `train` of which something can vary in such a table, in the order of `DRAWN`.
+
+    Raises:
+        InputError: a name is unknown, or there is nothing.
+    """
+    unknown = [name for name in train if name not in DRAWN]
+    if unknown:
+        raise InputError(f"ppo.train names {unknown[0]!r}; known are {', '.join(DRAWN)}")
+    size = table.num_intervals, table.num_points
+    able = [name for name, drawn in DRAWN.items() if not drawn.is_idle(*size)]
+    names = tuple(name for name in able if name in train)
+    if not names:
+        raise InputError(
+            f"ppo.train=[{', '.join(train)}]: nothing of it can vary {_size_of(table)}; name some of {', '.join(able)}"
+        )
+    return names
+
+
+def _neutral(name: str, guidance_scale: float | None) -> float:
+    """The entry of a column that changes nothing."""
+    neutral = _COLUMNS[name].neutral if _COLUMNS[name].neutral is not None else guidance_scale
+    if neutral is None:
+        raise InputError(
+            "ppo.train names guidance, and the start says no scale for it to begin at: set model.guidance_rate"
+        )
+    return neutral
+
+
+def _size_of(table: EPDTable) -> str:
+    return f"in a table with num_steps {table.num_steps} and num_points {table.num_points}"
 
 
 def _space_out(ordered: Tensor) -> Tensor:

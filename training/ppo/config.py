@@ -16,6 +16,7 @@ from typing import Any
 from models.registry import usual_prompts
 from schedules import SCHEDULES
 from training.configuration import OVERRIDE, Disagreements, LoadedConfig, Schema, knob, raise_all
+from training.ppo.cold_start import DRAWN, TRAINED
 from training.run_folder import name_fault
 from training.solver import MODEL_OF_DATASET, USUAL_RHO, Solver
 
@@ -58,7 +59,7 @@ class ModelConfig:
     schedule_type: str | None = knob(None, "kind of the sigma grid", choices=tuple(SCHEDULES))
     schedule_rho: float | None = knob(None, "exponent of the sigma grid", above=0)
     num_steps: int | None = knob(None, "grid points of the sampler, one more than its intervals", at_least=2)
-    num_points: int | None = knob(None, "parallel network evaluations per interval, K", at_least=1)
+    num_points: int | None = knob(None, "parallel network evaluations per interval, K", at_least=0)
     dtype: str = knob("float32", "precision of the frozen network", choices=("float32", "float16", "bfloat16"))
     compile: bool = knob(False, "have the network compiled by torch.compile: the first step takes minutes longer")
 
@@ -103,14 +104,37 @@ class PPOConfig:
     kl_coef: float = knob(0.0, "weight of KL(policy || cold start), nats summed over the table's intervals", at_least=0)
     entropy_coef: float = knob(0.0, "weight of the policy's entropy bonus, nats", at_least=0)
     max_grad_norm: float = knob(1.0, "gradients are clipped to this Euclidean norm", above=0)
+    train: list[str] = knob(  # noqa: RUF009 - a factory, see knob
+        list(TRAINED),
+        "what is drawn and tuned: columns of the table, and grid, the noise levels between the first and the last; a "
+        "column that the start lacks begins where it changes nothing",
+        choices=tuple(DRAWN),
+        required=True,
+    )
     dirichlet_concentration: float = knob(
-        20.0, "total concentration c of each Dirichlet at the cold start", at_least=1e-6, at_most=1e9
+        20.0,
+        "total concentration c of each Dirichlet of positions and of weights at the cold start",
+        at_least=1e-6,
+        at_most=1e9,
+    )
+    grid_concentration: float = knob(
+        100.0, "that of the Dirichlet of the grid's gaps in log sigma, where it is trained", at_least=1e-6, at_most=1e9
     )
     scale_std: float = knob(
-        0.05, "standard deviation of log scale_dir and log scale_time, where they are trained", above=0
+        0.05,
+        "standard deviation of log scale_dir and log scale_time at the cold start, where they are trained",
+        above=0,
     )
-    train_scale_dir: bool = knob(False, "also draw scale_dir (log-normal) around the table's")
-    train_scale_time: bool = knob(False, "also draw scale_time (log-normal) around the table's")
+    guidance_std: float = knob(
+        0.05,
+        "standard deviation of the log guidance of each evaluation at the cold start, where it is trained",
+        above=0,
+    )
+    history_std: float = knob(
+        0.05,
+        "standard deviation of each entry of history and direction_history at the cold start, where they are trained",
+        above=0,
+    )
     decode_rgb: bool = knob(True, "as public configurations have it: rewards score decoded RGB images; only true")
     max_rows: int | None = knob(
         None,
@@ -263,10 +287,8 @@ FIXED = (
     "model.schedule_type",
     "model.schedule_rho",
     "reward.mix",
-    "ppo.dirichlet_concentration",
-    "ppo.scale_std",
-    "ppo.train_scale_dir",
-    "ppo.train_scale_time",
+    "ppo.train",
+    *(f"ppo.{key}" for key in dict.fromkeys(drawn.spread for drawn in DRAWN.values())),
     "logging.eval_count",
     "logging.eval_seed",
     "logging.panel",
@@ -361,6 +383,11 @@ def _judge_disagreements(config: Config) -> Disagreements:
         )
 
 
-SCHEMA = Schema(Config, _disagreements, shipped="training/ppo/cfgs/")
+RETIRED = {
+    f"ppo.train_{scale}": f"name {scale} in ppo.train, ppo.train=[{', '.join(TRAINED)}, {scale}], where it was true"
+    for scale in ("scale_dir", "scale_time")
+}
+
+SCHEMA = Schema(Config, _disagreements, shipped="training/ppo/cfgs/", retired=RETIRED)
 KNOBS = SCHEMA.knobs
 load_config, build_config = SCHEMA.load, SCHEMA.build

@@ -249,6 +249,46 @@ def test_an_override_has_the_last_word_over_a_value_that_cannot_be():
     )
 
 
+@pytest.mark.parametrize(
+    ("train", "fault"),
+    [
+        ("[positions, sigmas]", "names sigmas; known are positions, weights, scale_dir, scale_time, guidance, history"),
+        ("[weights, grid, weights]", "names weights twice"),
+        ("[]", "must name something; known are positions, weights"),
+        ("[[positions]]", "ppo.train="),
+        ("positions", "must be a list in brackets, [one, two]"),
+        ("null", "must be a list in brackets, [one, two]"),
+        ("{positions: 1}", "must be a list in brackets, [one, two]"),
+        ("[null]", "ppo.train="),
+    ],
+)
+def test_what_is_trained_is_a_list_of_known_names_each_once(train: str, fault: str):
+    (line,) = faults_of(f"ppo.train={train}")
+    assert fault in line
+    assert "what is drawn and tuned" in line
+
+
+def test_what_is_trained_is_read_as_it_is_written(tmp_path: Path):
+    assert least().config.ppo.train == ["positions", "weights"]
+    config = least("ppo.train=[grid, history]", ppo={"train": ["weights"]}).config
+    assert config.ppo.train == ["grid", "history"]
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "c.yaml").config == config
+
+
+@pytest.mark.parametrize("scale", ["scale_dir", "scale_time"])
+def test_flags_of_earlier_versions_say_what_to_write_instead(scale: str):
+    for line in (
+        *faults_of(ppo={f"train_{scale}": False}),
+        *faults_of(f"ppo.train_{scale}=true"),
+    ):
+        assert line.endswith(
+            f"ppo.train_{scale} is gone: name {scale} in ppo.train, ppo.train=[positions, weights, {scale}], "
+            f"where it was true"
+        )
+    least(f"ppo.train=[positions, weights, {scale}]")
+
+
 def test_what_a_message_proposes_works():
     assert least("run.num_devices=3", "ppo.rollout_batch_size=36", "ppo.minibatch_size=36").config.run.num_devices == 3
 

@@ -102,7 +102,7 @@ def test_untrained_policy_exports_its_starting_table(config: Path, tmp_path: Pat
 @given(seed=st.integers(0, 2**31), size=st.floats(0.0, 1.5), scales=st.booleans())
 def test_round_trip_from_table_to_table(config: Path, tmp_path_factory, seed: int, size: float, scales: bool):
     tmp_path = tmp_path_factory.mktemp("round")
-    start = prepared(config, f"ppo.train_scale_dir={scales}", f"ppo.train_scale_time={scales}")
+    start = prepared(config, *(["ppo.train=[positions, weights, scale_dir, scale_time]"] if scales else []))
     policy = moved(start, seed, size / 8)
     folder = RunFolder(tmp_path)
     save_checkpoint(tmp_path / "policy-step000007.pt", state_of(start, policy, 7))

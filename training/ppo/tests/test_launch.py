@@ -269,7 +269,8 @@ def test_more_steps_than_planned_say_where_the_learning_rate_goes(finished: RunF
         "reward.weights_path=elsewhere/other.pt",
         "data.predictor_snapshot=0",
         "ppo.dirichlet_concentration=5",
-        "ppo.train_scale_dir=true",
+        "ppo.train=[positions, weights, history]",
+        "ppo.history_std=0.1",
         "run.seed=9",
     ],
 )

@@ -15,7 +15,8 @@ from solvers import EPDTable
 from training.ppo import algorithm
 from training.ppo.cold_start import prepare_table
 from training.ppo.config import PPOConfig
-from training.ppo.policy import EPDParamPolicy, sample_log_dirichlet
+from training.ppo.distributions import sample_log_dirichlet
+from training.ppo.policy import EPDParamPolicy
 from training.ppo.ppo_trainer import METRICS, PPOTrainer
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner
@@ -54,9 +55,8 @@ def diffusion_trainer(config=None, reward=None, *, seed=0, **runner) -> PPOTrain
         reward or brightness(),
         **({"group_size": config.rloo_k, "shared_noise": config.shared_noise, "seed": seed} | runner),
     )
-    policy = EPDParamPolicy(
-        cold_start_table(), concentration=20.0, train_scale_dir=True, train_scale_time=True, seed=seed
-    )
+    train = ("positions", "weights", "scale_dir", "scale_time")
+    policy = EPDParamPolicy(prepare_table(cold_start_table(), train).table, train=train, concentration=20.0, seed=seed)
     return trainer(config, source, policy=policy, seed=seed)
 
 
@@ -82,10 +82,8 @@ def test_the_gradient_is_the_score_function_gradient_by_hand():
     )
     advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
     columns = []
-    for alpha, log_values in (
-        (distribution.alpha_positions, sample.log_segments),
-        (distribution.alpha_weights, sample.log_weights),
-    ):
+    for name, log_values in sample.drawn.items():
+        alpha = distribution.parts[name].alpha
         score = alpha * (log_values - alpha.digamma() + alpha.sum(-1, keepdim=True).digamma())  # [n, S, M]
         columns.append(-(advantages[:, None, None] * score).mean(0).sum(0))  # the output's bias moves every interval
     torch.testing.assert_close(subject.policy.output.bias.grad, torch.cat(columns).detach(), rtol=0, atol=1e-10)
