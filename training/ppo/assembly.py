@@ -21,7 +21,7 @@ from solvers import EPDTable, NetworkEvaluations
 from training.command_line import started_processes
 from training.configuration import LoadedConfig
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
-from training.ppo.cold_start import prepare_table
+from training.ppo.cold_start import ColdStart, prepare_table
 from training.ppo.config import Config, apply_snapshot, with_usual
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch
 from training.ppo.panels import SHAPES, VerifierPanel
@@ -30,7 +30,7 @@ from training.ppo.ppo_trainer import PPOTrainer, Trainer
 from training.ppo.rewards import Reward, build_reward, find_reward_files, load_reward
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptStream
-from training.snapshot import is_plain, private_parts
+from training.snapshot import is_plain
 from training.solver import MODEL_OF_DATASET, Origin, Schedule, Solver, load_solver, solver_of
 
 COCO_PROMPTS = "MS-COCO_val2014_30k_captions.csv"
@@ -157,10 +157,8 @@ def start_from_snapshot(loaded: LoadedConfig) -> Start:
         InputError: there is no such predictor, or it and the configuration contradict each other.
     """
     snapshot = load_solver(loaded.config.data.predictor_snapshot, guidance=loaded.config.model.guidance_rate)
-    if untuned := private_parts(snapshot.table, {}):
-        raise InputError(f"{snapshot.where}: has {', '.join(untuned)}, which PPO does not tune yet")
     config, notes = apply_snapshot(loaded, snapshot)
-    cold_start = prepare_table(snapshot.table)
+    cold_start = _cold_start(snapshot.table, config)
     return Start(config, snapshot, _settled(snapshot, config, cold_start.table), (*notes, *cold_start.repairs))
 
 
@@ -176,6 +174,10 @@ def _settled(snapshot: Solver, config: Config, table: EPDTable) -> Solver:
         guidance_scale=None if snapshot.has_guidance_column else guidance_scale(config),
         model=model_spec(config),
     )
+
+
+def _cold_start(table: EPDTable, config: Config) -> ColdStart:
+    return prepare_table(table, config.ppo.train, guidance_scale=guidance_scale(config))
 
 
 def to_plain(start: Start) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def from_plain(state: Mapping[str, Any], config: Config, checkpoint: Path) -> St
     origin = Origin(Path(state["file"]), str(state["sha256"]), dict(state["metadata"]))
     snapshot = solver_of(table_from_plain(state["snapshot_table"]), origin)
     table = table_from_plain(state["table"])
-    require_equal(prepare_table(snapshot.table).table, table, POLICY_TOLERANCE, f"{checkpoint}: the snapshot")
+    require_equal(_cold_start(snapshot.table, config).table, table, POLICY_TOLERANCE, f"{checkpoint}: the snapshot")
     return Start(config, snapshot, _settled(snapshot, config, table), tuple(map(str, state["notes"])))
 
 
