@@ -38,6 +38,7 @@ from training.ppo.config import load_config
 from training.ppo.rewards import RewardHPS
 from training.ppo.rl_runner import RLRunner
 from training.ppo.rollout import PromptBatch
+from training.solver import Solver
 
 PEAK_SIZE = {"cuda": 8192, "cpu": 1024}  # side of the square matrices whose product is timed
 PEAK_REPEATS = 7
@@ -45,9 +46,13 @@ PEAK_REPEATS = 7
 
 @dataclass(frozen=True)
 class Work:
-    """What both paths do: tables [N, S, K] on prompts, k tables for each, prompt-major."""
+    """What both paths do: tables [N, S, K] on prompts, k tables for each, prompt-major.
+
+    sigmas: noise levels of each [N, S + 1]; None where the run does not train them.
+    """
 
     tables: EPDTable
+    sigmas: Tensor | None
     prompts: PromptBatch
 
 
@@ -80,11 +85,12 @@ class PlainPath:
         """Images [N, 3, H, W] and their scores [N]."""
         size = self.runner.group_size
         texts = [text for text in work.prompts.texts for _ in range(size)]
+        solver = self.runner.solver.with_numbers(work.tables, work.sigmas)
         images = []
         with self._precision():
             for start in range(0, len(texts), size):
                 rows = slice(start, start + size)
-                images.append(self._sample(work.tables.select(rows), texts[rows], seeds[rows]))
+                images.append(self._sample(solver.select(rows), texts[rows], seeds[rows]))
             pixels = torch.cat(images)
             return pixels, self._score(pixels, texts)
 
@@ -92,15 +98,15 @@ class PlainPath:
         enabled = self.autocast != torch.float32
         return torch.autocast(self.denoiser.device.type, self.autocast if enabled else None, enabled=enabled)
 
-    def _sample(self, tables: EPDTable, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        device, solver = self.denoiser.device, self.runner.solver
+    def _sample(self, solver: Solver, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        device = self.denoiser.device
         conditioning = encode_anew(self.denoiser, prompts, solver.guidance_scale)
         noise = initial_noise(seeds, self.denoiser.latent_shape, device=device, dtype=torch.float32)
         latents = epd_sampler(
-            lambda x, sigma: self.denoiser.denoise(x, sigma, conditioning),
-            noise * solver.sigmas[0].to(noise),
+            lambda x, sigma, *guidance: self.denoiser.denoise(x, sigma, conditioning, *guidance),
+            noise * solver.sigmas[..., 0].to(noise).view(-1, 1, 1, 1),
             solver.sigmas,
-            tables.to(device=device),
+            solver.table.to(device=device),
             afs=solver.afs,
             parallel=False,
         )
@@ -185,8 +191,8 @@ def make_work(parts: Parts, images: int) -> Work:
     """Tables drawn from the run's policy, on the first of its prompts."""
     runner: RLRunner = parts.trainer.source
     with torch.no_grad():
-        tables = parts.trainer.policy().sample(images, torch.Generator().manual_seed(0)).table()
-    return Work(tables, parts.trainer.prompts.take(images // runner.group_size))
+        sample = parts.trainer.policy().sample(images, torch.Generator().manual_seed(0))
+    return Work(sample.table(), sample.sigmas(), parts.trainer.prompts.take(images // runner.group_size))
 
 
 def compare(runner: RLRunner, plain: PlainPath, work: Work, repeats: int) -> Timings:
@@ -196,7 +202,7 @@ def compare(runner: RLRunner, plain: PlainPath, work: Work, repeats: int) -> Tim
     seeds = [runner.noise_seed(0, group, member) for group in groups for member in range(runner.group_size)]
 
     def fast() -> Tensor:
-        images = runner.roll_out(work.tables, work.prompts, 0)
+        images = runner.roll_out(work.tables, work.prompts, 0, work.sigmas)
         runner.score(images)
         return images.pixels
 

@@ -41,11 +41,10 @@ from torch import Tensor
 
 from errors import InputError, shows_input_errors
 from models.randomness import derived_seed
-from solvers import EPDTable
 from training.command_line import SeveralPairs
 from training.ppo import algorithm
-from training.ppo.assembly import Parts, Start, build, make_policy, prepare
-from training.ppo.cold_start import DRAWN
+from training.ppo.assembly import Parts, Start, build, prepare
+from training.ppo.cold_start import DRAWN, trainable
 from training.ppo.config import PPOConfig, load_config
 from training.ppo.distributions import Dirichlet, Normal
 from training.ppo.launch import Job, resumed_job, train, with_options
@@ -143,7 +142,7 @@ class TableSearch:
         start = perf_counter()
         self.source.take_seconds()  # what others did with the source since the last step is not this step's
         candidates = self._evolution.ask()
-        scores = self._score(self._tables(np.stack(candidates)))
+        scores = self._score(np.stack(candidates))
         fitness = self._fitness(scores.rewards)
         self._tell(candidates, fitness.tolist())
         move_mean(self.policy, self._residual(self._evolution.mean))
@@ -196,17 +195,16 @@ class TableSearch:
         residual[..., searched] = torch.from_numpy(points) * self._deviations[searched]
         return residual
 
-    def _tables(self, points: np.ndarray) -> EPDTable:
-        """The mean tables [population, S, K] of points [population, n]."""
-        return self.policy.distribution(self._residual(points)).mean_table()
-
     @torch.no_grad()
-    def _score(self, tables: EPDTable) -> Scores:
-        """Every table on every prompt of the generation, prompt-major."""
-        population = self.settings.rloo_k
+    def _score(self, points: np.ndarray) -> Scores:
+        """The means at points [population, n], each on every prompt of the generation, prompt-major."""
+        population, means = self.settings.rloo_k, self.policy.distribution(self._residual(points))
+        table, sigmas = means.mean_table(), means.mean_sigmas()
+        table = table if table.batch_size else table.expand(population)
         prompts = self.prompts.take(self.settings.rollout_batch_size // population)
-        repeated = tables.select(torch.arange(population).repeat(len(prompts)))
-        return self.source.score(self.source.roll_out(repeated, prompts, self.completed_steps))
+        every = torch.arange(population).repeat(len(prompts))
+        sigmas = None if sigmas is None else sigmas[every]
+        return self.source.score(self.source.roll_out(table.select(every), prompts, self.completed_steps, sigmas))
 
     def _fitness(self, rewards: Tensor) -> Tensor:
         """Mean reward of each candidate [population]; one with a reward that is not finite is as good as the worst."""
@@ -260,7 +258,10 @@ def prepared_for_search(start: Start, population: int | None) -> Start:
     """
     images = start.config.ppo.rollout_batch_size
     if population is None:
-        parameters = int((deviations(make_policy(start)) > 0).sum())
+        table = start.table
+        parameters = sum(
+            DRAWN[name].free(table.num_intervals, table.num_points) for name in trainable(table, start.config.ppo.train)
+        )
         largest = 4 + int(3 * math.log(max(parameters, 1)))
         population = max(size for size in range(1, largest + 1) if images % size == 0)
     if population < 2 or images % population:

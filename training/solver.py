@@ -152,10 +152,12 @@ class Solver:
 
     @property
     def rows_at_once(self) -> int:
-        """Most network rows of an image in one call: its points are one call, and guidance doubles what it is asked."""
-        points = 1 if self.table is None else max(1, self.table.num_points)
-        guided = self.guidance_scale if self.table is None or self.table.guidance is None else self.table.guidance
-        return points * (2 if guided is None or (torch.as_tensor(guided) != 1).any() else 1)
+        """Most network rows of an image in one call: one for an interval's start, or its points; two where guided."""
+        if not self.has_guidance_column:
+            points = 1 if self.table is None else max(1, self.table.num_points)
+            return points * (1 if self.guidance_scale == 1 else 2)
+        rows = 1 + (self.table.guidance != 1).int()  # [..., S, 1 + K]
+        return int(torch.maximum(rows[..., 0], rows[..., 1:].sum(-1)).max())
 
     def on(self, denoiser: Denoiser) -> Solver:
         """The same solver with its noise levels and its guidance settled for a model.
@@ -192,6 +194,11 @@ class Solver:
     def on_schedule(self, schedule: Schedule) -> Solver:
         """The same at the noise levels of a named schedule."""
         return replace(self, schedule=schedule, sigmas=None)
+
+    def with_numbers(self, table: EPDTable, sigmas: Tensor | None) -> Solver:
+        """The same with other numbers in its table, and with noise levels of its own where some are given."""
+        own = {} if sigmas is None else {"sigmas": sigmas, "schedule": None}
+        return replace(self, table=table, **own)
 
     def select(self, samples: slice) -> Solver:
         """The part of a batch of solvers; what all samples share stays."""

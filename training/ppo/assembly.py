@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from errors import InputError
 from models.denoiser import Denoiser
@@ -21,7 +22,7 @@ from solvers import EPDTable, NetworkEvaluations
 from training.command_line import started_processes
 from training.configuration import LoadedConfig
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
-from training.ppo.cold_start import ColdStart, prepare_table
+from training.ppo.cold_start import GRID, ColdStart, prepare_table
 from training.ppo.config import Config, apply_snapshot, with_usual
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch
 from training.ppo.panels import SHAPES, VerifierPanel
@@ -52,8 +53,8 @@ class Start:
     Attributes:
         config: nothing that the solver needs is null.
         snapshot: the solver as its file says it.
-        solver: the one that the run samples: the snapshot's with the configuration's settings, and its table in the
-            order that the policy needs.
+        solver: the one that the run samples: the snapshot's with the configuration's settings, and its table as the
+            policy needs it. Its noise levels are settled once a model is loaded (`build`), and in a checkpoint.
         notes: one line for each thing that was overridden or put in order.
     """
 
@@ -101,8 +102,12 @@ class Costs:
 
 @dataclass(frozen=True)
 class Parts:
-    """The objects of a run; `judge` and `watch` are None where held-out evaluation is off."""
+    """The objects of a run; `judge` and `watch` are None where held-out evaluation is off.
 
+    `start` is what the run was built from, its solver settled for the model.
+    """
+
+    start: Start
     denoiser: Denoiser
     trainer: Trainer
     judge: HeldoutJudge | None
@@ -124,7 +129,7 @@ def prepare(loaded: LoadedConfig) -> Start:
         start = start_from_snapshot(loaded)
         config = start.config
     except InputError as error:
-        faults.append(f"data.predictor_snapshot={config.data.predictor_snapshot}: {error}\n{MAKE_ONE}")
+        faults.append(f"data.predictor_snapshot={config.data.predictor_snapshot}: {error}")
     refuse([*faults, *path_faults(config)], config)
     return start
 
@@ -156,7 +161,10 @@ def start_from_snapshot(loaded: LoadedConfig) -> Start:
     Raises:
         InputError: there is no such predictor, or it and the configuration contradict each other.
     """
-    snapshot = load_solver(loaded.config.data.predictor_snapshot, guidance=loaded.config.model.guidance_rate)
+    try:
+        snapshot = load_solver(loaded.config.data.predictor_snapshot, guidance=loaded.config.model.guidance_rate)
+    except InputError as error:
+        raise InputError(f"{error}\n{MAKE_ONE}") from None
     config, notes = apply_snapshot(loaded, snapshot)
     cold_start = _cold_start(snapshot.table, config)
     return Start(config, snapshot, _settled(snapshot, config, cold_start.table), (*notes, *cold_start.repairs))
@@ -171,12 +179,17 @@ def _settled(snapshot: Solver, config: Config, table: EPDTable) -> Solver:
         table=table,
         schedule=Schedule(model.schedule_type, model.schedule_rho) if named else None,
         sigmas=None if named else snapshot.sigmas,
-        guidance_scale=None if snapshot.has_guidance_column else guidance_scale(config),
+        guidance_scale=None if table.guidance is not None else guidance_scale(config),
         model=model_spec(config),
     )
 
 
 def _cold_start(table: EPDTable, config: Config) -> ColdStart:
+    """The table that the policy begins at."""
+    if "guidance" in config.ppo.train and config.model.guidance_type == "uncond":
+        raise InputError(
+            "ppo.train names guidance, and model.guidance_type=uncond is without any: leave one of them out"
+        )
     return prepare_table(table, config.ppo.train, guidance_scale=guidance_scale(config))
 
 
@@ -188,7 +201,7 @@ def to_plain(start: Start) -> dict[str, Any]:
         "sha256": origin.sha256,
         "metadata": dict(origin.metadata),
         "snapshot_table": table_to_plain(start.snapshot.table),
-        "table": table_to_plain(start.table),
+        "table": table_to_plain(start.table, start.solver.sigmas),
         "notes": list(start.notes),
     }
 
@@ -202,9 +215,14 @@ def from_plain(state: Mapping[str, Any], config: Config, checkpoint: Path) -> St
         raise ValueError("the start's metadata is not plain")
     origin = Origin(Path(state["file"]), str(state["sha256"]), dict(state["metadata"]))
     snapshot = solver_of(table_from_plain(state["snapshot_table"]), origin)
-    table = table_from_plain(state["table"])
-    require_equal(_cold_start(snapshot.table, config).table, table, POLICY_TOLERANCE, f"{checkpoint}: the snapshot")
-    return Start(config, snapshot, _settled(snapshot, config, table), tuple(map(str, state["notes"])))
+    table, sigmas = table_from_plain(state["table"]), state["table"].get(GRID)
+    prepared = table_to_plain(_cold_start(snapshot.table, config).table)
+    require_equal(prepared, table_to_plain(table), POLICY_TOLERANCE, f"{checkpoint}: the snapshot")
+    solver = _settled(snapshot, config, table)
+    if sigmas is not None:
+        solver = replace(solver, sigmas=sigmas)
+        solver.steps(torch.zeros(1, 1))  # whether they are a grid for the table
+    return Start(config, snapshot, solver, tuple(map(str, state["notes"])))
 
 
 def model_spec(config: Config) -> str | None:
@@ -278,6 +296,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
         dtype=resolve_dtype(config.model.dtype),
         compiled=config.model.compile,
     )
+    start = replace(start, solver=start.solver.on(denoiser))
     prompts = read_prompts(config.data.prompt_csv)
     denoiser.validate_prompts(prompts)
     reward = build_reward(
@@ -290,7 +309,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
     ppo = config.ppo
     runner = RLRunner(
         denoiser,
-        start.solver.on(denoiser),
+        start.solver,
         reward,
         group_size=ppo.rloo_k,
         shared_noise=ppo.shared_noise,
@@ -309,7 +328,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
         if panel is not None:
             panel.say_what_is_cut(heldout)
     if not heldout:
-        return Parts(denoiser, trainer, None, None)
+        return Parts(start, denoiser, trainer, None, None)
     judge = HeldoutJudge(
         runner,
         reward,
@@ -318,14 +337,15 @@ def build(start: Start, fabric: Fabric) -> Parts:
         first_seed=config.logging.eval_seed,
         preview_count=config.logging.preview_prompts,
     )
-    return Parts(denoiser, trainer, judge, HeldoutWatch(reward))
+    return Parts(start, denoiser, trainer, judge, HeldoutWatch(reward))
 
 
 def make_policy(start: Start) -> EPDParamPolicy:
-    """The policy before its first update: its mean is the starting table."""
+    """The policy before its first update: its mean is the start. A grid can be trained of a settled start only."""
     ppo = start.config.ppo
     return EPDParamPolicy(
         start.table,
+        sigmas=start.solver.sigmas,
         train=ppo.train,
         concentration=ppo.dirichlet_concentration,
         grid_concentration=ppo.grid_concentration,
@@ -351,12 +371,20 @@ def policy_of(
         if not torch.allclose(buffer, began[name], rtol=0, atol=POLICY_TOLERANCE):
             raise InputError(f"{checkpoint}: its policy did not begin at the table that it names as its start ({name})")
     try:
-        with torch.no_grad():
-            table = policy.to(device)().mean_table().to(device="cpu")
+        mean = table_to_plain(*mean_of(policy.to(device)))
     except ValueError as error:
         raise InputError(f"{checkpoint}: the policy's mean is no valid table: {error}") from error
-    require_equal(table, table_from_plain(state["table"]), POLICY_TOLERANCE, f"{checkpoint}: the policy's mean")
+    told = table_to_plain(table_from_plain(state["table"]), state["table"].get(GRID))
+    require_equal(mean, told, POLICY_TOLERANCE, f"{checkpoint}: the policy's mean")
     return policy
+
+
+@torch.no_grad()
+def mean_of(policy: EPDParamPolicy) -> tuple[EPDTable, Tensor | None]:
+    """The mean table and, where they are trained, the mean noise levels; on the CPU."""
+    distribution = policy()
+    sigmas = distribution.mean_sigmas()
+    return distribution.mean_table().to(device="cpu"), None if sigmas is None else sigmas.cpu()
 
 
 def _panel(config: Config, device: torch.device) -> Reward | None:

@@ -51,11 +51,11 @@ class Drawn:
     rows: Callable[[Tensor], Tensor] = _same
     entries: Callable[[Tensor, Tensor], Tensor] = lambda values, start: values
 
-    def is_idle(self, num_intervals: int, num_points: int) -> bool:
-        """Whether nothing of it can vary in a table of this shape: no points, or one weight, which is always 1."""
+    def free(self, num_intervals: int, num_points: int) -> int:
+        """How many of its numbers can vary in a table of this shape: of one weight, which is always 1, none."""
         shape = (num_intervals + 1,) if self.name == GRID else _COLUMNS[self.name].shape(num_intervals, num_points)
         rows, numbers = self.rows(self.by_interval(torch.ones(shape))).shape[-2:]
-        return rows == 0 or numbers < self.family.fewest
+        return rows * max(0, numbers - self.family.bound)
 
     def check(self, entries: Tensor) -> None:
         """Raise InputError where the family has no such mean."""
@@ -222,7 +222,7 @@ def trainable(table: EPDTable, train: Collection[str]) -> tuple[str, ...]:
     if unknown:
         raise InputError(f"ppo.train names {unknown[0]!r}; known are {', '.join(DRAWN)}")
     size = table.num_intervals, table.num_points
-    able = [name for name, drawn in DRAWN.items() if not drawn.is_idle(*size)]
+    able = [name for name, drawn in DRAWN.items() if drawn.free(*size)]
     names = tuple(name for name in able if name in train)
     if not names:
         raise InputError(

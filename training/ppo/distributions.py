@@ -35,7 +35,7 @@ class Dirichlet:
     alpha: Tensor
 
     blocks: ClassVar[int] = 1  # unconstrained parameters for each number: log alpha
-    fewest: ClassVar[int] = 2  # numbers of a row that there must be for something to vary
+    bound: ClassVar[int] = 1  # numbers of a row that follow from the others
     positive: ClassVar[bool] = True  # whether the means must be above 0
 
     @staticmethod
@@ -97,7 +97,7 @@ class Normal:
     log_std: Tensor
 
     blocks: ClassVar[int] = 2  # loc, log_std
-    fewest: ClassVar[int] = 1
+    bound: ClassVar[int] = 0
     positive: ClassVar[bool] = False
 
     @staticmethod

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
 from errors import InputError, shows_input_errors
 from files import write_atomically
@@ -25,11 +26,11 @@ from models.fingerprints import file_sha256
 from solvers import EPDTable
 from training.checkpoint import best_path, fitting, newest_checkpoint
 from training.configuration import to_plain
-from training.ppo.assembly import Start, from_plain, guidance_scale, policy_of
-from training.ppo.checkpoint import largest_difference, load_checkpoint, require_equal
+from training.ppo.assembly import Start, from_plain, guidance_scale, mean_of, policy_of
+from training.ppo.checkpoint import largest_difference, load_checkpoint, require_equal, table_to_plain
 from training.ppo.config import SNAPSHOT_KEYS, build_config
 from training.run_folder import RunFolder, read_metrics
-from training.snapshot import GRID, load_snapshot, save_snapshot
+from training.snapshot import GRID, load_snapshot, private_parts, save_snapshot
 
 SNAPSHOT_TOLERANCE = 1e-6
 """How far the numbers read back from a .pkl may be from the exported ones: it holds float32 parameters."""
@@ -37,9 +38,10 @@ SNAPSHOT_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Export:
-    """A table on its way out, and what it was made from."""
+    """A solver on its way out, and what it was made from; `sigmas` [S + 1] where its noise levels were trained."""
 
     table: EPDTable
+    sigmas: Tensor | None
     start: Start
     step: int
     checkpoint: Path
@@ -68,10 +70,12 @@ def main(run: Path, checkpoint: Path | None, best: bool, device: str, no_manifes
     export = read_export(_chosen(folder, checkpoint, best=best), torch.device(resolve_device(device)))
     for path in write_export(folder, export, manifest=not no_manifest):
         click.echo(path)
+    if private := private_parts(export.table, snapshot_metadata(export)):
+        click.echo(f"no .pkl for the public EPD code, which has no place for {', '.join(private)}")
 
 
 def read_export(checkpoint: Path, device: torch.device) -> Export:
-    """The mean table of a checkpoint's policy.
+    """The mean of a checkpoint's policy.
 
     Raises:
         InputError: the checkpoint cannot be read, the device has no float64, or or see `policy_of`.
@@ -82,27 +86,27 @@ def read_export(checkpoint: Path, device: torch.device) -> Export:
     with fitting(checkpoint):
         start = from_plain(state["start"], build_config(state["config"], str(checkpoint)).config, checkpoint)
         policy = policy_of(start, state, checkpoint, device)
-        with torch.no_grad():
-            table = policy().mean_table().to(device="cpu")
-    return Export(table, start, state["step"], checkpoint, state["config_hash"])
+    return Export(*mean_of(policy), start, state["step"], checkpoint, state["config_hash"])
 
 
 def write_export(folder: RunFolder, export: Export, *, manifest: bool) -> list[Path]:
-    """Write the snapshot (.pkl and .json), its training options and its manifest; returns the paths.
+    """Write the snapshot, its training options and its manifest; returns the paths.
+
+    The snapshot is a .json, and a .pkl where the public code base has a place for all that the solver is made of.
 
     Raises:
         InputError: the files would not read back to the same table (then none is written), or cannot be written.
     """
     name, suffix = f"network-snapshot-export-step{export.step:06d}.pkl", f"step{export.step:06d}.json"
     with tempfile.TemporaryDirectory() as trial:
-        _, read_back = _written(Path(trial) / name, export)
+        difference = _read_back(Path(trial) / name, export)
     pickled = save_snapshot(folder.export / name, export.table, snapshot_metadata(export))
     options = folder.export / f"training_options-export-{suffix}"
     config = to_plain(export.start.config)
     _write_json(options, {"predictor": load_snapshot(pickled)[1], "config": config})
-    paths = [pickled, pickled.with_suffix(".json"), options]
+    paths = [*dict.fromkeys([pickled, pickled.with_suffix(".json")]), options]
     if manifest:
-        described = _manifest(folder, export, paths, largest_difference(export.table, read_back))
+        described = _manifest(folder, export, paths, difference)
         paths.append(folder.export / f"export-manifest-{suffix}")
         _write_json(paths[-1], described)
     return paths
@@ -113,8 +117,12 @@ def snapshot_metadata(export: Export) -> dict[str, Any]:
     model = export.start.config.model
     settled = {name: getattr(model, name) for name in SNAPSHOT_KEYS}
     named = {"model_path": model.model_path} if model.model_path else {}
-    guidance = {"guidance_rate": guidance_scale(export.start.config)}
-    own = {} if model.schedule_type is None else {GRID: None}  # levels that a schedule took the place of
+    guidance = {"guidance_rate": None if export.table.guidance is not None else guidance_scale(export.start.config)}
+    own: dict[str, Any] = {}
+    if export.sigmas is not None:
+        own = {GRID: export.sigmas.tolist(), "schedule_type": None, "schedule_rho": None}
+    elif model.schedule_type is not None:
+        own = {GRID: None}  # levels that a schedule took the place of
     return {**export.start.snapshot.origin.metadata, **settled, **named, **guidance, **own}
 
 
@@ -139,18 +147,25 @@ def _chosen(folder: RunFolder, checkpoint: Path | None, *, best: bool) -> Path:
     return best_path(folder.checkpoints)
 
 
-def _written(path: Path, export: Export) -> tuple[Path, EPDTable]:
-    """Write the snapshot, read each of its two files by itself, and hold both against the table."""
-    pickled = save_snapshot(path, export.table, snapshot_metadata(export))
-    exact, _ = load_snapshot(pickled)
-    require_equal(exact, export.table, 0.0, f"{export.checkpoint}: the exported .json")
-    pickled.with_suffix(".json").unlink()
-    rounded, _ = load_snapshot(pickled)
-    require_equal(rounded, export.table, SNAPSHOT_TOLERANCE, f"{export.checkpoint}: the exported .pkl")
-    return pickled, rounded
+def _read_back(path: Path, export: Export) -> float | None:
+    """Write the snapshot, read each of its files by itself, and hold them against the solver.
+
+    Returns the largest difference of the .pkl, None where there is none.
+    """
+    written, expected = save_snapshot(path, export.table, snapshot_metadata(export)), table_to_plain(export.table)
+    exact, metadata = load_snapshot(written)
+    require_equal(table_to_plain(exact), expected, 0.0, f"{export.checkpoint}: the exported .json")
+    if export.sigmas is not None and metadata[GRID] != export.sigmas.tolist():
+        raise InputError(f"{export.checkpoint}: the exported .json has other noise levels, so it is not used")
+    if written.suffix == ".json":
+        return None
+    written.with_suffix(".json").unlink()
+    rounded = table_to_plain(load_snapshot(written)[0])
+    require_equal(rounded, expected, SNAPSHOT_TOLERANCE, f"{export.checkpoint}: the exported .pkl")
+    return largest_difference(expected, rounded)
 
 
-def _manifest(folder: RunFolder, export: Export, paths: list[Path], difference: float) -> dict[str, Any]:
+def _manifest(folder: RunFolder, export: Export, paths: list[Path], difference: float | None) -> dict[str, Any]:
     origin = export.start.snapshot.origin
     evaluations = [
         row for row in read_metrics(folder.metrics) if row["step"] == export.step and "heldout/reward" in row

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from solvers import EPDTable
+from solvers import COLUMNS, EPDTable
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = ("#2563a8", "#c2571a", "#2f855a", "#7b4ba3", "#b7791f")
@@ -49,33 +49,6 @@ def curves_figure(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def table_figure(table: EPDTable, start: EPDTable) -> Figure:
-    """Where each interval's K points lie and what they weigh, now (filled) and at the start (hollow).
-
-    Both tables [S, K]; one row per interval, the position r in (0, 1) from its beginning to its end, a marker's area
-    proportional to the weight.
-    """
-    intervals = table.positions.shape[0]
-    figure = Figure(figsize=(6.4, 1.2 + 0.5 * intervals), layout="constrained")
-    axes = figure.subplots()
-    _plain(axes)
-    rows = [[interval] * table.num_points for interval in range(1, intervals + 1)]
-    for shown, style in (
-        (start, {"facecolors": "none", "edgecolors": MUTED, "linewidths": 1.2, "label": "start"}),
-        (table, {"facecolors": COLOURS[0], "edgecolors": "none", "alpha": 0.75, "label": "now"}),
-    ):
-        axes.scatter(shown.positions.cpu(), rows, s=MARKER_AREA * shown.weights.cpu().flatten(), **style)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(intervals + 0.6, 0.4)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("position r in the interval (area: weight)")
-    axes.set_ylabel("interval")
-    legend = axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    for handle in legend.legend_handles:
-        handle.set_sizes([40])
     return figure
 
 
@@ -151,9 +124,9 @@ def _draw_guidance(axes: Axes, guidance: Tensor) -> None:
 
 
 def movement_figure(steps: Sequence[int], history: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> Figure:
-    """Each entry of the mean table over the steps.
+    """Each entry of the policy's mean over the steps.
 
-    `history`: name (positions, weights, ...) -> [n][S][K]. One row of plots per name, one plot per interval.
+    `history`: name of a column, or `grid` -> [n][S][entries]. One row of plots per name, one plot per interval.
     """
     intervals = len(next(iter(history.values()))[0])
     figure = Figure(figsize=(max(6.4, 2.2 * intervals), 1.9 * len(history)), layout="constrained")
@@ -162,15 +135,28 @@ def movement_figure(steps: Sequence[int], history: Mapping[str, Sequence[Sequenc
         grid[row][0].set_ylabel(name.replace("_", " "))
         for interval, axes in enumerate(grid[row]):
             _plain(axes)
-            for point, colour in zip(range(len(tables[0][interval])), cycle(COLOURS), strict=False):
-                values = [table[interval][point] for table in tables]
-                axes.plot(steps, values, color=colour, linewidth=1.5, label=f"point {point + 1}")
+            labels = entry_names(name, len(tables[0][interval]))
+            for entry, (label, colour) in enumerate(zip(labels, cycle(COLOURS), strict=False)):
+                values = [table[interval][entry] for table in tables]
+                axes.plot(steps, values, color=colour, linewidth=1.5, label=label)
+        if len(labels) > 1:
+            grid[row][0].legend(frameon=False, fontsize=7)
     for interval in range(intervals):
         grid[0][interval].set_title(f"interval {interval + 1}", fontsize=9, color=INK)
         grid[-1][interval].set_xlabel("step")
         grid[-1][interval].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    grid[0][0].legend(frameon=False, fontsize=7)
     return figure
+
+
+def entry_names(name: str, count: int) -> list[str]:
+    """For people: what the `count` entries are that a column, or the grid, has for each interval."""
+    points = [f"point {point + 1}" for point in range(count)]
+    per = {column.name: column.per for column in COLUMNS}.get(name)
+    if per == "evaluation":
+        return ["start", *points[:-1]]
+    if per == "interval":
+        return [f"of interval {interval + 1}" for interval in range(count)]
+    return points if per == "point" else ["noise level at the end"]
 
 
 def _plain(axes: Axes) -> None:

@@ -57,7 +57,9 @@ class ImageSource(Protocol):
 
     shard: Shard
 
-    def sample_images(self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
+    def sample_images(
+        self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int], sigmas: Tensor | None = None
+    ) -> Images:
         """One image for each pair of a prompt and a seed."""
         ...
 
@@ -91,11 +93,14 @@ class HeldoutJudge:
         self._preview_count = preview_count
 
     @torch.no_grad()
-    def judge(self, table: EPDTable) -> HeldoutScores:
-        """Sample with one table [S, K] and score; all processes get the scores of all."""
+    def judge(self, table: EPDTable, sigmas: Tensor | None = None) -> HeldoutScores:
+        """Sample with one table [S, K], at noise levels [S + 1] or the source's, and score.
+
+        All processes get the scores of all.
+        """
         rows = self._rows_here()
         images = self._source.sample_images(
-            table, [self.prompts[row] for row in rows], [self.seeds[row] for row in rows]
+            table, [self.prompts[row] for row in rows], [self.seeds[row] for row in rows], sigmas
         )
         finite = images.finite.to(images.pixels.device)
         prompts = [prompt for prompt, keep in zip(images.prompts, finite.tolist(), strict=True) if keep]

@@ -142,9 +142,10 @@ def resumed_job(source: Path, overrides: Sequence[str]) -> Job:
     config = load_config(folder.config, overrides).config
     require_processes(config)
     with fitting(checkpoint):
-        start = from_plain(state["start"], config, checkpoint)
         before = build_config(state["config"], str(folder.path)).config
     refuse_changes(before, config, FIXED, FIXED_FILES, folder.path)
+    with fitting(checkpoint):
+        start = from_plain(state["start"], config, checkpoint)
     shape = (start.table.num_steps, start.table.num_points)
     if (config.model.num_steps, config.model.num_points) != shape:
         raise InputError(
@@ -221,7 +222,7 @@ def train(job: Job, assemble: Callable[[Start, Fabric], Parts] = build, command:
         describe(job)
     assembled = assemble(job.start, fabric)  # before there is a folder: what cannot be loaded leaves none behind
     with _held_folder(job, config, fabric) as folder:
-        run = TrainingRun(job.start, assembled, folder, fabric)
+        run = TrainingRun(assembled, folder, fabric)
         if job.state is not None:
             run.load(job.state)
         ending = run.run()

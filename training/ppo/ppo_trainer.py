@@ -171,7 +171,7 @@ class PPOTrainer(Generic[Outcome]):
         prompts = self.prompts.take(self.settings.rollout_batch_size // self.settings.rloo_k)
         distribution = self.policy()
         sample = distribution.sample(self.settings.rollout_batch_size, self.generator)
-        outcome = self.source.roll_out(sample.table(), prompts, self.completed_steps)
+        outcome = self.source.roll_out(sample.table(), prompts, self.completed_steps, sample.sigmas())
         return Trial(sample, distribution.log_prob(sample), outcome)
 
     def _score(self, trial: Trial[Outcome]) -> Batch:

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +18,17 @@ from typing import Any, NamedTuple
 import click
 import matplotlib
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from errors import InputError, shows_input_errors
 from files import write_atomically
 from models.pictures import opened_picture
-from solvers import EPDTable
 from training.checkpoint import fitting, newest_checkpoint
 from training.configuration import to_yaml
-from training.ppo.checkpoint import load_checkpoint, table_from_plain
+from training.ppo.checkpoint import Numbers, load_checkpoint, table_from_plain, table_to_plain
+from training.ppo.cold_start import GRID
 from training.ppo.config import build_config
-from training.ppo.figures import Curve, curves_figure, movement_figure, table_figure
+from training.ppo.figures import Curve, curves_figure, entry_names, movement_figure, solver_figure
 from training.ppo.ppo_trainer import METRICS
 from training.ppo.training_run import preview_name
 from training.run_folder import RunFolder, read_metrics, seconds_by_phase
@@ -106,7 +107,10 @@ def write_report(folder: RunFolder) -> Path:
     checkpoint = newest_checkpoint(folder.checkpoints)
     state = load_checkpoint(checkpoint)
     with fitting(checkpoint):
-        start, table = table_from_plain(state["start"]["table"]), table_from_plain(state["table"])
+        start, mean = (
+            table_to_plain(table_from_plain(numbers), numbers.get(GRID))
+            for numbers in (state["start"]["table"], state["table"])
+        )
         notes = [str(note) for note in state["start"]["notes"]]
     config = build_config(state["config"], str(folder.config)).config
     steps = [row for row in rows if "reward_mean" in row]
@@ -115,7 +119,7 @@ def write_report(folder: RunFolder) -> Path:
         _head(folder, steps, evaluations, state),
         _rewards(steps, evaluations, config.ppo.rloo_k, config.ppo.rollout_batch_size),
         _images(folder, evaluations),
-        _table(rows, table, start, notes),
+        _table(rows, mean, start, notes),
         _diagnostics(steps),
         _time(steps),
         f"<h2>Configuration</h2><p class=muted>SHA-256 {state['config_hash']}</p><pre>{escape(to_yaml(config))}</pre>",
@@ -133,12 +137,14 @@ def write_report(folder: RunFolder) -> Path:
 def _head(folder: RunFolder, steps: Sequence[Row], evaluations: Sequence[Row], state: Mapping[str, Any]) -> str:
     model = state["config"]["model"]
     done, planned = state["step"], state["config"]["ppo"]["steps"]
+    own = state["table"].get("guidance") is not None  # a scale for each evaluation
     images = steps[-1]["images"] if steps else 0
     lines = [
         f"<h1>{escape(folder.path.name)}</h1>",
         f"<p class=muted>{escape(str(model['dataset_name']))}, {model['num_steps'] - 1} intervals x "
-        f"{model['num_points']} points, {escape(str(model['schedule_type']))} schedule, "
-        f"guidance {model['guidance_rate']:g}. {done} of {planned} steps, {images:,} images. "
+        f"{model['num_points']} points, {escape(model['schedule_type'] or 'own')} schedule, "
+        f"guidance {'by evaluation' if own else format(model['guidance_rate'], 'g')}. "
+        f"{done} of {planned} steps, {images:,} images. "
         f"Start: {escape(state['start']['file'])}.</p>",
     ]
     if evaluations:
@@ -246,45 +252,41 @@ def _picture(preview: Preview) -> str:
     return f'<img alt="{escape(preview.prompt)}" src="data:image/png;base64,{data}">'
 
 
-def _table(rows: Sequence[Row], table: EPDTable, start: EPDTable, notes: Sequence[str]) -> str:
-    history = {name: [row["table"][name] for row in rows] for name in _varying(rows)}
-    parts = ["<h2>The table</h2>"]
+def _table(rows: Sequence[Row], mean: Numbers, start: Numbers, notes: Sequence[str]) -> str:
+    parts = ["<h2>The solver</h2>"]
     parts += [f"<p class=muted>{escape(note)}</p>" for note in notes]
-    parts.append(
-        _figure(
-            table_figure(table, start),
-            "Where the solver asks the network in each interval (0: its beginning, 1: its end), and with what weight.",
-        )
-    )
-    if len(rows) > 1 and history:
-        caption = "The policy's mean table over the steps."
-        parts.append(_figure(movement_figure([row["step"] for row in rows], history), caption))
-    parts.append(_numbers(table, start))
+    if GRID in start:
+        now = ("now", mean.get(GRID, start[GRID]), table_from_plain(mean))
+        caption = "At which noise levels the solver asks the network, with what weight, and what it combines."
+        parts.append(_figure(solver_figure(now, beside=("start", start[GRID], table_from_plain(start))), caption))
+    moved = {
+        name: [_by_interval(row["table"][name]) for row in rows] for name in mean if rows and name in rows[0]["table"]
+    }
+    moved = {name: tables for name, tables in moved.items() if any(table != tables[0] for table in tables)}
+    if moved:
+        caption = "The policy's mean over the steps; what does not move is left out."
+        parts.append(_figure(movement_figure([row["step"] for row in rows], moved), caption))
+    parts += [_numbers(name, start[name], after) for name, after in mean.items() if after.numel()]
     return "".join(parts)
 
 
-def _varying(rows: Iterable[Row]) -> list[str]:
-    first = next(iter(rows), None)
-    return [] if first is None else [name for name, values in first["table"].items() if values is not None]
+def _by_interval(entries: list) -> list[list[float]]:
+    """A column's entries [S][n]; noise levels [S + 1] as what each interval ends at, [S][1]."""
+    return entries if isinstance(entries[0], list) else [[level] for level in entries[1:]]
 
 
-def _numbers(table: EPDTable, start: EPDTable) -> str:
-    columns = {
-        name: (getattr(start, name), getattr(table, name))
-        for name in ("positions", "weights", "scale_dir", "scale_time")
-        if getattr(table, name) is not None
-    }
-    head = "".join(f'<th class="number">{name.replace("_", " ")}</th>' for name in columns)
-    body = []
-    for interval in range(table.num_intervals):
-        for point in range(table.num_points):
-            cells = "".join(
-                f'<td class="number">{1.0 if before is None else before[interval, point].item():.4f} &rarr; '
-                f"{after[interval, point].item():.4f}</td>"
-                for before, after in columns.values()
-            )
-            body.append(f"<tr><td>{interval + 1}</td><td>{point + 1}</td>{cells}</tr>")
-    return f'<div class="scroll"><table><tr><th>interval</th><th>point</th>{head}</tr>{"".join(body)}</table></div>'
+def _numbers(name: str, before: Tensor, after: Tensor) -> str:
+    """A part of the solver in numbers, before and after: a row for each interval."""
+    earlier, later = (_by_interval(entries.tolist()) for entries in (before, after))
+    head = "".join(f'<th class="number">{entry}</th>' for entry in entry_names(name, len(later[0])))
+    body = "".join(
+        f"<tr><td>{interval}</td>"
+        + "".join(f'<td class="number">{a:.4f} &rarr; {b:.4f}</td>' for a, b in zip(*entries, strict=True))
+        + "</tr>"
+        for interval, entries in enumerate(zip(earlier, later, strict=True), start=1)
+    )
+    title = f"<tr><th>{name.replace('_', ' ')}, interval</th>{head}</tr>"
+    return f'<div class="scroll"><table>{title}{body}</table></div>'
 
 
 def _diagnostics(steps: Sequence[Row]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class RLRunner:
 
         Args:
             denoiser: the frozen model.
-            solver: all of it but its table, settled for the denoiser (`Solver.on`).
+            solver: all of it but what is drawn, settled for the denoiser (`Solver.on`).
             reward: scores images of prompts.
             group_size: k, samples per prompt.
             shared_noise: the samples of a prompt start from the same noise, so that their rewards differ by the table
@@ -112,8 +112,10 @@ class RLRunner:
         self.max_rows = max_rows if max_rows or denoiser.device.type == "cuda" else DEFAULT_MAX_ROWS
         self._configured_max_rows = max_rows
 
-    def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int) -> Images:
+    def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int, sigmas: Tensor | None = None) -> Images:
         """This process's part of the images of tables [B * k, S, K] on B prompts, k for each, prompt-major.
+
+        `sigmas`: noise levels of each [B * k, S + 1], or None for the solver's.
 
         Raises:
             InputError: the prompts cannot be split evenly among the processes, or one image is too much for the memory.
@@ -123,10 +125,12 @@ class RLRunner:
         prompts_here = len(prompts) // self.shard.count
         first = self.shard.rank * prompts_here
         groups = range(first, first + prompts_here)
+        samples = slice(groups.start * self.group_size, groups.stop * self.group_size)
         return self.sample_images(
-            tables.select(slice(groups.start * self.group_size, groups.stop * self.group_size)),
+            tables.select(samples),
             [prompts.texts[group] for group in groups for _ in range(self.group_size)],
             [self.noise_seed(step, group, member) for group in groups for member in range(self.group_size)],
+            None if sigmas is None else sigmas[samples],
         )
 
     @torch.no_grad()
@@ -141,8 +145,12 @@ class RLRunner:
             return Scores(self.reward.combine(parts).double(), parts)
 
     @torch.no_grad()
-    def sample_images(self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
+    def sample_images(
+        self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int], sigmas: Tensor | None = None
+    ) -> Images:
         """One image for each pair of a prompt and a seed, with one table [S, K] or with one for each [N, S, K].
+
+        `sigmas`: noise levels for all [S + 1] or for each [N, S + 1], or None for the solver's.
 
         Runs in micro-batches of at most `max_rows` network rows; where the device's memory does not suffice they are
         halved, for this and all later calls.
@@ -150,7 +158,7 @@ class RLRunner:
         Raises:
             InputError: the memory does not suffice for one image.
         """
-        solver = replace(self.solver, table=table)
+        solver = self.solver.with_numbers(table, sigmas)
         pixels, finite = [], []
         start = 0
         while start < len(prompts):

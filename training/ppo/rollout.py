@@ -56,8 +56,11 @@ Outcome = TypeVar("Outcome")
 class RolloutSource(Protocol[Outcome]):
     """Tries tables on prompts. The trainer's only view of models, images and rewards."""
 
-    def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int) -> Outcome:
-        """Use tables [B * k, S, K] on B prompts; `step` (0, 1, ...) seeds whatever is random in it."""
+    def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int, sigmas: Tensor | None = None) -> Outcome:
+        """Use tables [B * k, S, K] on B prompts; `step` (0, 1, ...) seeds whatever is random in it.
+
+        `sigmas`: noise levels of each [B * k, S + 1]; None where they are not drawn.
+        """
         ...
 
     def score(self, outcome: Outcome) -> Scores:

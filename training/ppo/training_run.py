@@ -21,9 +21,9 @@ from training.checkpoint import best_path, fitting, is_due, set_aside, step_path
 from training.configuration import config_hash
 from training.configuration import to_plain as config_to_plain
 from training.events import EventFile
-from training.ppo.assembly import Parts, Start, to_plain
-from training.ppo.checkpoint import save_checkpoint, table_to_plain
-from training.ppo.figures import table_figure
+from training.ppo.assembly import Parts, Start, mean_of, to_plain
+from training.ppo.checkpoint import Numbers, save_checkpoint, table_to_plain
+from training.ppo.figures import solver_figure
 from training.ppo.heldout import HeldoutScores
 from training.run_folder import MetricsLog, RunFolder
 
@@ -59,9 +59,9 @@ class RunWriter:
         if moved:
             log.warning("%d steps after step %d are made again; their log is kept in %s", moved, step, self.folder.logs)
 
-    def row(self, row: Mapping[str, float], table: EPDTable) -> None:
-        """Log a step: its metrics and the mean table after it."""
-        rows = {name: None if part is None else part.tolist() for name, part in table_to_plain(table).items()}
+    def row(self, row: Mapping[str, float], numbers: Numbers) -> None:
+        """Log a step: its metrics and the numbers of the policy's mean after it."""
+        rows = {name: part.tolist() for name, part in numbers.items()}
         self._try("metrics", lambda: self._metrics.append({**row, "table": rows}))
         step = int(row["step"])
         scalars = {name: value for name, value in row.items() if name != "step"}
@@ -71,9 +71,11 @@ class RunWriter:
         """Save images [P, 3, H, W] of the first held-out prompts."""
         self._try("previews", lambda: self._write_previews(step, images))
 
-    def table_plot(self, step: int, table: EPDTable) -> None:
-        """Plot the mean table beside the starting one."""
-        figure = table_figure(table, self._start.table)
+    def table_plot(self, step: int, table: EPDTable, sigmas: Tensor | None) -> None:
+        """Plot the policy's mean beside the start."""
+        start = self._start.solver
+        now = start.with_numbers(table, sigmas)
+        figure = solver_figure(("now", now.sigmas, table), ("start", start.sigmas, start.table))
         self._try("table plot", lambda: self._tensorboard(step).figure("table", figure, step))
 
     def _write_previews(self, step: int, images: Tensor) -> None:
@@ -106,14 +108,14 @@ def preview_name(step: int, number: int) -> str:
 class TrainingRun:
     """Trains to the last step, or until it is interrupted; can be gone on with from every checkpoint."""
 
-    def __init__(self, start: Start, parts: Parts, folder: RunFolder, fabric: Fabric) -> None:
+    def __init__(self, parts: Parts, folder: RunFolder, fabric: Fabric) -> None:
         """Nothing is written before `run`."""
-        self.start, self.config, self.folder = start, start.config, folder
+        self.start, self.config, self.folder = parts.start, parts.start.config, folder
         self.trainer, self.judge, self.watch = parts.trainer, parts.judge, parts.watch
         self._fabric = fabric
         seeds = () if parts.judge is None else parts.judge.seeds
         prompts = () if parts.judge is None else parts.judge.prompts
-        self._writer = RunWriter(folder, start, prompts, seeds) if fabric.is_global_zero else None
+        self._writer = RunWriter(folder, self.start, prompts, seeds) if fabric.is_global_zero else None
         self._saved_step = -1
         self.interrupted_by = 0
         """The signal that ended `run`, in whatever process it came; 0: none."""
@@ -194,13 +196,13 @@ class TrainingRun:
         return bool(row.get("heldout/suspected_reward_hacking"))
 
     def _evaluate(self) -> dict[str, float]:
-        """Score the mean table on the held-out prompts; keeps its checkpoint where it is the best so far."""
-        table = self._mean_table()
-        scores: HeldoutScores = self.judge.judge(table)
+        """Score the policy's mean on the held-out prompts; keeps its checkpoint where it is the best so far."""
+        mean = mean_of(self.trainer.policy)
+        scores: HeldoutScores = self.judge.judge(*mean)
         metrics = self.watch.observe(self.step, scores)
         if self._writer is not None:
             self._writer.previews(self.step, scores.previews)
-            self._writer.table_plot(self.step, table)
+            self._writer.table_plot(self.step, *mean)
             tqdm.write(heldout_line(self.step, metrics))
             if self.step and self.watch.best_step == self.step:
                 self._try_save(best=True)
@@ -208,7 +210,7 @@ class TrainingRun:
 
     def _record(self, row: Mapping[str, float]) -> None:
         if self._writer is not None:
-            self._writer.row(row, self._mean_table())
+            self._writer.row(row, self._mean())
 
     def _save(self, *, last: bool) -> None:
         """Save a checkpoint of this step, if there is none; only the last one must succeed."""
@@ -236,14 +238,13 @@ class TrainingRun:
             "trainer": self.trainer.state_dict(),
             "watch": None if self.watch is None else self.watch.state_dict(),
             "start": to_plain(self.start),
-            "table": table_to_plain(self._mean_table()),
+            "table": self._mean(),
             "config": config_to_plain(self.config),
             "config_hash": config_hash(self.config),
         }
 
-    @torch.no_grad()
-    def _mean_table(self) -> EPDTable:
-        return self.trainer.policy().mean_table()
+    def _mean(self) -> Numbers:
+        return table_to_plain(*mean_of(self.trainer.policy))
 
     def _of_all_processes(self, number: int) -> int:
         """The largest of all processes' numbers."""

@@ -98,7 +98,9 @@ class QuadraticSource:
         self.target = target
         self.group_size = group_size
 
-    def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int) -> tuple[EPDTable, PromptBatch]:
+    def roll_out(
+        self, tables: EPDTable, prompts: PromptBatch, step: int, sigmas: Tensor | None = None
+    ) -> tuple[EPDTable, PromptBatch]:
         assert tables.batch_size == len(prompts) * self.group_size
         return tables, prompts
 

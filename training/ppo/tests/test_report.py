@@ -67,7 +67,7 @@ def make_run(tmp_path: Path, start, *, evaluations: bool = True, hacked: bool = 
     folder = RunFolder.create(tmp_path, "run")
     folder.config.write_text("run: {}\n")
     save_checkpoint(step_path(folder.checkpoints, 2), state_of(start, make_policy(start), 2))
-    table = {name: None if part is None else part.tolist() for name, part in table_to_plain(start.table).items()}
+    table = {name: part.tolist() for name, part in table_to_plain(start.table).items()}
     log = MetricsLog(folder.metrics)
     for step in range(3):
         row = {"step": step, "table": table}
