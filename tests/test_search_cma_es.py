@@ -103,6 +103,28 @@ def test_the_policy_holds_any_point_of_the_search():
         move_mean(long, torch.zeros_like(long.base))
 
 
+class Noted(QuadraticSource):
+    """Keeps what it is asked to try."""
+
+    def roll_out(self, tables, prompts, step, sigmas=None):
+        self.tried = tables, sigmas
+        return super().roll_out(tables, prompts, step)
+
+
+@pytest.mark.parametrize("train", [(GRID,), ("history", GRID), tuple(DRAWN)])
+def test_every_candidate_is_tried_with_its_own_numbers(train):
+    source = Noted(cold_start_table(3), POPULATION)
+    search = a_search(source, policy=a_policy(train))
+    search.step()
+    tables, sigmas = source.tried
+    assert len(sigmas) == tables.batch_size == 2 * POPULATION
+    assert len(sigmas[:, 1].unique()) == POPULATION
+    assert torch.equal(sigmas[:POPULATION], sigmas[POPULATION:])  # for the second prompt again
+    if "history" in train:
+        assert len(tables.history[:, 2, 1].unique()) == POPULATION
+    assert search.policy().mean_sigmas()[1] != search.policy.start[GRID][1]
+
+
 def test_it_is_the_same_again_and_leaves_the_global_generator_alone():
     before = np.random.get_state()[1].copy()  # noqa: NPY002 - the generator that cma would use
     one, two, other = a_search(), a_search(), a_search(seed=1)

@@ -196,9 +196,10 @@ class Solver:
         return replace(self, schedule=schedule, sigmas=None)
 
     def with_numbers(self, table: EPDTable, sigmas: Tensor | None) -> Solver:
-        """The same with other numbers in its table, and with noise levels of its own where some are given."""
+        """The same with another table, and with noise levels of its own where some are given."""
         own = {} if sigmas is None else {"sigmas": sigmas, "schedule": None}
-        return replace(self, table=table, **own)
+        scale = self.guidance_scale if table.guidance is None else None
+        return replace(self, table=table, guidance_scale=scale, **own)
 
     def select(self, samples: slice) -> Solver:
         """The part of a batch of solvers; what all samples share stays."""

@@ -73,7 +73,7 @@ def solver_figure(solver: Drawn, beside: Drawn | None = None) -> Figure:
     shown = [(solver, COLOURS[0], True), *([(beside, MUTED, False)] if beside else [])]
     for row, ((_, sigmas, drawn), colour, filled) in enumerate(shown):
         levels.hlines(row, sigmas[-1], sigmas[0], color=GRID, linewidth=2, zorder=1)
-        levels.scatter(sigmas, [row] * len(sigmas), marker="|", s=160, color=colour, zorder=2)
+        levels.scatter(sigmas.tolist(), [row] * len(sigmas), marker="|", s=160, color=colour, zorder=2)
         where, weights = _points(sigmas, drawn)
         faces = {"facecolors": colour, "alpha": 0.65} if filled else {"facecolors": "none", "edgecolors": colour}
         levels.scatter(where, [row] * len(where), s=[MARKER_AREA * weight for weight in weights], zorder=3, **faces)
@@ -87,7 +87,7 @@ def solver_figure(solver: Drawn, beside: Drawn | None = None) -> Figure:
     panels = rows[-1].subplots(1, len(histories), squeeze=False)[0] if histories else []
     for axes, (name, entries) in zip(panels, histories.items(), strict=True):
         reach = max(float(entries.abs().max()), 1e-6)
-        image = axes.imshow(entries.cpu(), cmap="RdBu_r", vmin=-reach, vmax=reach)
+        image = axes.imshow(entries.tolist(), cmap="RdBu_r", vmin=-reach, vmax=reach)
         axes.set_title(name.replace("_", " "), fontsize=9, color=INK)
         axes.set_xlabel("of interval", fontsize=9)
         axes.set_ylabel("in interval", fontsize=9)

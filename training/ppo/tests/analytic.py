@@ -54,11 +54,12 @@ class GaussianDenoiser:
         scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         return Conditioning(torch.stack(means), None, scale)
 
-    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Tensor | None = None) -> Tensor:
         self.rows.append(len(x))
         if self.memory is not None and len(x) > self.memory:
             raise torch.OutOfMemoryError("out of memory")
-        mean = conditioning.guidance_scale * conditioning.rows(len(x)).to(x)[:, 0, :, None, None]
+        scale = conditioning.guidance_scale if guidance is None else guidance.to(x)[:, None, None, None]
+        mean = scale * conditioning.rows(len(x)).to(x)[:, 0, :, None, None]
         variance = (sigma.to(x) ** 2).expand(len(x))[:, None, None, None]
         return (0.25 * x + variance * mean) / (0.25 + variance)
 

@@ -4,6 +4,7 @@ import itertools
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import schedules
 from errors import InputError
 from models.generate import initial_noise
 from models.randomness import derived_seed
-from solvers import EPDTable, epd_sampler
+from solvers import EPDTable, classical_table, epd_sampler
+from training.ppo.cold_start import DRAWN, prepare_table
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner, Shard
@@ -55,6 +57,59 @@ def test_each_image_comes_from_its_own_prompt_seed_and_table():
             lambda x, s, c=conditioning: denoiser.denoise(x, s, c), start, SIGMAS, tables().select(row)
         )
         assert torch.equal(images.pixels[row], denoiser.decode(latent)[0])
+
+
+def drawn(train=tuple(DRAWN), number=4 * K) -> tuple[EPDTable, torch.Tensor | None]:
+    """Tables and noise levels that differ in all that `train` names."""
+    table = prepare_table(cold_start_table(), train, guidance_scale=2.0).table
+    policy = EPDParamPolicy(table, sigmas=SIGMAS, train=train, concentration=5.0, guidance_std=0.3, history_std=0.3)
+    sample = policy().sample(number, torch.Generator().manual_seed(0))
+    return sample.table(), sample.sigmas()
+
+
+@pytest.mark.parametrize("train", [tuple(DRAWN), ("grid",), ("guidance",), ("history",)])
+def test_each_image_comes_from_its_own_columns_and_noise_levels(train):
+    table, sigmas = drawn(train)
+    images = runner(max_rows=28).roll_out(table, batch(), 7, sigmas)
+    denoiser = GaussianDenoiser()
+    latents = []
+    for row in range(4 * K):
+        conditioning = denoiser.encode([PROMPTS[row // K]])
+        seed = derived_seed("initial noise", 5, 7, row // K, row % K)
+        own = SIGMAS if sigmas is None else sigmas[row]
+        start = own[0] * initial_noise([seed], (4, 2, 2), device=torch.device("cpu"), dtype=torch.float64)
+        latents.append(epd_sampler(partial(asked, denoiser, conditioning), start, own, table.select(row)))
+    expected = denoiser.decode(torch.cat(latents))
+    torch.testing.assert_close(images.pixels, expected, rtol=0, atol=1e-6)
+    other = runner().roll_out(drawn(("positions",))[0], batch(), 7).pixels
+    assert not torch.allclose(images.pixels, other, atol=1e-3)
+
+
+def asked(denoiser, conditioning, x, sigma, *guidance):
+    return denoiser.denoise(x, sigma, conditioning, *guidance)
+
+
+def test_processes_share_drawn_noise_levels_too():
+    table, sigmas = drawn()
+    whole = runner().roll_out(table, batch(), 2, sigmas)
+    halves = [runner(shard=Shard(rank, 2)).roll_out(table, batch(), 2, sigmas) for rank in range(2)]
+    torch.testing.assert_close(torch.cat([half.pixels for half in halves]), whole.pixels, rtol=0, atol=LAST_PLACES)
+
+
+def test_guided_rows_alone_count_twice_towards_the_most_at_once():
+    """Of an interval's start and its three points, with no, one, or all evaluations guided."""
+    points = prepare_table(cold_start_table(2, 3)).table
+    counted = []
+    for guidance in ([1, 1, 1, 1], [3, 1, 1, 1], [1, 2, 1, 1], [1, 2, 0.5, 4], [9, 2, 2, 2]):
+        column = torch.ones(2, 4, dtype=torch.float64)
+        column[1] = torch.tensor(guidance)
+        counted.append(SOLVER.with_numbers(replace(points, guidance=column), None).rows_at_once)
+    assert counted == [3, 3, 4, 6, 6]
+    assert [SOLVER.guided(scale).with_numbers(points, None).rows_at_once for scale in (1.0, 2.0)] == [3, 6]
+    none = classical_table("ddim", SIGMAS)
+    batch_of = replace(none.expand(3), guidance=torch.tensor([[[1.0], [1.0]], [[1.0], [2.0]], [[1.0], [1.0]]]).double())
+    assert [SOLVER.with_numbers(table, None).rows_at_once for table in (none, batch_of)] == [2, 2]
+    assert SOLVER.with_numbers(batch_of, None).select(slice(0, 1)).rows_at_once == 1
 
 
 def test_a_rollout_is_what_replay_makes_of_the_same_table():
@@ -150,7 +205,7 @@ def test_scores_are_those_of_the_reward_in_order():
 class Explosive(GaussianDenoiser):
     """Decodes the latents of the prompt `blue` to NaN."""
 
-    def denoise(self, x, sigma, conditioning):
+    def denoise(self, x, sigma, conditioning, guidance=None):
         blue = self.encode(["blue"]).embeddings[0]
         lost = (conditioning.rows(len(x)) == blue).all((1, 2))
         return torch.where(lost[:, None, None, None], torch.inf, super().denoise(x, sigma, conditioning))
