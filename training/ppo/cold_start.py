@@ -79,9 +79,15 @@ class Drawn:
         except ValueError as error:
             raise InputError(f"ppo.{self.spread}={spread:g} is out of range for {self.name}: {error}") from None
 
-    def distribution(self, parameters: Tensor) -> Dirichlet | Normal:
-        """The distribution with these unconstrained parameters [..., S, blocks * n]."""
-        return self.family.bounded(*(self.rows(block) for block in parameters.chunk(self.family.blocks, dim=-1)))
+    def distribution(self, base: Tensor, residual: Tensor) -> Dirichlet | Normal:
+        """The distribution with the unconstrained parameters `base` [S, blocks * n], moved by `residual` [..., S, ...].
+
+        A move of 1 is one unit of the family (`units`), so that one learning rate suits all parts.
+        """
+        starts, moves = (blocks.chunk(self.family.blocks, dim=-1) for blocks in (base, residual))
+        units = self.family.units(*starts)
+        moved = (start + unit * move for start, unit, move in zip(starts, units, moves, strict=True))
+        return self.family.bounded(*(self.rows(block) for block in moved))
 
 
 def segments_from_positions(positions: Tensor) -> Tensor:

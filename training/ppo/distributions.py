@@ -49,6 +49,11 @@ class Dirichlet:
             )
         return ((concentration * shares).log(),)
 
+    @staticmethod
+    def units(log_alpha: Tensor) -> tuple[Tensor | float, ...]:
+        """How far a move of 1 goes: a factor e of a concentration."""
+        return (1.0,)
+
     @classmethod
     def bounded(cls, log_alpha: Tensor) -> Dirichlet:
         """With these unconstrained parameters, brought inside the bounds."""
@@ -104,6 +109,11 @@ class Normal:
     def start(mean: Tensor, std: float) -> tuple[Tensor, ...]:
         """The unconstrained parameters of this mean and standard deviation, which must be in range."""
         return mean, _log_std(mean, std)
+
+    @staticmethod
+    def units(loc: Tensor, log_std: Tensor) -> tuple[Tensor | float, ...]:
+        """How far a move of 1 goes: one standard deviation of the location, a factor e of the deviation."""
+        return log_std.exp(), 1.0
 
     @classmethod
     def bounded(cls, loc: Tensor, log_std: Tensor) -> Normal:

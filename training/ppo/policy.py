@@ -206,13 +206,14 @@ class EPDParamPolicy(nn.Module):
         return self.distribution(self.output(self.hidden(features).tanh()))
 
     def distribution(self, residual: Tensor) -> TableDistribution:
-        """The distribution with `residual` [..., S, P] added to the cold start's parameters.
+        """The distribution with the cold start's parameters moved by `residual` [..., S, P].
 
-        The P columns: for each trained part, in the order of `DRAWN`, log alpha, or locations and then log deviations.
+        The P columns: for each trained part, in the order of `DRAWN`, log alpha, or locations, in units of their
+        deviations at the cold start, and then log deviations.
         """
-        parameters = self.split(self.base + residual)
+        bases, moves = self.split(self.base), self.split(residual)
         return TableDistribution(
-            {name: DRAWN[name].distribution(part) for name, part in parameters.items()}, self.start
+            {name: DRAWN[name].distribution(bases[name], moves[name]) for name in self.trained}, self.start
         )
 
     def split(self, parameters: Tensor) -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ def random_table(seed: int, intervals: int, points: int) -> EPDTable:
 
 def distribution_of(name: str, entries: torch.Tensor, spread: float):
     """The distribution whose mean these entries are."""
-    return DRAWN[name].distribution(DRAWN[name].parameters(entries, spread))
+    parameters = DRAWN[name].parameters(entries, spread)
+    return DRAWN[name].distribution(parameters, torch.zeros_like(parameters))
 
 
 def back(name: str, entries: torch.Tensor, spread: float) -> torch.Tensor:

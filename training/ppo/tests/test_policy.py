@@ -368,6 +368,19 @@ def test_kl_is_zero_at_the_start_and_positive_after(seed):
     assert moved(policy, seed)().kl(policy.cold_start()).item() > 0
 
 
+def test_a_move_of_one_is_a_deviation_of_what_is_normal():
+    """So that one learning rate suits narrow and wide parts alike: the KL of a move does not depend on the width."""
+    for name, narrow, wide in (("history", 0.01, 0.3), ("guidance", 0.01, 0.3), ("scale_dir", 0.01, 0.3)):
+        kls = []
+        for std in (narrow, wide):
+            table = prepare_table(random_table(3), (name,), guidance_scale=2.0).table
+            policy = EPDParamPolicy(table, train=(name,), concentration=20.0, **{DRAWN[name].spread: std})
+            residual = torch.zeros_like(policy.base)
+            residual[2, 0] = 1.0
+            kls.append(policy.distribution(residual).kl(policy.cold_start()).item())
+        assert kls == pytest.approx([0.5, 0.5])
+
+
 def test_parameters_at_their_bounds_are_counted():
     policy = policy_of(random_table(12), ("positions", "weights", "scale_dir", "history", GRID))
     residual = torch.zeros_like(policy.base)
@@ -432,7 +445,8 @@ def reference_case(table_name: str, concentration: float, scale_std: float, delt
     """Our policy of a stored table, and the residual that gives the reference's parameters.
 
     The reference puts the scale's location at log(scale), ours is at log(scale) - std^2/2, so that the mean is the
-    table: to compare, std^2/2 is added to every location, in `deltas` and in the base.
+    table: to compare, std^2/2 is added to every location, in `deltas` and in the base. Its locations move by the
+    residual, ours by as many deviations.
     """
     arrays = golden.arrays("policy")
     scales = [stored(f"{table_name}__{name}") if f"{table_name}__{name}" in arrays else None for name in SCALES]
@@ -441,10 +455,11 @@ def reference_case(table_name: str, concentration: float, scale_std: float, delt
     train = TRAINED + SCALES if trained else TRAINED
     policy = EPDParamPolicy(table, train=train, concentration=concentration, scale_std=scale_std)
     k = table.num_points
-    shift = torch.zeros_like(policy.base)
+    shift, units = torch.zeros_like(policy.base), torch.ones_like(policy.base)
     if trained:
         shift[:, 2 * k + 1 : 3 * k + 1] = shift[:, 4 * k + 1 : 5 * k + 1] = 0.5 * scale_std**2
-    return policy, policy.distribution(deltas + shift), policy.distribution(shift)
+        units[:, 2 * k + 1 : 3 * k + 1] = units[:, 4 * k + 1 : 5 * k + 1] = scale_std
+    return policy, policy.distribution((deltas + shift) / units), policy.distribution(shift / units)
 
 
 SCALES = ("scale_dir", "scale_time")
