@@ -101,7 +101,7 @@ class PPOConfig:
         choices=("constant", "linear", "cosine"),
     )
     clip_range: float = knob(0.2, "the probability ratio is clipped to 1 +- this", above=0, at_most=1)
-    kl_coef: float = knob(0.0, "weight of KL(policy || cold start), nats summed over the table's intervals", at_least=0)
+    kl_coef: float = knob(0.0, "weight of KL(policy || cold start), nats summed over all that is trained", at_least=0)
     entropy_coef: float = knob(0.0, "weight of the policy's entropy bonus, nats", at_least=0)
     max_grad_norm: float = knob(1.0, "gradients are clipped to this Euclidean norm", above=0)
     train: list[str] = knob(  # noqa: RUF009 - a factory, see knob
@@ -118,7 +118,7 @@ class PPOConfig:
         at_most=1e9,
     )
     grid_concentration: float = knob(
-        100.0, "that of the Dirichlet of the grid's gaps in log sigma, where it is trained", at_least=1e-6, at_most=1e9
+        1000.0, "that of the Dirichlet of the grid's gaps in log sigma, where it is trained", at_least=1e-6, at_most=1e9
     )
     scale_std: float = knob(
         0.05,
@@ -126,7 +126,7 @@ class PPOConfig:
         above=0,
     )
     guidance_std: float = knob(
-        0.05,
+        0.1,
         "standard deviation of the log guidance of each evaluation at the cold start, where it is trained",
         above=0,
     )

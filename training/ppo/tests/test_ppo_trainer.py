@@ -10,8 +10,9 @@ from PIL import Image
 
 import schedules
 from errors import InputError
+from models.mixture import MixtureWorld
 from models.pictures import png_text, to_pixels
-from solvers import EPDTable
+from solvers import EPDTable, classical_table, epd_sampler
 from training.ppo import algorithm
 from training.ppo.cold_start import prepare_table
 from training.ppo.config import PPOConfig
@@ -210,6 +211,73 @@ def test_it_learns_through_the_solver():
         subject.step()
     gain = heldout() - before
     assert gain.mean() > 5 * gain.std() / len(gain) ** 0.5
+
+
+class Distance:
+    """A `RolloutSource` in the closed-form world: minus the distance of what a table makes of noise to the solution."""
+
+    world = MixtureWorld(16)
+
+    def __init__(self, sigmas, group_size):
+        self.sigmas, self.group_size = sigmas, group_size
+
+    def distance(self, noise, table, sigmas=None):
+        x = self.world.sigma_max * noise
+        found = epd_sampler(self.world.denoise, x, self.sigmas if sigmas is None else sigmas, table)
+        exact = self.world.solution(x, self.world.sigma_max, self.world.sigma_min)
+        return (found - exact).square().flatten(1).mean(1).sqrt()
+
+    def noise(self, seed, number):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(number, *self.world.latent_shape, generator=generator, dtype=torch.float64)
+
+    def roll_out(self, tables, prompts, step, sigmas=None):
+        noise = self.noise(1000 + step, len(prompts)).repeat_interleave(self.group_size, 0)
+        return -self.distance(noise, tables, sigmas)
+
+    def score(self, outcome):
+        return Scores(outcome, {"distance": outcome})
+
+    def take_seconds(self):
+        return {}
+
+
+def test_it_learns_grid_and_history_without_points():
+    sigmas = schedules.get_schedule("polynomial", 6, Distance.world.sigma_min, Distance.world.sigma_max)
+    config = settings(rollout_batch_size=64, rloo_k=8, minibatch_size=64, steps=60, train=["history", "grid"])
+    start = prepare_table(classical_table("ipndm", sigmas), config.train).table
+    policy = EPDParamPolicy(start, sigmas=sigmas, train=config.train, concentration=config.dirichlet_concentration)
+    source = Distance(sigmas, config.rloo_k)
+    subject = trainer(config, source, policy=policy)
+    for _ in range(60):
+        assert subject.step()["first_pass_ratio_error"] == 0
+    heldout, mean = source.noise(0, 256), subject.policy()
+    table, grid = mean.mean_table(), mean.mean_sigmas()
+    neither, both = source.distance(heldout, start).mean(), source.distance(heldout, table, grid).mean()
+    assert both < 0.8 * neither
+    for one in (source.distance(heldout, table), source.distance(heldout, start, grid)):
+        assert both < one.mean() < neither
+
+
+def test_what_is_drawn_is_what_is_tried_and_scored():
+    class Noted(Distance):
+        def roll_out(self, tables, prompts, step, sigmas=None):
+            self.tried = tables, sigmas
+            return super().roll_out(tables, prompts, step, sigmas)
+
+    sigmas = schedules.get_schedule("polynomial", 4, Distance.world.sigma_min, Distance.world.sigma_max)
+    for train in (["history", "grid"], ["history"]):
+        table = prepare_table(classical_table("ddim", sigmas), train).table
+        one, other = (
+            trainer(source=Noted(sigmas, 4), policy=EPDParamPolicy(table, sigmas=sigmas, train=train, concentration=20))
+            for _ in range(2)
+        )
+        one.step()
+        drawn = other.policy().sample(16, other.generator)
+        tried, levels = one.source.tried
+        assert torch.equal(tried.history, drawn.table().history)
+        assert (levels is None) == ("grid" not in train)
+        assert levels is None or torch.equal(levels, drawn.sigmas())
 
 
 # --- invariants ------------------------------------------------------------------------------------------------------

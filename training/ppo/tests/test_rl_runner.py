@@ -103,7 +103,9 @@ def test_guided_rows_alone_count_twice_towards_the_most_at_once():
     for guidance in ([1, 1, 1, 1], [3, 1, 1, 1], [1, 2, 1, 1], [1, 2, 0.5, 4], [9, 2, 2, 2]):
         column = torch.ones(2, 4, dtype=torch.float64)
         column[1] = torch.tensor(guidance)
-        counted.append(SOLVER.with_numbers(replace(points, guidance=column), None).rows_at_once)
+        solver = replace(SOLVER, guidance_scale=7.5).with_numbers(replace(points, guidance=column), None)
+        assert solver.guidance_scale is None  # the column's scales are all that count
+        counted.append(solver.rows_at_once)
     assert counted == [3, 3, 4, 6, 6]
     assert [SOLVER.guided(scale).with_numbers(points, None).rows_at_once for scale in (1.0, 2.0)] == [3, 6]
     none = classical_table("ddim", SIGMAS)
