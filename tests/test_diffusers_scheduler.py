@@ -23,12 +23,13 @@ from torch import Tensor
 
 from integrations.diffusers.scheduling_epd import EPDScheduler
 from models import load_denoiser
-from models.generate import conditioned, generate, initial_noise
+from models.generate import conditioned, initial_noise
 from models.noise_levels import NoiseLevels
 from solvers import COLUMNS, EPDSteps, EPDTable, answered, classical_table, epd_sampler
 from tests.test_solver_tables import full_table
 from tests.tiny_pipeline import TEXT_WIDTH, save_tiny_pipeline
 from tests.tiny_stock_pipelines import tiny_flux, tiny_sd, tiny_sd3
+from training.solver import Solver
 
 CPU = torch.device("cpu")
 PROMPTS = ["red box", "a cat"]
@@ -55,6 +56,10 @@ TABLES = {
     "all columns": with_columns(2, *OPTIONAL),
     "all columns, no points": with_columns(0, *OPTIONAL),
 }
+
+
+def solver_of(table: EPDTable, sigmas: Tensor = SIGMAS, *, guidance_scale: float | None = None) -> Solver:
+    return Solver("epd", "epd", table.num_steps, table=table, sigmas=sigmas, guidance_scale=guidance_scale)
 
 
 def scheduler_of(table: EPDTable, sigmas: Tensor = SIGMAS, **config: Any) -> EPDScheduler:
@@ -87,16 +92,7 @@ def test_a_stock_pipeline_draws_what_the_sampler_draws(stable_diffusion, name: s
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         latents = played(pipe, scheduler)
-    ours = generate(
-        denoiser,
-        PROMPTS,
-        SEEDS,
-        lambda denoise, x, sigmas: epd_sampler(denoise, x, sigmas, table),
-        SIGMAS,
-        guidance_scale=scale,
-        progress=False,
-        dtype=torch.float64,
-    )
+    ours = solver_of(table, guidance_scale=scale).latents(denoiser, PROMPTS, SEEDS, dtype=torch.float64)
     torch.testing.assert_close(latents, ours, rtol=1e-5, atol=1e-5)
 
 
@@ -112,9 +108,7 @@ def test_the_shapes_model_draws_the_same_in_a_stock_pipeline() -> None:
     pipe.scheduler = scheduler_of(table, sigmas)
     noise = initial_noise(SEEDS, denoiser.latent_shape, device=CPU, dtype=torch.float32)
     latents = pipe(prompts, latents=noise, output_type="latent", **pipe.scheduler.pipeline_arguments()).images
-    ours = generate(
-        denoiser, prompts, SEEDS, lambda d, x, levels: epd_sampler(d, x, levels, table), sigmas, progress=False
-    )
+    ours = solver_of(table, sigmas).latents(denoiser, prompts, SEEDS)
     torch.testing.assert_close(latents, ours, rtol=0, atol=1e-4)
 
 

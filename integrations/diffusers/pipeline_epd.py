@@ -84,7 +84,7 @@ class EPDPipelineMixin:
 
     @contextmanager
     def _points_at_once(self) -> Iterator[None]:
-        network = getattr(self, "unet", None) or self.transformer
+        network = self.components.get("unet", self.components.get("transformer"))
         hook = network.register_forward_pre_hook(self._for_all_points, with_kwargs=True)
         self.scheduler.points_at_once = True
         self.scheduler.set_timesteps(self.scheduler.num_inference_steps)
