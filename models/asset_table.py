@@ -70,33 +70,33 @@ class Bundle:
         return (self.substitute, *others)
 
 
-_SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 _HPS_REVISION = "697403c78157020a1ae59d23f111aa58ced35b0a"
 _PICKSCORE = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
 _CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 
 SD15_SAFETENSORS = AssetFile(
     "src/ms_coco/v1-5-pruned-emaonly.safetensors",
-    HubFile(_SD15, "v1-5-pruned-emaonly.safetensors"),
+    HubFile(SD15, "v1-5-pruned-emaonly.safetensors"),
     4_265_146_304,
     "sha256:6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
 )
 SD15_CKPT = AssetFile(
     "src/ms_coco/v1-5-pruned-emaonly.ckpt",
-    HubFile(_SD15, "v1-5-pruned-emaonly.ckpt"),
+    HubFile(SD15, "v1-5-pruned-emaonly.ckpt"),
     4_265_380_512,
     "sha256:cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516",
 )
 TOKENIZER = (
     AssetFile(
         "src/pipelines/sd15/tokenizer/vocab.json",
-        HubFile(_SD15, "tokenizer/vocab.json"),
+        HubFile(SD15, "tokenizer/vocab.json"),
         1_059_962,
         "sha256:e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349",
     ),
     AssetFile(
         "src/pipelines/sd15/tokenizer/merges.txt",
-        HubFile(_SD15, "tokenizer/merges.txt"),
+        HubFile(SD15, "tokenizer/merges.txt"),
         524_619,
         "sha256:9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
     ),

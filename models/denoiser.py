@@ -6,10 +6,10 @@ table 1): a solver starts from sigma_max * noise and asks for the clean image's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ class Denoiser(Protocol):
     1.x and 2.x. latent_shape: (C, H, W). image_size: (H, W) in pixels. sigma_min, sigma_max: the
     range of noise levels the model was trained on. time_min: the time of sigma_min; sigma_max is at time 1. device:
     where latents are expected. dtype: that the network computes in. code: the source files whose change may change what
-    it answers; results that are kept on disk count as made by them.
+    it answers; results that are kept on disk count as made by them. scheduler_config: its noise levels and its kind of
+    prediction, as a diffusers `scheduler_config.json` says them.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Denoiser(Protocol):
     device: torch.device
     dtype: torch.dtype
     code: tuple[Path, ...]
+    scheduler_config: Mapping[str, Any]
 
     def sigma_of_time(self, time: Tensor) -> Tensor:
         """The noise level (float64) at a model time in [time_min, 1]."""

@@ -84,6 +84,7 @@ class LatentDiffusion:
         self.tokenizer = components.tokenizer
         self.noise_levels = components.noise_levels
         self.prediction_type = components.prediction_type
+        self.scheduler_config = {**self.noise_levels.config, "prediction_type": self.prediction_type}
         self.time_min = self.noise_levels.time_min
         self.sigma_min, self.sigma_max = self.noise_levels.sigma_min, self.noise_levels.sigma_max
         self.latent_shape = _latent_shape(self.unet)

@@ -27,12 +27,16 @@ class NoiseLevels:
     waits.
     """
 
-    def __init__(self, betas: Tensor) -> None:
-        """`betas`: [T] noise variances of the training steps, each in (0, 1)."""
+    def __init__(self, betas: Tensor, config: Mapping[str, Any] | None = None) -> None:
+        """`betas`: [T] noise variances of the training steps, each in (0, 1).
+
+        `config`: how a diffusers `scheduler_config.json` says them; None where it lists them.
+        """
         betas = betas.to("cpu", torch.float64)
         if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError("betas must be a vector of at least two numbers, each above 0 and below 1")
         self.num_steps = len(betas)
+        self.config = config or {"num_train_timesteps": self.num_steps, "trained_betas": betas.tolist()}
         times = torch.arange(1, self.num_steps + 1, dtype=torch.float64) / self.num_steps
         self._knots = {times.device: (times, 0.5 * torch.log1p(-betas).cumsum(0))}
         self.time_min = 1.0 / self.num_steps
@@ -63,7 +67,9 @@ class NoiseLevels:
             if steps > MOST_STEPS:
                 raise ValueError(f"num_train_timesteps is {steps}, more than {MOST_STEPS:,}")
             power = 2 if schedule == "scaled_linear" else 1
-            return cls(torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power)
+            betas = torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
+            said = {"beta_schedule": schedule, "beta_start": start, "beta_end": end, "num_train_timesteps": steps}
+            return cls(betas, said)
         except KeyError as error:
             raise InputError(f"{source}: the key {error} is missing.") from error
         except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:

@@ -55,7 +55,8 @@ class RegisteredModel:
 
     weights: alternatives, the first that is there is used. companions: all needed besides. remedy: what to do when
     something is missing. prompts: those that it is trained on where nobody names others, a path below the repository's
-    root. unknown_words: see `LatentDiffusion`.
+    root. unknown_words: see `LatentDiffusion`. pipeline: what diffusers loads it by: a repository of the hub, or a
+    folder.
     """
 
     weights: tuple[Asset, ...]
@@ -63,6 +64,7 @@ class RegisteredModel:
     remedy: str
     prompts: str
     unknown_words: Callable[[str], list[str]] | None
+    pipeline: str
 
 
 def _words_unknown_to_shapes(prompt: str) -> list[str]:
@@ -78,6 +80,7 @@ REGISTERED = {
         remedy="It is part of the repository:  git checkout -- src/shapes",
         prompts="src/prompts/shapes_train.csv",
         unknown_words=_words_unknown_to_shapes,
+        pipeline=str(SOURCE / "shapes"),
     ),
     "sd15": RegisteredModel(
         weights=(_fetched(asset_table.SD15_SAFETENSORS), _fetched(asset_table.SD15_CKPT)),
@@ -85,6 +88,7 @@ REGISTERED = {
         remedy=FETCH_SD15,
         prompts=asset_table.COCO_PROMPTS.path,
         unknown_words=None,
+        pipeline=asset_table.SD15,
     ),
 }
 
@@ -164,6 +168,20 @@ def locate(spec: str) -> Path:
             f"Model {spec!r} is neither a registered name ({', '.join(REGISTERED)}) nor a file or folder that exists, "
             f"nor a hub's pipeline that was fetched. To fetch it:  python -m models.assets fetch {spec}"
         ) from None
+
+
+def pipeline_of(spec: str) -> str:
+    """What `DiffusionPipeline.from_pretrained` loads the model called `spec` by: a folder, or a hub's repository.
+
+    Raises `InputError` for a single file, of which nothing says what pipeline it came from.
+    """
+    if spec in REGISTERED:
+        return REGISTERED[spec].pipeline
+    if Path(spec).is_file():
+        raise InputError(
+            f"{spec}: is a single file; name the pipeline that diffusers shall load, a folder or OWNER/NAME"
+        )
+    return str(Path(spec).resolve()) if Path(spec).is_dir() else spec
 
 
 def _load_path(path: Path) -> Components:

@@ -5,6 +5,7 @@
     floor 2   training/                        predictor, its files, its distillation, statistics
     floor 1   models/                          frozen diffusion models
     floor 0   errors.py, files.py, interrupts.py, solvers.py, schedules.py; the last two import nothing of ours
+              integrations/                    what is copied into other programs: nor does this
 
 `training.ppo` is imported by nobody but itself, the command lines, and training/ddpm, which may use its `algorithm`.
 Tests may import everything, and nothing but tests may import them. Rooms that do not exist yet bind nobody.
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CODE_FOLDERS = ("models", "training", "scripts", "benchmarks", "tests")
+CODE_FOLDERS = ("models", "training", "scripts", "benchmarks", "integrations", "tests")
 GROUND_FLOOR = ("errors", "files", "interrupts", "solvers", "schedules")
 TESTS, COMMAND_LINES = 5, 4
 
@@ -29,7 +30,7 @@ def floor_of(module: str) -> int:
     room, *inside = module.split(".")
     if room in ("tests", "conftest") or "tests" in inside:
         return TESTS
-    if room in GROUND_FLOOR:
+    if room in (*GROUND_FLOOR, "integrations"):
         return 0
     if room == "models":
         return 1
@@ -93,6 +94,8 @@ def fault(importer: str, imported: str) -> str | None:
         return None
     if importer in ("solvers", "schedules"):
         return "the ground floor's solvers and schedules import nothing of ours"
+    if within(importer, "integrations") and not within(imported, "integrations"):
+        return "what is copied into other programs imports nothing of ours"
     if other > own:
         return f"floor {own} imports floor {other}: imports run downward only"
     inside = within(importer, "training.ppo")
@@ -130,6 +133,8 @@ GOOD_HOUSE = {
     "errors.py": "import click\n",
     "solvers.py": "import math\nfrom torch import Tensor\n",
     "schedules.py": "import torch\n",
+    "integrations/diffusers/pipeline.py": "import diffusers\nfrom .scheduling import Scheduler\n",
+    "integrations/diffusers/scheduling.py": "import torch\n",
     "models/__init__.py": "from models.denoiser import Denoiser\n",
     "models/denoiser.py": "from errors import InputError\nfrom . import loading\n",
     "models/loading.py": "import schedules\n",
@@ -150,6 +155,7 @@ BREACHES = [
     ("solvers.py", "from schedules import get_schedule", "import nothing of ours"),
     ("schedules.py", "def f():\n    from models import loading", "import nothing of ours"),
     ("errors.py", "import models", "floor 0 imports floor 1"),
+    ("integrations/diffusers/scheduling.py", "from solvers import EPDTable", "other programs imports nothing of ours"),
     ("models/loading.py", "from training.snapshot import load_snapshot", "floor 1 imports floor 2"),
     ("models/loading.py", "from ..training import networks", "floor 1 imports floor 2"),
     ("models/shapes/scenes.py", "import training.ppo.policy as policy", "floor 1 imports floor 3"),

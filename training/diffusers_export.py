@@ -1,0 +1,181 @@
+"""A solver as diffusers takes it: its numbers as scheduler_config.json, the code that plays them, and a model card.
+
+The folder needs nothing of this repository: it can lie anywhere, and be a repository of the Hub as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from errors import InputError
+from files import write_atomically
+from integrations.diffusers.scheduling_epd import EPDScheduler
+from models.asset_table import HUB_ID
+from models.denoiser import Denoiser
+from training.solver import Solver
+
+CODE = Path(__file__).resolve().parent.parent / "integrations" / "diffusers"
+# The pipeline of each family of models, by the name of its backend.
+PIPELINES = {
+    "ldm": "EPDStableDiffusionPipeline",
+    "sdxl": "EPDStableDiffusionXLPipeline",
+    "sd3": "EPDStableDiffusion3Pipeline",
+}
+PROMPT = "a large red star on a white background"
+
+_PIPELINE = '''"""The pipeline that `custom_pipeline=` loads from here."""
+
+from .pipeline_epd import {pipeline}
+from .scheduling_epd import EPDScheduler  # named here so that diffusers takes the file along
+
+__all__ = ["EPDScheduler", "{pipeline}"]
+'''
+
+_CARD = """---
+{base_model}library_name: diffusers
+license: mit
+tags: [few-step, diffusion-solver, rlepd]
+---
+
+# A solver of {intervals} intervals for {name}
+
+What the model does in each of few steps stands in `scheduler_config.json`: at which noise levels and points the network
+is asked, how its answers are weighed, how strongly they are guided. The numbers were made by RLEPD, after EPD
+([arXiv 2507.14797](https://arxiv.org/abs/2507.14797), [arXiv 2512.22796](https://arxiv.org/abs/2512.22796)). The
+model's weights are as they were; they are not in here, and have a licence of their own.
+
+| | |
+|---|---|
+| intervals | {intervals} |
+| points in an interval, asked at once | {points} |
+| network evaluations of an image, one after another | {parallel} |
+| the same, all counted | {total} |
+| network rows of an image: an evaluation under guidance has two | {rows} |
+| guidance | {guidance} |
+| noise levels | {sigmas} |
+
+## Use
+{use}
+## Measured
+
+{measured}
+"""
+
+_USE_PIPELINE = """
+All points of an interval in one call. `solver` is this folder, or its `OWNER/NAME` on the Hub; `pipe.to("cuda")` and
+`torch.float16` where there is a GPU.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+solver = "."
+pipe = DiffusionPipeline.from_pretrained(
+    "{base}", custom_pipeline=solver, trust_remote_code=True, torch_dtype=torch.float32)
+pipe.load_solver(solver)
+pipe("{prompt}").images[0].save("image.png")
+```
+
+One point after the other, in any pipeline that takes a scheduler (image to image, control nets):
+"""
+
+_USE_SCHEDULER = """
+```python
+import sys, torch; sys.path.append(".")  # where scheduling_epd.py lies
+from diffusers import DiffusionPipeline
+from scheduling_epd import EPDScheduler
+
+pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
+pipe.scheduler = EPDScheduler.from_pretrained(".")
+images = pipe("{prompt}", **pipe.scheduler.pipeline_arguments()).images
+images[0].save("image.png")
+```
+"""
+
+
+def scheduler_of(solver: Solver, denoiser: Denoiser) -> EPDScheduler:
+    """The solver, settled for a model, as a scheduler of diffusers with that model's noise schedule.
+
+    Raises InputError where it has no table, or a first step without an evaluation (AFS), which no pipeline makes.
+    """
+    settled = solver.on(denoiser)
+    if settled.table is None:
+        raise InputError(
+            f"{settled.label}: is no table; make one of it first:  python train.py --init-only --start ..."
+        )
+    columns = {name: entries.tolist() for name, entries in settled.table.columns().items()}
+    try:
+        return EPDScheduler(
+            sigmas=settled.sigmas.tolist(),
+            guidance_scale=settled.guidance_scale,
+            afs=settled.afs,
+            **columns,
+            **denoiser.scheduler_config,
+        )
+    except ValueError as error:
+        raise InputError(f"{settled.where}: cannot be played by diffusers: {error}") from None
+
+
+def write_diffusers(
+    folder: Path, solver: Solver, denoiser: Denoiser, base: str, heldout: Mapping[str, float] | None = None
+) -> list[Path]:
+    """Write scheduler_config.json, scheduling_epd.py, pipeline_epd.py, pipeline.py and README.md; returns the paths.
+
+    Args:
+        folder: is made where it is missing; files of these names are replaced.
+        solver: has one table.
+        denoiser: the model that it is for.
+        base: what `DiffusionPipeline.from_pretrained` loads that model by; for the model card.
+        heldout: what was measured, by the names of `training.ppo.heldout.HELDOUT_METRICS`.
+
+    Raises:
+        InputError: see `scheduler_of`; or the files cannot be written.
+    """
+    scheduler = scheduler_of(solver, denoiser)
+    texts = {"scheduler_config.json": scheduler.to_json_string()}
+    texts |= {name: (CODE / name).read_text(encoding="utf-8") for name in ("scheduling_epd.py", "pipeline_epd.py")}
+    pipeline = PIPELINES.get(denoiser.backend)
+    if pipeline is not None:
+        texts["pipeline.py"] = _PIPELINE.format(pipeline=pipeline)
+    texts["README.md"] = _card(solver.on(denoiser), base, pipeline is not None, heldout or {})
+    for name, text in texts.items():
+        write_atomically(folder / name, text.encode())
+    return [folder / name for name in texts]
+
+
+def _card(solver: Solver, base: str, has_pipeline: bool, heldout: Mapping[str, float]) -> str:
+    """The model card, Markdown; `solver` is settled."""
+    cost, scales = solver.evaluations, solver.table.guidance
+    by_evaluation = scales is not None and f"a scale for each evaluation, {scales.min():g} to {scales.max():g}"
+    use = (_USE_PIPELINE if has_pipeline else "") + _USE_SCHEDULER
+    return _CARD.format(
+        base_model=f"base_model: {base}\n" if HUB_ID.fullmatch(base) else "",
+        name=Path(base).name,
+        intervals=solver.num_steps - 1,
+        points=solver.table.num_points or "none: the network is asked at its start alone",
+        parallel=cost.parallel,
+        total=cost.total,
+        rows=cost.rows,
+        guidance=by_evaluation or f"{solver.guidance_scale:g}",
+        sigmas=", ".join(f"{level:.4g}" for level in solver.sigmas.tolist()),
+        use=use.format(base=base, prompt=PROMPT),
+        measured=_measured(heldout),
+    )
+
+
+def _measured(heldout: Mapping[str, float]) -> str:
+    judges = [judge for judge in ("reward", "panel") if f"heldout/{judge}_difference" in heldout]
+    if not judges:
+        return "Nothing was measured."
+    rows = [
+        "| on held-out prompts | start of the tuning | this solver | difference, 95% interval |",
+        "|---|---|---|---|",
+    ]
+    for judge in judges:
+        ours, start, difference, low, high = (
+            heldout[f"heldout/{judge}{of}"]
+            for of in ("", "_start", "_difference", "_difference_low", "_difference_high")
+        )
+        rows.append(f"| {judge} | {start:.4f} | {ours:.4f} | {difference:+.4f} [{low:+.4f}, {high:+.4f}] |")
+    return "\n".join(rows)
