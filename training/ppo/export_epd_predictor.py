@@ -23,17 +23,22 @@ from errors import InputError, shows_input_errors
 from files import write_atomically
 from models.devices import resolve_device
 from models.fingerprints import file_sha256
+from models.registry import load_denoiser, pipeline_of
 from solvers import EPDTable
 from training.checkpoint import best_path, fitting, newest_checkpoint
 from training.configuration import to_plain
+from training.diffusers_export import write_diffusers
 from training.ppo.assembly import Start, from_plain, guidance_scale, mean_of, policy_of
 from training.ppo.checkpoint import largest_difference, load_checkpoint, require_equal, table_to_plain
 from training.ppo.config import SNAPSHOT_KEYS, build_config
 from training.run_folder import RunFolder, read_metrics
 from training.snapshot import GRID, load_snapshot, private_parts, save_snapshot
+from training.solver import Solver, load_solver
 
 SNAPSHOT_TOLERANCE = 1e-6
 """How far the numbers read back from a .pkl may be from the exported ones: it holds float32 parameters."""
+DIFFUSERS = "diffusers"
+"""The folder in a run's export/ that the diffusers library plays."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,12 @@ class Export:
 @click.option("--best", is_flag=True, help="The checkpoint with the best held-out reward.")
 @click.option("--device", default="cpu", show_default=True, help="Where the policy's mean is computed: cpu or cuda.")
 @click.option("--no-manifest", is_flag=True, help="Leave out export-manifest-*.json.")
+@click.option("--no-diffusers", is_flag=True, help="Leave out diffusers/, for which the model is loaded.")
 @shows_input_errors
-def main(run: Path, checkpoint: Path | None, best: bool, device: str, no_manifest: bool) -> None:
+def main(run: Path, checkpoint: Path | None, best: bool, device: str, no_manifest: bool, no_diffusers: bool) -> None:
     """Write the mean table of a RUN's policy as a predictor snapshot into RUN/export.
+
+    RUN/export/diffusers plays it in the diffusers library, anywhere; its README.md says how.
 
     \b
     python -m training.ppo.export_epd_predictor exps/<timestamp>-shapes
@@ -68,10 +76,16 @@ def main(run: Path, checkpoint: Path | None, best: bool, device: str, no_manifes
     """
     folder = RunFolder.open(run)
     export = read_export(_chosen(folder, checkpoint, best=best), torch.device(resolve_device(device)))
-    for path in write_export(folder, export, manifest=not no_manifest):
+    paths = write_export(folder, export, manifest=not no_manifest)
+    for path in paths:
         click.echo(path)
     if private := private_parts(export.table, snapshot_metadata(export)):
         click.echo(f"no .pkl for the public EPD code, which has no place for {', '.join(private)}")
+    if not no_diffusers:
+        try:
+            click.echo(export_for_diffusers(folder, load_solver(paths[0]), export.step))
+        except InputError as error:  # the table is worth having without
+            click.echo(f"{folder.export / DIFFUSERS} is not written: {error}")
 
 
 def read_export(checkpoint: Path, device: torch.device) -> Export:
@@ -110,6 +124,17 @@ def write_export(folder: RunFolder, export: Export, *, manifest: bool) -> list[P
         paths.append(folder.export / f"export-manifest-{suffix}")
         _write_json(paths[-1], described)
     return paths
+
+
+def export_for_diffusers(folder: RunFolder, solver: Solver, step: int) -> Path:
+    """Write the exported solver as a folder that diffusers plays, with what the run measured at the step; its path.
+
+    Raises:
+        InputError: the model cannot be loaded, diffusers cannot play the solver, or the files cannot be written.
+    """
+    base = pipeline_of(solver.model)
+    denoiser = load_denoiser(solver.model, device="cpu", dtype=torch.float32)
+    return write_diffusers(folder.export / DIFFUSERS, solver, denoiser, base, _heldout(folder, step))[0].parent
 
 
 def snapshot_metadata(export: Export) -> dict[str, Any]:
@@ -167,9 +192,6 @@ def _read_back(path: Path, export: Export) -> float | None:
 
 def _manifest(folder: RunFolder, export: Export, paths: list[Path], difference: float | None) -> dict[str, Any]:
     origin = export.start.snapshot.origin
-    evaluations = [
-        row for row in read_metrics(folder.metrics) if row["step"] == export.step and "heldout/reward" in row
-    ]
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": folder.path.name,
@@ -179,8 +201,14 @@ def _manifest(folder: RunFolder, export: Export, paths: list[Path], difference: 
         "start": {"file": str(origin.file), "sha256": origin.sha256, "notes": list(export.start.notes)},
         "files": {path.name: file_sha256(path) for path in paths},
         "largest_difference_of_pkl": difference,
-        "heldout": {name: value for row in evaluations for name, value in row.items() if name.startswith("heldout/")},
+        "heldout": _heldout(folder, export.step),
     }
+
+
+def _heldout(folder: RunFolder, step: int) -> dict[str, float]:
+    """What the held-out evaluation of a step measured; empty where it had none."""
+    rows = [row for row in read_metrics(folder.metrics) if row["step"] == step and "heldout/reward" in row]
+    return {name: value for row in rows for name, value in row.items() if name.startswith("heldout/")}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

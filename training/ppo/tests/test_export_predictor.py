@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
+from integrations.diffusers.scheduling_epd import EPDScheduler
+from models.registry import load_denoiser
 from solvers import EPDTable
 from training.checkpoint import best_path, step_path
 from training.configuration import config_hash
 from training.configuration import to_plain as config_to_plain
+from training.ppo import export_epd_predictor
 from training.ppo.assembly import Start, make_policy, prepare, to_plain
 from training.ppo.checkpoint import save_checkpoint, table_to_plain
 from training.ppo.config import load_config
@@ -114,6 +117,7 @@ def test_default_is_the_largest_step(folder: RunFolder):
     result = export(folder.path)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in folder.export.iterdir()) == [
+        "diffusers",
         "export-manifest-step000004.json",
         "network-snapshot-export-step000004.json",
         "network-snapshot-export-step000004.pkl",
@@ -122,8 +126,35 @@ def test_default_is_the_largest_step(folder: RunFolder):
     assert find_snapshot(folder.path).name == "network-snapshot-export-step000004.pkl"
 
 
+def test_the_export_for_diffusers_is_the_same_solver_with_what_was_measured(folder: RunFolder):
+    measured = {"heldout/reward": 0.4, "heldout/reward_start": 0.3, "heldout/reward_difference": 0.1}
+    measured |= {"heldout/reward_difference_low": 0.05, "heldout/reward_difference_high": 0.15}
+    MetricsLog(folder.metrics).append({"step": 4, **measured})
+    result = export(folder.path)
+    assert result.output.splitlines()[-1] == str(folder.export / "diffusers")
+    scheduler = EPDScheduler.from_pretrained(folder.export / "diffusers")
+    exported = load_solver(folder.path)
+    assert scheduler.config.positions == exported.table.positions.tolist()
+    assert scheduler.config.guidance_scale == exported.guidance_scale == 2.0
+    denoiser = load_denoiser(exported.model, device=CPU, dtype=torch.float32)
+    assert scheduler.config.sigmas == exported.on(denoiser).sigmas.tolist()
+    card = (folder.export / "diffusers" / "README.md").read_text()
+    assert "| reward | 0.3000 | 0.4000 | +0.1000 [+0.0500, +0.1500] |" in card
+
+
+def test_a_table_is_exported_though_its_model_is_not_at_hand(config: Path, folder: RunFolder, monkeypatch):
+    def gone(*_: object, **__: object) -> None:
+        raise InputError("the model is not here")
+
+    monkeypatch.setattr(export_epd_predictor, "load_denoiser", gone)
+    result = export(folder.path)
+    assert result.exit_code == 0
+    assert result.output.splitlines()[-1] == f"{folder.export / 'diffusers'} is not written: the model is not here"
+    assert find_snapshot(folder.path).is_file()
+
+
 def test_best_and_named_checkpoints(folder: RunFolder):
-    assert export(folder.path, "--best", "--no-manifest").exit_code == 0
+    assert export(folder.path, "--best", "--no-manifest", "--no-diffusers").exit_code == 0
     assert {path.name[:7] for path in folder.export.iterdir()} == {"network", "trainin"}
     best = load_snapshot(folder.export / "network-snapshot-export-step000002.pkl")[0]
     assert export(folder.path, "--checkpoint", step_path(folder.checkpoints, 2)).exit_code == 0
