@@ -108,11 +108,14 @@ def ours_from(start: int, table: EPDTable, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", TABLES)
-@pytest.mark.parametrize("start", [0, 1])
-def test_every_column_steps_as_ours_does_and_from_the_middle_too(tmp_path: Path, name: str, start: int) -> None:
+@pytest.mark.parametrize(("start", "at_once"), [(0, True), (0, False), (1, True)])
+def test_every_column_steps_as_ours_does_and_from_the_middle_too(
+    tmp_path: Path, name: str, start: int, at_once: bool
+) -> None:
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64) * SIGMAS[start]
     solver = solver_in(tmp_path, TABLES[name])
-    result = sample_epd(cosine, x, torch.tensor(solver.sigmas[start:]), disable=True, solver=solver)
+    sigmas = torch.tensor(solver.sigmas[start:])
+    result = sample_epd(cosine, x, sigmas, disable=True, solver=solver, at_once=at_once)
     torch.testing.assert_close(result, ours_from(start, TABLES[name], x), rtol=1e-6, atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from models.generate import initial_noise
 from models.noise_levels import NoiseLevels
 from models.registry import pipeline_of
 from scripts.export_diffusers import main
+from tests.hub import COMMIT, running_hub
 from tests.test_diffusers_scheduler import CPU, OPTIONAL, PROMPTS, SEEDS, SIGMAS, played, with_columns
 from tests.tiny_pipeline import save_tiny_pipeline
 from training.diffusers_export import write_diffusers
@@ -67,32 +69,57 @@ def test_an_exported_solver_draws_what_its_file_draws(
     torch.testing.assert_close(latents, ours, rtol=1e-5, atol=1e-5)
 
 
+def run_code(code: str, folder: Path, **environment: str) -> str:
+    """The output of code in a process of its own that does not find this repository."""
+    (folder / "used.py").write_text(code)
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
+    process = subprocess.run(
+        [sys.executable, "used.py"],
+        cwd=folder,
+        env={**inherited, "HF_HOME": str(folder / "cache"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1], ids=["pipeline", "scheduler"])
-def test_the_model_cards_code_runs_in_an_empty_folder(tmp_path: Path, model: Path, number: int) -> None:
+def test_the_model_cards_code_runs_in_a_folder_of_its_own(tmp_path: Path, model: Path, number: int) -> None:
     solver, denoiser = exported(tmp_path, with_columns(2, *OPTIONAL), DISCRETE, model)
     folder = tmp_path / "diffusers"
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[number]
     assert len([line for line in code.splitlines() if line]) <= 8
-    noise = initial_noise(SEEDS, (4, 8, 8), device=CPU, dtype=torch.float32)
-    torch.save(noise, tmp_path / "noise.pt")
+    torch.save(initial_noise(SEEDS, (4, 8, 8), device=CPU, dtype=torch.float32), folder / "noise.pt")
     arguments = "" if number == 0 else "**pipe.scheduler.pipeline_arguments(), "
-    (folder / "used.py").write_text(
+    output = run_code(
         f"{code}\n"
-        f"latents = pipe({PROMPTS}, {arguments}latents=torch.load('../noise.pt'), output_type='latent').images\n"
-        "torch.save(latents, '../latents.pt')\n"
-        "import sys; print({'solvers', 'models', 'training', 'integrations'} & sys.modules.keys())\n"
+        f"latents = pipe({PROMPTS}, {arguments}latents=torch.load('noise.pt'), output_type='latent').images\n"
+        "torch.save(latents, 'latents.pt')\n"
+        "import sys; print({'solvers', 'models', 'training', 'integrations'} & sys.modules.keys())\n",
+        folder,
+        HF_HUB_OFFLINE="1",
     )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "used.py"], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "set()"
+    assert output.splitlines()[-1] == "set()"
     assert (folder / "image.png").stat().st_size > 0
     ours = solver.latents(denoiser, PROMPTS, SEEDS, dtype=torch.float64)
-    torch.testing.assert_close(torch.load(tmp_path / "latents.pt").double(), ours, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.load(folder / "latents.pt").double(), ours, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_export_is_used_from_a_hub_by_its_name(tmp_path: Path, model: Path) -> None:
+    exported(tmp_path, with_columns(2), DISCRETE, model)
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "diffusers" / "README.md").read_text(), re.DOTALL)[1]
+    with running_hub() as hub:
+        for file in (tmp_path / "diffusers").iterdir():
+            hub.files[f"/owner/name/resolve/main/{file.name}"] = file.read_bytes()
+        hub.files["/api/models/owner/name"] = json.dumps({"id": "owner/name", "sha": COMMIT}).encode()
+        (tmp_path / "empty").mkdir()
+        named = code.replace('solver = "."', 'solver = "owner/name"')
+        run_code(named, tmp_path / "empty", HF_ENDPOINT=hub.address)
+    assert (tmp_path / "empty" / "image.png").stat().st_size > 0
 
 
 def test_the_model_card_says_what_the_solver_costs_and_what_was_measured(tmp_path: Path, model: Path) -> None:

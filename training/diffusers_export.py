@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errors import InputError
 from files import write_atomically
-from integrations.diffusers.scheduling_epd import EPDScheduler
 from models.asset_table import HUB_ID
 from models.denoiser import Denoiser
 from training.solver import Solver
+
+if TYPE_CHECKING:
+    from integrations.diffusers.scheduling_epd import EPDScheduler
 
 CODE = Path(__file__).resolve().parent.parent / "integrations" / "diffusers"
 # The pipeline of each family of models, by the name of its backend.
@@ -99,6 +102,8 @@ def scheduler_of(solver: Solver, denoiser: Denoiser) -> EPDScheduler:
 
     Raises InputError where it has no table, or a first step without an evaluation (AFS), which no pipeline makes.
     """
+    from integrations.diffusers.scheduling_epd import EPDScheduler  # with diffusers, which takes seconds to import
+
     settled = solver.on(denoiser)
     if settled.table is None:
         raise InputError(
