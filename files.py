@@ -56,6 +56,16 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+@contextmanager
+def removed_if_it_fails(folder: Path) -> Iterator[None]:
+    """Remove a folder that was just made where the block, which fills it, does not end well."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def append_whole(path: Path, content: bytes) -> None:
     """Append to a file all of `content` or nothing. Raises OSError where there is no room for it."""
     with path.open("ab", buffering=0) as file:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
@@ -404,7 +406,7 @@ def test_what_comes_out_is_the_best_of_the_checks(tmp_path):
     assert snapshot.name == "network-snapshot-000480.pkl"
     assert sorted(file.name for file in folder.iterdir()) == sorted(
         [f"network-snapshot-{seen}.{kind}" for seen in ("000000", "000480") for kind in ("json", "pkl")]
-        + ["stats.jsonl", "training_options.json"]
+        + ["stats.jsonl"]
     )
 
 
@@ -438,7 +440,6 @@ def test_interruptions_anywhere_do_not_change_the_result(tmp_path):
             carried_out(folder, options, _Stopping(calls), PROMPTS)
         except Interrupted:
             interruptions += 1
-            assert load_options(folder) == options
             assert not is_finished(folder, options)
     assert interruptions == 8
     for number in {calls % 2 for calls in range(15, 150, 17)}:
@@ -544,6 +545,18 @@ def test_a_folder_that_cannot_be_made_leaves_no_claim(tmp_path):
     with pytest.raises(InputError, match="File name too long"):
         claim_folder(tmp_path, dataclasses.replace(OPTIONS, dataset_name="x" * 300))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_holds_its_options_or_is_not_there(tmp_path, monkeypatch):
+    assert load_options(claim_folder(tmp_path, OPTIONS)) == OPTIONS
+
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(InputError, match="No space left"):
+        claim_folder(tmp_path, OPTIONS)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_number_that_a_killed_process_claimed_is_passed_over(tmp_path):

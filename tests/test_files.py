@@ -106,7 +106,7 @@ def test_the_first_write_to_a_folder_sweeps_it(tmp_path):
 
 
 def test_who_takes_a_folder_of_a_run_sweeps_all_of_it(tmp_path):
-    folder = RunFolder.create(tmp_path, "killed")
+    folder = RunFolder.create(tmp_path, "killed", "")
     before = sorted(folder.path.rglob("*"))
     for part in (folder.path, folder.logs, folder.checkpoints, folder.samples):
         killed_while_writing(part / "file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 import shlex
 from pathlib import Path
 
@@ -151,6 +152,24 @@ def test_existing_images_are_replaced_and_no_other_file_is_left(pipeline, tmp_pa
         enlarged = image.repeat(8, axis=0).repeat(8, axis=1)
         found = [left for left in range(sheet.shape[1] - 127) if (sheet[-136:-8, left : left + 128] == enlarged).all()]
         assert len(found) == 1
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines_and_images(pipeline, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    common = ("--model_path", pipeline, "--solver", "ddim", "--num-steps", 2, "--prompt", "a dog", "--device", "cpu")
+    drawing = (*common, "--seeds", "0-11", "--batch", 4, "--outdir")
+    assert run(*drawing, tmp_path / "whole").exit_code == 0
+    sizes = [len(line) + 1 for line in (tmp_path / "whole" / "images.jsonl").read_bytes().splitlines()]
+    largest = max(file.stat().st_size for file in (tmp_path / "whole").glob("*.png"))
+    assert largest < sum(sizes[:8]) + 10  # so that it is the lines that are refused
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sum(sizes[:8]) + 10, limits[1]))
+    try:
+        result = run(*drawing, tmp_path / "short")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 2
+    assert "images.jsonl: cannot be written" in result.output
+    assert (tmp_path / "short" / "images.jsonl").read_bytes().count(b"\n") == len(records(tmp_path / "short")) == 8
 
 
 def test_pairs_are_the_diagonal_of_prompts_and_seeds(pipeline, tmp_path):

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
-from files import only_writer, write_atomically
+from files import only_writer, removed_if_it_fails, write_atomically
 from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
 from models.randomness import generator_of
 from solvers import EPDTable, network_evaluations
@@ -171,13 +171,13 @@ def next_folder(root: Path, options: Options) -> Path:
 
 
 def claim_folder(root: Path, options: Options) -> Path:
-    """Make the next numbered folder; of runs that are started together each gets a number of its own.
+    """Make the next numbered folder, with the options in it; of runs that are started together each gets its number.
 
     A folder named by the number alone is the claim to it: only one process can make it, and renames it once it has seen
     that nobody was done with the same number before.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be made; then there is none.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -186,12 +186,11 @@ def claim_folder(root: Path, options: Options) -> Path:
             claim = folder.with_name(folder.name.partition("-")[0])
             with suppress(FileExistsError):
                 claim.mkdir()
-                try:
+                with removed_if_it_fails(claim):
                     if not any(root.glob(f"{claim.name}-*")):
+                        write_atomically(claim / OPTIONS, (json.dumps(asdict(options), indent=2) + "\n").encode())
                         return claim.rename(folder)
-                finally:
-                    with suppress(FileNotFoundError):  # it was renamed
-                        claim.rmdir()
+                claim.rmdir()
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be made ({error.strerror})") from error
 
@@ -233,7 +232,6 @@ def _has_kind(value: object, kind: Any) -> bool:
 
 def write_start(folder: Path, options: Options, table: EPDTable, denoiser: Denoiser | None) -> Path:
     """A run without training: a table to start from (`training.starts`). Returns the snapshot."""
-    _write_options(folder, options)
     return save_snapshot(folder / "network-snapshot-000000.pkl", table, options.metadata(denoiser))
 
 
@@ -273,7 +271,6 @@ def distil(folder: Path, options: Options, denoiser: Denoiser, lesson: Lesson) -
 
 
 def _distil(folder: Path, options: Options, denoiser: Denoiser, lesson: Lesson) -> Path:
-    _write_options(folder, options)
     with tqdm(total=sum(options.evaluations().values()), unit="evaluation", smoothing=0.05) as bar:
         task = Task(
             denoiser=denoiser,
@@ -320,10 +317,6 @@ def is_finished(folder: Path, options: Options) -> bool:
 
 def _last_snapshot(folder: Path, options: Options) -> Path:
     return folder / f"network-snapshot-{options.updates * options.batch:06d}.pkl"
-
-
-def _write_options(folder: Path, options: Options) -> None:
-    write_atomically(folder / OPTIONS, (json.dumps(asdict(options), indent=2) + "\n").encode())
 
 
 def _teacher_sigmas(options: Options, denoiser: Denoiser) -> Tensor:

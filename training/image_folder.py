@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from errors import InputError
-from files import write_atomically
+from files import append_whole, write_atomically
 from models.denoiser import Denoiser
 from models.generate import Decoded, decode
 from models.pictures import contact_sheet, file_stem, png_text, to_pixels
@@ -84,7 +84,7 @@ def draw(
     """
     pairs = request.pairs()
     records: list[ImageRecord] = []
-    _log(folder, [], mode="w")  # what it said of images that are replaced now
+    write_atomically(folder / LOG_NAME, b"")  # what it said of images that are replaced now
     kept: list[np.ndarray] = []
     exploded = undecoded = 0
     with tqdm(total=len(pairs), unit="image") as bar:
@@ -97,7 +97,7 @@ def draw(
             for (number, prompt, seed), image, is_finite in zip(batch, pixels, drawn.fine.tolist(), strict=True):
                 records.append(_record(request, number, prompt, seed, finite=is_finite))
                 write_atomically(folder / records[-1].file, _png(image, records[-1]))
-            _log(folder, records[start:], mode="a")
+            _log(folder, records[start:])
             kept.extend(pixels if sheet else ())
             bar.update(len(batch))
     if sheet:
@@ -112,14 +112,11 @@ def draw(
     return records
 
 
-def _log(folder: Path, records: Sequence[ImageRecord], *, mode: str) -> None:
-    """Write records to images.jsonl, anew (mode w) or at its end (a)."""
+def _log(folder: Path, records: Sequence[ImageRecord]) -> None:
+    """Append records to images.jsonl: all their lines or none."""
     texts = (json.dumps(asdict(record), ensure_ascii=False).translate(LINE_BREAKS) for record in records)
-    lines = "".join(text + "\n" for text in texts)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOG_NAME).open(mode, encoding="utf-8", newline="\n") as file:
-            file.write(lines)
+        append_whole(folder / LOG_NAME, "".join(text + "\n" for text in texts).encode())
     except OSError as error:
         raise InputError(f"{folder / LOG_NAME}: cannot be written ({error.strerror})") from error
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import InputError
-from files import append_whole, write_atomically
+from files import append_whole, removed_if_it_fails, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +36,20 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, output_root: str | Path, run_name: str) -> RunFolder:
-        """A new folder, named by the time and the run's name.
+    def create(cls, output_root: str | Path, run_name: str, config: str) -> RunFolder:
+        """A new folder, named by the time and the run's name, with the configuration's text in it.
 
         Raises:
-            InputError: `run_name` is no plain file name, or the folder cannot be made.
+            InputError: `run_name` is no plain file name, or the folder cannot be made; then there is none.
         """
         if fault := name_fault(run_name):
             raise InputError(fault)
         try:
             folder = cls(_new_folder(Path(output_root), run_name))
-            for part in (folder.config.parent, folder.logs, folder.checkpoints, folder.samples):
-                part.mkdir()
+            with removed_if_it_fails(folder.path):
+                for part in (folder.config.parent, folder.logs, folder.checkpoints, folder.samples):
+                    part.mkdir()
+                write_atomically(folder.config, config.encode())
         except OSError as error:
             raise InputError(f"{error.filename}: cannot be made ({error.strerror})") from error
         return folder

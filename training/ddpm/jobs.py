@@ -219,8 +219,7 @@ def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> R
         InputError: as `compare`, or the run folder cannot be written.
     """
     found = compare(config, preference)
-    folder = RunFolder.create(config.path.runs, EVALUATE)
-    write_atomically(folder.config, to_yaml(config).encode())
+    folder = RunFolder.create(config.path.runs, EVALUATE, to_yaml(config))
     write_atomically(folder.metrics, (json.dumps({"step": 0, **found.metrics}) + "\n").encode())
     picture = folder.samples / "before_after.png"
     write_atomically(picture, before_after(found.before.images, found.after.images, config.eval.shown))
@@ -303,12 +302,13 @@ def _trained(
     say: Say,
 ) -> RunFolder:
     """Train in a folder that no other process writes to meanwhile, which is returned."""
-    folder = RunFolder.create(config.path.runs, job) if resumed is None else resumed.folder
+    folder = RunFolder.create(config.path.runs, job, to_yaml(config)) if resumed is None else resumed.folder
     with only_writer(folder.path):
         say(f"run: {folder.path}")
         run = EpochRun(job, config, folder, trainer, plan, observe)
         if resumed is not None:
             run.load(resumed.state)
+            write_atomically(folder.config, to_yaml(config).encode())
         run.run()
     return folder
 

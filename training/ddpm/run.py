@@ -12,10 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
-from files import write_atomically
 from interrupts import Interrupted, Interrupts
 from training.checkpoint import CheckpointFormat, fitting, is_due, newest_checkpoint, set_aside, step_path
-from training.configuration import config_hash, refuse_changes, to_plain, to_yaml
+from training.configuration import config_hash, refuse_changes, to_plain
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.events import EventFile
 from training.run_folder import MetricsLog, RunFolder
@@ -166,7 +165,6 @@ class EpochRun:
             InputError: training diverged, or the last checkpoint cannot be saved; checkpoints saved before stay.
             Interrupted: a signal came before the last epoch.
         """
-        write_atomically(self.folder.config, to_yaml(self.config).encode())
         first, epochs = self.trainer.completed_steps, self.plan.epochs
         events = EventFile(self.folder.logs, first + 1)
         with Interrupts() as interrupts, tqdm(total=epochs, initial=first, unit="epoch") as bar:

@@ -234,13 +234,15 @@ def train(job: Job, assemble: Callable[[Start, Fabric], Parts] = build, command:
 
 def _conclude(run: TrainingRun, folder: RunFolder, ending: str, command: str) -> None:
     """Write the report; say how the run ended, where its time went, and what can be done next."""
-    write_report(folder)
     steps = run.config.ppo.steps
     click.echo(f"{ending} after step {run.step} of {steps}: {folder.path}")
     spent = seconds_by_phase(read_metrics(folder.metrics))
     whole = sum(spent.values())
     click.echo("time: " + ", ".join(f"{phase} {seconds / whole:.1%}" for phase, seconds in spent.items()))
-    click.echo(f"report: {folder.report}")
+    try:
+        click.echo(f"report: {write_report(folder)}")
+    except InputError as error:  # the run is whole without it
+        click.echo(f"no report: {error}; to write it later: python -m training.ppo.report {folder.path}")
     if run.step < steps:
         click.echo(f"go on: python -m {command} --resume {folder.path}")
     click.echo(f"export: python -m training.ppo.export_epd_predictor {folder.path}")
@@ -252,9 +254,10 @@ def _held_folder(job: Job, config: Config, fabric: Fabric) -> Iterator[RunFolder
     if not fabric.is_global_zero:
         yield RunFolder(Path(fabric.broadcast("")))
         return
-    folder = job.folder or RunFolder.create(config.run.output_root, config.run.run_name)
+    folder = job.folder or RunFolder.create(config.run.output_root, config.run.run_name, to_yaml(config))
     with only_writer(folder.path):
-        write_atomically(folder.config, to_yaml(config).encode())
+        if job.folder is not None:
+            write_atomically(folder.config, to_yaml(config).encode())
         click.echo(f"run: {folder.path}")
         fabric.broadcast(str(folder.path))
         yield folder

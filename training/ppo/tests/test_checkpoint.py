@@ -128,15 +128,15 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
-    folders = [RunFolder.create(tmp_path, "run") for _ in range(2)]
+    folders = [RunFolder.create(tmp_path, "run", "") for _ in range(2)]
     assert folders[0].path != folders[1].path
     assert all(folder.path.name.endswith("-run") for folder in folders)
 
 
 def test_folder_opens_by_itself_and_by_a_checkpoint(tmp_path: Path):
-    folder = RunFolder.create(tmp_path / "exps", "trial")
+    folder = RunFolder.create(tmp_path / "exps", "trial", "run: {}\n")
     assert folder.path.name.endswith("-trial")
-    folder.config.write_text("run: {}\n")
+    assert folder.config.read_text() == "run: {}\n"
     assert RunFolder.open(folder.path) == folder
     assert RunFolder.open(step_path(folder.checkpoints, 3)) == folder
     with pytest.raises(InputError, match="no folder of a run"):
@@ -156,13 +156,26 @@ def test_seconds_by_phase_add_up_to_the_steps():
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a\nb", "x" * 300])
 def test_run_names_are_plain_names(tmp_path: Path, name: str):
     with pytest.raises(InputError, match=r"run\.run_name"):
-        RunFolder.create(tmp_path, name)
+        RunFolder.create(tmp_path, name, "")
 
 
 def test_output_root_that_is_a_file(tmp_path: Path):
     (tmp_path / "exps").write_text("")
     with pytest.raises(InputError, match="cannot be made"):
-        RunFolder.create(tmp_path / "exps", "trial")
+        RunFolder.create(tmp_path / "exps", "trial", "")
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_a_folder_that_cannot_be_filled_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+):
+    def refuse(descriptor: int) -> None:
+        raise fault
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        RunFolder.create(tmp_path / "exps", "trial", "run: {}\n")
+    assert list((tmp_path / "exps").iterdir()) == []
 
 
 def test_metrics_survive_a_disk_that_is_full_for_a_while(tmp_path: Path):

@@ -41,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(config: Path, tmp_path: Path) -> RunFolder:
     """A run with checkpoints of the steps 2 and 4, and of step 2 as the best."""
     start = prepared(config)
-    folder = RunFolder.create(tmp_path, "run")
+    folder = RunFolder.create(tmp_path, "run", "")
     folder.config.write_text("run: {}\n")
     for step in (2, 4):
         save_checkpoint(step_path(folder.checkpoints, step), state_of(start, moved(start, seed=step), step))
@@ -208,7 +208,7 @@ def test_reordered_start_is_told_in_the_manifest(config: Path, tmp_path: Path):
     )
     save_snapshot(tmp_path / "network-snapshot-000001.pkl", unordered, METADATA)
     start = prepared(config, f"data.predictor_snapshot={tmp_path / 'network-snapshot-000001.pkl'}")
-    folder = RunFolder.create(tmp_path, "run")
+    folder = RunFolder.create(tmp_path, "run", "")
     save_checkpoint(step_path(folder.checkpoints, 0), state_of(start, make_policy(start), 0))
     MetricsLog(folder.metrics).append({"step": 0})
     exported = read_export(step_path(folder.checkpoints, 0), CPU)

@@ -523,6 +523,21 @@ def test_disk_full_at_the_end_is_an_error(config: Path, tmp_path: Path, monkeypa
     assert "No space left on device" in result.output
 
 
+def test_a_report_that_cannot_be_written_does_not_make_a_finished_run_fail(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(folder: RunFolder) -> Path:
+        raise InputError(f"{folder.report}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr("training.ppo.launch.write_report", refuse)
+    result = launch("--config", config, "--override", f"run.output_root={tmp_path}", "ppo.steps=1")
+    assert result.exit_code == 0, result.output
+    folder = only_run(tmp_path)
+    assert step_path(folder.checkpoints, 1).exists()
+    assert f"to write it later: python -m training.ppo.report {folder.path}" in result.output
+    assert f"export: python -m training.ppo.export_epd_predictor {folder.path}" in result.output
+
+
 def test_rewards_that_are_not_finite_stop_the_run_with_one_message(config: Path, tmp_path: Path):
     weights = torch.load(config.parent / "reward.pt", weights_only=True)
     weights["state_dict"]["visual.proj"].fill_(torch.inf)

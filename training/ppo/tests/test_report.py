@@ -64,7 +64,7 @@ class Page(HTMLParser):
 
 
 def make_run(tmp_path: Path, start, *, evaluations: bool = True, hacked: bool = False) -> RunFolder:
-    folder = RunFolder.create(tmp_path, "run")
+    folder = RunFolder.create(tmp_path, "run", "")
     folder.config.write_text("run: {}\n")
     save_checkpoint(step_path(folder.checkpoints, 2), state_of(start, make_policy(start), 2))
     table = {name: part.tolist() for name, part in table_to_plain(start.table).items()}
@@ -163,7 +163,7 @@ def test_run_without_held_out_evaluation(tmp_path: Path, start):
 
 
 def test_run_that_was_interrupted_before_its_first_step(tmp_path: Path, start):
-    folder = RunFolder.create(tmp_path, "run")
+    folder = RunFolder.create(tmp_path, "run", "")
     save_checkpoint(step_path(folder.checkpoints, 0), state_of(start, make_policy(start), 0))
     folder.metrics.touch()
     assert "0 of 4 steps" in read(folder).text
@@ -174,7 +174,7 @@ def test_every_plotted_diagnostic_is_a_documented_metric():
 
 
 def test_run_without_checkpoint(tmp_path: Path):
-    folder = RunFolder.create(tmp_path, "run")
+    folder = RunFolder.create(tmp_path, "run", "")
     folder.metrics.touch()
     with pytest.raises(InputError, match="before its first checkpoint"):
         write_report(folder)
