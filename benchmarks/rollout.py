@@ -127,11 +127,11 @@ class PlainPath:
 
 def encode_anew(denoiser: LatentDiffusion, prompts: Sequence[str], guidance_scale: float) -> Conditioning:
     """Every prompt and the empty one through the text encoder, whatever was encoded before."""
-    tokens = denoiser.tokenizer(
-        [*prompts, ""], padding="max_length", max_length=denoiser.token_limit, return_tensors="pt"
-    )
-    hidden = denoiser.text_encoder(tokens.input_ids.to(denoiser.device)).last_hidden_state
-    return Conditioning(hidden[:-1], None if guidance_scale == 1.0 else hidden[-1:], guidance_scale)
+    (encoder,) = denoiser.text_encoders
+    tokens = encoder.tokenizer([*prompts, ""], padding="max_length", max_length=encoder.limit, return_tensors="pt")
+    hidden = encoder.module(tokens.input_ids.to(denoiser.device)).last_hidden_state
+    text, without = ({"encoder_hidden_states": part} for part in (hidden[:-1], hidden[-1:]))
+    return Conditioning(len(prompts), text, None if guidance_scale == 1.0 else without, guidance_scale)
 
 
 def through_pillow(picture: np.ndarray, size: int) -> Tensor:

@@ -170,23 +170,6 @@ BUNDLES = {
     ),
 }
 
-# What a diffusers pipeline on a hub is made of; other variants of its weights are left there. Of a component's weights
-# the first form is fetched, and the older one where there is no other.
-PIPELINE_WEIGHTS = {
-    "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "text_encoder": ("model.safetensors", "pytorch_model.bin"),
-}
-PIPELINE_CONFIGS = [
-    "model_index.json",
-    *(f"{part}/config.json" for part in PIPELINE_WEIGHTS),
-    "scheduler/scheduler_config.json",
-]
-PIPELINE_FILES = [
-    *PIPELINE_CONFIGS,
-    *(f"{part}/{form}" for part, (form, _) in PIPELINE_WEIGHTS.items()),
-    "tokenizer/*",
-]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -35,8 +35,6 @@ from models import asset_table
 from models.asset_table import (
     BUNDLES,
     HUB_ID,
-    PIPELINE_FILES,
-    PIPELINE_WEIGHTS,
     AssetFile,
     fault_of,
     pinned_digest,
@@ -104,17 +102,17 @@ def fetch_pipeline(hub_id: str, note: Note) -> Path:
         InputError: the server refuses, lacks or does not deliver it, or what it has is no pipeline that can be used:
             then the message says what is missing.
     """
-    from models.loading import check_pipeline, parts_without_weights  # with diffusers, which takes seconds to import
+    from models.pipelines import INDEX, check_pipeline, contents_of  # with diffusers, which takes seconds to import
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=PIPELINE_FILES))
-        older = [f"{part}/{PIPELINE_WEIGHTS[part][1]}" for part in parts_without_weights(folder)]
-        if older:
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*PIPELINE_FILES, *older]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=[INDEX]))
+        contents = contents_of(folder)
+        snapshot_download(hub_id, allow_patterns=contents.files())
+        if older := contents.older_weights():
+            snapshot_download(hub_id, allow_patterns=older)
+        check_pipeline(folder)
     except (HTTPError, OSError) as error:
         raise InputError(f"{hub_id} was not fetched: {_reason(error)}") from None
-    try:
-        check_pipeline(folder)
     except InputError as error:
         raise InputError(f"{hub_id} was fetched, as far as it can be read here, and is no use: {error}") from None
     note(f"{hub_id}: fetched to {folder}")

@@ -1,13 +1,15 @@
-"""What the floors above know of a frozen text-to-image diffusion model: `Denoiser`, and the text bound to a call of it.
+"""What the floors above know of a frozen diffusion model: `Denoiser`, and the text bound to a call of it.
 
-Every model is used in the scaling x = x0 + sigma * noise, whatever its own (as in Karras et al., arXiv 2206.00364,
-table 1): a solver starts from sigma_max * noise and asks for the clean image's estimate D(x, sigma).
+A solver starts from sigma_max * noise, whatever the model, and asks for the clean image's estimate D(x, sigma): of
+x = x0 + sigma * noise (as in Karras et al., arXiv 2206.00364, table 1), or of x = (1 - sigma) x0 + sigma * noise where
+the model was trained by flow matching (arXiv 2210.02747); its sigma is in (0, 1].
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,51 +19,70 @@ from torch import Tensor
 USUAL_GUIDANCE_SCALE = 7.5
 """The scale of classifier-free guidance that Stable Diffusion 1.x, and every model in its format, is used at."""
 
+Text = Mapping[str, Tensor]
+"""What a network reads of prompts, by the names that it calls it: tensors with one row a prompt."""
+
+
+class GuidanceKind(Enum):
+    """What a guidance scale does to a model. 1 is always no guidance."""
+
+    CLASSIFIER_FREE = "classifier-free"
+    """prediction = uncond + g (cond - uncond), by two rows of the network (arXiv 2207.12598)."""
+    EMBEDDED = "embedded"
+    """The network was distilled to take g as one of its inputs (arXiv 2210.03142)."""
+    NONE = "none"
+    """The network knows no guidance: only 1 can be asked for."""
+
+    def rows(self, scale: float) -> int:
+        """Network rows that one evaluation of one image takes."""
+        return 2 if self is GuidanceKind.CLASSIFIER_FREE and scale != 1 else 1
+
 
 @dataclass
 class Conditioning:
     """Encoded prompts, with the guidance they are used at.
 
-    embeddings: [B, L, D], one row a prompt. unconditional: [1, L, D], or None where nothing will ask for guidance.
-    guidance_scale: g of classifier-free guidance (arXiv 2207.12598): prediction = uncond + g (cond - uncond); 1 without
-    guidance.
+    count: how many. text: what the network reads of them; nothing where it reads no prompts. unconditional: the same of
+    the one text, often the empty one, that classifier-free guidance leads away from; None where nothing asks for it.
+    guidance_scale: g of `GuidanceKind`.
     """
 
-    embeddings: Tensor
-    unconditional: Tensor | None
+    count: int
+    text: Text
+    unconditional: Text | None
     guidance_scale: float
-    _repeated: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _repeated: dict[tuple[int, int], Text] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         """The number of prompts."""
-        return len(self.embeddings)
+        return self.count
 
-    def rows(self, count: int, *, guided: bool | None = None) -> Tensor:
-        """The text rows for `count` latents, made once for each count and kept.
+    def rows(self, count: int, unconditional: int = 0) -> Text:
+        """The text for `unconditional` rows without a prompt, then for `count` latents; made once and kept.
 
         `count` is K times the number of prompts; latents are sample-major, so row b*K + k holds prompt b. Returns
-        [count, L, D], or where `guided` [2 * count, L, D], the unconditional half first; None: as the scale says.
+        tensors of `unconditional + count` rows.
         """
-        doubled = self.unconditional is not None and (self.guidance_scale != 1.0 if guided is None else guided)
-        if (count, doubled) not in self._repeated:
+        if (count, unconditional) not in self._repeated:
             if count == 0 or count % len(self):
                 raise ValueError(f"{count} latents cannot be shared out among {len(self)} prompts: it is no multiple")
-            rows = self.embeddings.repeat_interleave(count // len(self), dim=0)
-            if doubled:
-                rows = torch.cat([self.unconditional.expand_as(rows), rows])
-            self._repeated[count, doubled] = rows
-        return self._repeated[count, doubled]
+            rows = {name: part.repeat_interleave(count // len(self), dim=0) for name, part in self.text.items()}
+            if unconditional:
+                for name, part in self.unconditional.items():
+                    rows[name] = torch.cat([part.expand(unconditional, *part.shape[1:]), rows[name]])
+            self._repeated[count, unconditional] = rows
+        return self._repeated[count, unconditional]
 
 
 class Denoiser(Protocol):
     """A frozen diffusion model.
 
-    name: for people and file names. backend: its family, as the public EPD code base calls it: ldm for Stable Diffusion
-    1.x and 2.x. latent_shape: (C, H, W). image_size: (H, W) in pixels. sigma_min, sigma_max: the
-    range of noise levels the model was trained on. time_min: the time of sigma_min; sigma_max is at time 1. device:
-    where latents are expected. dtype: that the network computes in. code: the source files whose change may change what
-    it answers; results that are kept on disk count as made by them. scheduler_config: its noise levels and its kind of
-    prediction, as a diffusers `scheduler_config.json` says them.
+    name: for people and file names. backend: its family, by the name that the public EPD code base has for it, else the
+    common one: ldm for Stable Diffusion 1.x and 2.x. latent_shape: (C, H, W). image_size: (H, W) in pixels. sigma_min,
+    sigma_max: the range of noise levels the model was trained on. time_min: the time of sigma_min; sigma_max is at time
+    1. guidance: what a scale of it does. device: where latents are expected. dtype: that the network computes in. code:
+    the source files whose change may change what it answers; results that are kept on disk count as made by them.
+    scheduler_config: its noise levels and its kind of prediction, as a diffusers `scheduler_config.json` says them.
     """
 
     name: str
@@ -71,6 +92,7 @@ class Denoiser(Protocol):
     sigma_min: float
     sigma_max: float
     time_min: float
+    guidance: GuidanceKind
     default_guidance_scale: float
     device: torch.device
     dtype: torch.dtype
@@ -86,17 +108,20 @@ class Denoiser(Protocol):
         ...
 
     def encode(
-        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str = ""
+        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
     ) -> Conditioning:
-        """Encode the prompts and bind the guidance: None is the model's default, 1 drops the unconditional half."""
+        """Encode the prompts and bind the guidance: None is the model's default, 1 for none.
+
+        negative_prompt: what guidance leads away from; None is the one that the model was loaded with.
+        """
         ...
 
     def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Tensor | None = None) -> Tensor:
         """The estimate D(x, sigma) of the clean latents, [N, C, H, W], in x's dtype; differentiable in x and sigma.
 
-        x: [N, C, H, W] = x0 + sigma * noise, N a multiple of the number of prompts, sample-major. sigma: scalar or [N].
-        guidance: [N] on the CPU, a scale for each row in place of the conditioning's one scale; where none of them
-        differs from 1 the unconditional half is left out.
+        x: [N, C, H, W], noisy latents of level sigma, N a multiple of the number of prompts, sample-major. sigma:
+        scalar or [N]. guidance: [N] on the CPU, a scale for each row in place of the conditioning's one scale; a row at
+        1 costs one row of the network.
         """
         ...
 

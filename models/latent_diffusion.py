@@ -1,68 +1,128 @@
-"""A `Denoiser` over the modules of a Stable Diffusion 1.x or 2.x pipeline (latent diffusion, arXiv 2112.10752).
+"""A frozen latent diffusion model as a `Denoiser` (arXiv 2112.10752): text encoders, a network, a VAE.
 
-The network was trained on z = x / sqrt(1 + sigma^2) at integer steps; it is asked at the fractional step T t - 1, t the
-continuous time of sigma (noise_levels.py). From its guided prediction the clean latents are
-
-    epsilon prediction   D = x - sigma * eps
-    v prediction         D = x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) * v      (arXiv 2202.00512, section 4)
+What its families differ in is said in `models.families`.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import ModelOutput
 
 from errors import InputError
-from models.denoiser import USUAL_GUIDANCE_SCALE, Conditioning
+from models.backbone import Backbone, bytes_to_move, code_files, frozen
+from models.denoiser import Conditioning, GuidanceKind, Text
 from models.devices import check_memory, to_device
-from models.noise_levels import NoiseLevels
+from models.loading import LARGEST_SIDE
+from models.options import AS_IT_IS, ModelOptions
 from models.pictures import to_images
+from models.processes import Process
 from models.prompts import text_fault
 
-# A prompt of Stable Diffusion 1.5 takes 118 kB in half precision: a quarter of a gigabyte when full.
-CACHED_PROMPTS = 2048
+# A prompt takes 118 kB in half precision with Stable Diffusion 1.5, 2.7 MB with Stable Diffusion 3.
+CACHED_BYTES = 2**29
 SHOWN_FAULTS = 10
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Components:
-    """The parts of a pipeline as they come from its files: modules on the CPU, in the type they were stored in."""
+class TextEncoder:
+    """A text encoder with its tokenizer.
 
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    noise_levels: NoiseLevels
-    prediction_type: Literal["epsilon", "v_prediction"]
-
-
-class LatentDiffusion:
-    """Stable Diffusion 1.x or 2.x as a `Denoiser`; the modules are frozen and kept in evaluation mode.
-
-    The modules compute in `dtype`; guidance and the estimate D are formed in x's dtype, the noise levels in float64.
+    limit: the tokens that it reads, its marks included; shorter texts are padded to it. reads_all: False where it may
+    read no more than a prompt's beginning, since another encoder reads the whole.
     """
 
-    backend = "ldm"
-    code = tuple(
-        Path(__file__).with_name(f"{module}.py")
-        for module in ("latent_diffusion", "loading", "checkpoints", "noise_levels", "pictures")
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    limit: int
+    reads_all: bool = True
+
+    def fault(self, prompt: str) -> str | None:
+        """Why the encoder would cut a prompt off; None where it would not, or may."""
+        length = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if not self.reads_all or length <= self.limit:
+            return None
+        marks = self.tokenizer.num_special_tokens_to_add()
+        return f"it is {length - marks} tokens long, the text encoder takes {self.limit - marks}"
+
+    def __call__(self, prompt: str, device: torch.device) -> ModelOutput:
+        """What the module says of one prompt, the hidden states of all its layers included."""
+        tokens = self.tokenizer(
+            prompt, padding="max_length", max_length=self.limit, truncation=True, return_tensors="pt"
+        )
+        return self.module(to_device(tokens.input_ids, device), output_hidden_states=True)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pipeline is made of, as it comes from its files: modules on the CPU, in the type they were stored in.
+
+    source: for messages. modules, tokenizers: by the names of their folders. scheduler: the content of scheduler_file.
+    index: that of model_index.json. options: what was asked for.
+    """
+
+    source: Path
+    modules: Mapping[str, nn.Module]
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    scheduler: Mapping[str, Any]
+    scheduler_file: Path
+    index: Mapping[str, Any]
+    options: ModelOptions = AS_IT_IS
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The same, in the parts that a `LatentDiffusion` has, which were seen to fit each other.
+
+    latent_shape: (C, H, W) of what is drawn. guidance: what a scale of it does. guidance_scale: that the model is used
+    at where nothing else is said. zero_unconditional: whether zeros are the unconditional text where there is no
+    negative prompt. wide_vae: whether the VAE overflows in float16, and is kept in float32 there.
+    """
+
+    network: nn.Module
+    vae: AutoencoderKL
+    text_encoders: tuple[TextEncoder, ...]
+    process: Process
+    latent_shape: tuple[int, int, int]
+    guidance_scale: float
+    guidance: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
+    zero_unconditional: bool = False
+    wide_vae: bool = False
+
+
+class LatentDiffusion(Backbone):
+    """The machinery of all families; one of them says what its network is called with.
+
+    Attributes of a family:
+        backend: see `Denoiser`.
+        modules, tokenizers: the parts of its pipeline's folder, and what each is.
+        optional: a text encoder that a pipeline may do without, and its tokenizer.
+    """
+
+    backend: ClassVar[str]
+    modules: ClassVar[Mapping[str, type[nn.Module]]]
+    tokenizers: ClassVar[Mapping[str, type[PreTrainedTokenizerBase]]]
+    optional: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    code = (
+        *Backbone.code,
+        *code_files("checkpoints", "latent_diffusion", "loading", "options", "pictures", "pipelines"),
     )
 
     def __init__(
         self,
         name: str,
-        components: Components,
+        parts: Parts,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -72,36 +132,22 @@ class LatentDiffusion:
 
         Raises `InputError` where the device has too little memory.
         """
-        self.name = name
-        self.device = device
-        self.dtype = dtype
-        self.default_guidance_scale = USUAL_GUIDANCE_SCALE
-        parts = (components.unet, components.vae, components.text_encoder)
-        check_memory(f"Model {name}", sum(_bytes_to_move(part, device, dtype) for part in parts), device)
-        self.unet = _frozen(components.unet, device, dtype)
-        self.vae = _frozen(components.vae, device, dtype)
-        self.text_encoder = _frozen(components.text_encoder, device, dtype)
-        self.tokenizer = components.tokenizer
-        self.noise_levels = components.noise_levels
-        self.prediction_type = components.prediction_type
-        self.scheduler_config = {**self.noise_levels.config, "prediction_type": self.prediction_type}
-        self.time_min = self.noise_levels.time_min
-        self.sigma_min, self.sigma_max = self.noise_levels.sigma_min, self.noise_levels.sigma_max
-        self.latent_shape = _latent_shape(self.unet)
-        pixels_per_latent = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.image_size = (self.latent_shape[1] * pixels_per_latent, self.latent_shape[2] * pixels_per_latent)
-        # Begin and end marks included. A tokenizer without a limit of its own reports an astronomic one.
-        self.token_limit = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        encoders = [encoder.module for encoder in parts.text_encoders]
+        vae_dtype = torch.float32 if parts.wide_vae and dtype == torch.float16 else dtype
+        needed = sum(bytes_to_move(module, device, dtype) for module in (parts.network, *encoders))
+        check_memory(f"Model {name}", needed + bytes_to_move(parts.vae, device, vae_dtype), device)
+        super().__init__(name, parts.network, parts.process, parts.guidance, device=device, dtype=dtype)
+        self.vae = frozen(parts.vae, device, vae_dtype)
+        for encoder in encoders:
+            frozen(encoder, device, dtype)
+        self.text_encoders = parts.text_encoders
+        self.default_guidance_scale = parts.guidance_scale
+        self.latent_shape = parts.latent_shape
+        self._zero_unconditional = parts.zero_unconditional
+        height, width = (side * pixels_per_latent(self.vae) for side in self.latent_shape[1:])
+        self.image_size = (height, width)
         self._unknown_words = unknown_words
-        self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
-
-    def compile_network(self, backend: str = "inductor") -> None:
-        """Have the UNet compiled by torch, anew for each shape that it is asked at: minutes first, then faster."""
-        self.unet.compile(dynamic=False, backend=backend)
-
-    def sigma_of_time(self, time: Tensor) -> Tensor:
-        """The noise level (float64) at a model time in [time_min, 1]."""
-        return self.noise_levels.sigma_of_time(time)
+        self._texts: OrderedDict[str, Text] = OrderedDict()
 
     def validate_prompts(self, prompts: Sequence[str]) -> None:
         """Raise one `InputError` that lists the prompts that are empty, too long, or use words unknown to the model."""
@@ -115,124 +161,108 @@ class LatentDiffusion:
             raise InputError("\n".join([f"Model {self.name} cannot take:", *faults[:SHOWN_FAULTS], *more]))
 
     def encode(
-        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str = ""
+        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
     ) -> Conditioning:
         """Encode the prompts and bind the guidance: None is the model's default, 1 for none.
 
         Each prompt is encoded once, by itself, so that its embedding depends neither on its batch nor on what came
-        before. Raises `InputError` for a prompt that the text encoder would cut off.
+        before. Raises `InputError` for a prompt that the text encoders would cut off.
         """
         scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         if not (math.isfinite(scale) and scale >= 0):
             raise InputError(f"The guidance scale must be a finite number of at least 0, not {scale}.")
         if not prompts:
             raise InputError("No prompts to encode.")
+        self.check_guidance(scale, negative_prompt)
+        texts = [self._text(prompt) for prompt in prompts]
         return Conditioning(
-            embeddings=torch.stack([self._embedding(prompt) for prompt in prompts]),
-            unconditional=self._embedding(negative_prompt)[None],
+            count=len(prompts),
+            text={name: torch.stack([text[name] for text in texts]) for name in texts[0]},
+            unconditional=self._unconditional(negative_prompt or ""),
             guidance_scale=scale,
         )
-
-    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Tensor | None = None) -> Tensor:
-        """The estimate D(x, sigma) of the clean latents; see `Denoiser.denoise` for shapes."""
-        levels = sigma.to(torch.float64).expand(len(x))
-        inverse_norm = (1.0 + levels**2).rsqrt()
-        timesteps = self._timesteps(levels, x.dtype)
-        prediction = self._predict(x * _per_row(inverse_norm, x), timesteps, conditioning, guidance)
-        if self.prediction_type == "epsilon":
-            return x - _per_row(levels, x) * prediction
-        return _per_row(inverse_norm**2, x) * x - _per_row(levels * inverse_norm, x) * prediction
 
     def decode(self, latents: Tensor, chunk_size: int = 16) -> Tensor:
         """Latents [N, C, H, W] to float32 images [N, 3, H, W] in [0, 1] or NaN, at most `chunk_size` at once."""
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-        scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
-        images = [self.vae.decode(chunk, return_dict=False)[0].float() for chunk in scaled.split(chunk_size)]
+        scaled = latents / self.vae.config.scaling_factor
+        if self.vae.config.shift_factor is not None:
+            scaled = scaled + self.vae.config.shift_factor
+        chunks = scaled.to(self.vae.dtype).split(chunk_size)
+        images = [self.vae.decode(chunk, return_dict=False)[0].float() for chunk in chunks]
         return to_images(torch.cat(images))
 
-    def _timesteps(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the network takes for its noise level, [N]: 0 at its first training step, fractional between two."""
-        steps = self.noise_levels.num_steps * self.noise_levels.time_of_sigma(levels) - 1.0
-        # Half precision cannot tell step 998 from 998.3.
-        return steps.to(self.device, torch.promote_types(dtype, torch.float32), non_blocking=True)
+    @classmethod
+    @abstractmethod
+    def assembled(cls, pipeline: Pipeline) -> Parts:
+        """The parts of a pipeline of this family; `InputError` where they do not fit each other or this program."""
 
-    def _predict(self, z: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: Tensor | None) -> Tensor:
-        """The network's guided prediction in z's dtype, both halves of the guidance in one call. z: [N, C, H, W]."""
-        guided = conditioning.guidance_scale != 1.0 if guidance is None else bool((guidance != 1).any())
-        inputs, rows = z.to(self.dtype), conditioning.rows(len(z), guided=guided)
-        if not guided:
-            return self.unet(inputs, timesteps, rows, return_dict=False)[0].to(z.dtype)
-        # [2N, C, H, W], the unconditional half first
-        doubled = self.unet(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), rows, return_dict=False)[0]
-        without, with_text = doubled.to(z.dtype).chunk(2)
-        scale = conditioning.guidance_scale if guidance is None else _per_row(guidance, z)
-        return without + scale * (with_text - without)
+    @abstractmethod
+    def _read(self, prompt: str) -> Text:
+        """What the network reads of one prompt, without a dimension for the batch."""
+
+    def _unconditional(self, negative_prompt: str) -> Text | None:
+        """What it reads in the unconditional half, one row; None where there is no such half."""
+        if self.guidance is not GuidanceKind.CLASSIFIER_FREE:
+            return None
+        zeros = self._zero_unconditional and not negative_prompt
+        text = self._text(negative_prompt)
+        return {name: (torch.zeros_like(part) if zeros else part)[None] for name, part in text.items()}
 
     def _prompt_faults(self, prompt: str) -> list[str]:
         if fault := text_fault(prompt):
             return [fault]
-        faults = []
-        if (length := self._token_count(prompt)) > self.token_limit:
-            faults.append(f"it is {length - 2} tokens long, the text encoder takes {self.token_limit - 2}")
+        # Two encoders often have one tokenizer.
+        faults = list(dict.fromkeys(filter(None, (encoder.fault(prompt) for encoder in self.text_encoders))))
         if self._unknown_words is not None and (words := self._unknown_words(prompt)):
             faults.append(f"words the model does not know: {', '.join(words)}")
         return faults
 
-    def _token_count(self, prompt: str) -> int:
-        return len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-
-    def _embedding(self, prompt: str) -> Tensor:
-        """The text encoder's last hidden states for one prompt, [L, D], from the cache of the latest prompts."""
-        if prompt not in self._embeddings:
-            if len(self._embeddings) >= CACHED_PROMPTS:
-                self._embeddings.popitem(last=False)
-            self._embeddings[prompt] = self._encode_text(prompt)
-        self._embeddings.move_to_end(prompt)
-        return self._embeddings[prompt]
-
     @torch.no_grad()
-    def _encode_text(self, prompt: str) -> Tensor:
-        if (length := self._token_count(prompt)) > self.token_limit:
+    def _text(self, prompt: str) -> Text:
+        """`_read`, from the cache of the latest prompts."""
+        if prompt not in self._texts:
+            for fault in filter(None, (encoder.fault(prompt) for encoder in self.text_encoders)):
+                raise InputError(f"The prompt {_shortened(prompt)} is too long for model {self.name}: {fault}.")
+            text = self._read(prompt)
+            size = sum(part.nbytes for part in text.values())  # of each prompt the same
+            while self._texts and (len(self._texts) + 1) * size > CACHED_BYTES:
+                self._texts.popitem(last=False)
+            self._texts[prompt] = text
+        self._texts.move_to_end(prompt)
+        return self._texts[prompt]
+
+
+def latent_sides(
+    pipeline: Pipeline, native: tuple[int, int], *, patch: int = 1, largest: int = LARGEST_SIDE
+) -> tuple[int, int]:
+    """Height and width in latents of what is to be drawn: what was asked for, else the model's own.
+
+    patch: latents that the network takes together along each side. largest: the most that it takes. Raises `InputError`
+    for a size that the model cannot draw.
+    """
+    pixels = pixels_per_latent(pipeline.modules["vae"])
+    asked = (pipeline.options.height, pipeline.options.width)
+    sides = [own if side is None else side / pixels for own, side in zip(native, asked, strict=True)]
+    for name, side in zip(("height", "width"), sides, strict=True):
+        if side % patch or not 0 < side <= largest:
             raise InputError(
-                f"The prompt {_shortened(prompt)} is {length - 2} tokens long; "
-                f"model {self.name} takes {self.token_limit - 2}. Shorten it."
+                f"{pipeline.source}: no image of this model has a {name} of {side * pixels:g} pixels; take a multiple "
+                f"of {patch * pixels}, at most {largest * pixels}."
             )
-        tokens = self.tokenizer(prompt, padding="max_length", max_length=self.token_limit, return_tensors="pt")
-        return self.text_encoder(to_device(tokens.input_ids, self.device)).last_hidden_state[0]
+    return int(sides[0]), int(sides[1])
 
 
-def _frozen(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
-    # nn.Module's own `to`: the one of diffusers warns about layers to be kept in float32 even where there are none
-    module = nn.Module.to(module, device, dtype).eval().requires_grad_(False)
-    if device.type in ("cuda", "cpu"):  # the layout in which their convolutions are fastest
-        nn.Module.to(module, memory_format=torch.channels_last)
-    return module
+def require_fit(pipeline: Pipeline, what: str, read: object, written: object) -> None:
+    """Raise `InputError` where the network reads so many of something, and another part writes another number."""
+    if read != written:
+        raise InputError(f"{pipeline.source}: the network reads {read} {what}, and its other parts write {written}.")
 
 
-def _bytes_to_move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
-    """Memory that the module's weights will take on the device, less those that are there already as they shall be."""
-    return sum(
-        weight.numel() * dtype.itemsize
-        for weight in module.parameters()
-        if weight.device != device or weight.dtype != dtype or _is_laid_out_anew(weight)
-    )
-
-
-def _is_laid_out_anew(weight: Tensor) -> bool:
-    return weight.ndim == 4 and not weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def _latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return unet.config.in_channels, height, width
-
-
-def _per_row(factors: Tensor, x: Tensor) -> Tensor:
-    """[N] factors as [N, 1, 1, 1], where x is and in its dtype."""
-    # Not waited for: where the noise levels are on the host, a solver's steps queue up on the device without a stop.
-    return factors.to(x.device, x.dtype, non_blocking=True)[:, None, None, None]
+def pixels_per_latent(vae: AutoencoderKL) -> int:
+    """How many pixels a latent stands for along each side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _shortened(prompt: str, length: int = 60) -> str:

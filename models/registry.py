@@ -17,9 +17,10 @@ from errors import InputError
 from models import asset_table
 from models.asset_table import AssetFile
 from models.denoiser import Denoiser
+from models.options import AS_IT_IS, ModelOptions
 
 if TYPE_CHECKING:
-    from models.latent_diffusion import Components
+    from models.latent_diffusion import LatentDiffusion, Parts
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 # Component configurations and tokenizer of Stable Diffusion 1.x, which a single file does not carry.
@@ -99,7 +100,12 @@ def usual_prompts(*names: str | None) -> str | None:
 
 
 def load_denoiser(
-    spec: str | Path, *, device: torch.device | str, dtype: torch.dtype, compiled: bool = False
+    spec: str | Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    options: ModelOptions = AS_IT_IS,
 ) -> Denoiser:
     """The model called `spec`, ready on `device`, its modules in `dtype`; `compiled`: its network by torch.compile.
 
@@ -108,14 +114,12 @@ def load_denoiser(
     `InputError` for an unknown name, for files that are missing (each named, with its size and what to do) and for
     files that are not what they should be.
     """
-    # diffusers and transformers take seconds to import: only where a model is really loaded
-    from models.latent_diffusion import LatentDiffusion
-
     path, model = _found(str(spec)), REGISTERED.get(str(spec))
     own_name = path.stem if path.is_file() else Path(spec).resolve().name
-    denoiser = LatentDiffusion(
+    family, parts = _load_path(path, dtype, options)
+    denoiser = family(
         str(spec) if model else own_name,
-        _load_path(path),
+        parts,
         device=torch.device(device),
         dtype=dtype,
         unknown_words=model.unknown_words if model else None,
@@ -132,7 +136,7 @@ def check_assets(spec: str) -> None:
     that can be used, as far as the names and shapes of its tensors tell: cut off, a web page, a folder without a
     pipeline, a checkpoint of another family.
     """
-    from models.loading import check_pipeline  # with diffusers, which takes seconds to import
+    from models.pipelines import check_pipeline  # with diffusers, which takes seconds to import
 
     path = _found(spec)
     if path.is_dir():
@@ -162,7 +166,7 @@ def locate(spec: str) -> Path:
     if not asset_table.HUB_ID.fullmatch(spec):
         raise InputError(_unknown_message(spec))
     try:
-        return Path(snapshot_download(spec, allow_patterns=asset_table.PIPELINE_FILES, local_files_only=True))
+        return Path(snapshot_download(spec, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         raise InputError(
             f"Model {spec!r} is neither a registered name ({', '.join(REGISTERED)}) nor a file or folder that exists, "
@@ -184,17 +188,20 @@ def pipeline_of(spec: str) -> str:
     return str(Path(spec).resolve()) if Path(spec).is_dir() else spec
 
 
-def _load_path(path: Path) -> Components:
-    from models.loading import assemble_compvis, load_folder
+def _load_path(path: Path, dtype: torch.dtype, options: ModelOptions) -> tuple[type[LatentDiffusion], Parts]:
+    # diffusers and transformers take seconds to import: only where a model is really loaded
+    from models.compvis import assemble_compvis
+    from models.families.stable_diffusion import StableDiffusion
+    from models.pipelines import load_folder
 
     if path.is_dir():
-        return load_folder(path)
-    return assemble_compvis(_open_single_file(path), path, SOURCE / COMPVIS_CONFIGS)
+        return load_folder(path, dtype, options)
+    return StableDiffusion, assemble_compvis(_open_single_file(path), path, SOURCE / COMPVIS_CONFIGS, options)
 
 
 def _open_single_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a single file by name, mapped, not yet read; `InputError` also where its tokenizer is missing."""
-    from models.loading import read_compvis
+    from models.compvis import read_compvis
 
     state = read_compvis(path)
     _check_nothing_missing(f"The tokenizer of {path}", _missing(TOKENIZER), FETCH_SD15)

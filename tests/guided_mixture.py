@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from models.denoiser import Conditioning
+from models.denoiser import Conditioning, GuidanceKind
 from models.noise_levels import NoiseLevels
 from tests.analytic import GaussianMixture
 
@@ -23,6 +23,7 @@ class GuidedMixture:
     name = "guided-mixture"
     latent_shape = (2, 4, 4)
     image_size = (4, 4)
+    guidance = GuidanceKind.CLASSIFIER_FREE
     default_guidance_scale = 7.5
     device = torch.device("cpu")
     dtype = torch.float32
@@ -45,14 +46,15 @@ class GuidedMixture:
             raise InputError(f"unknown classes {unknown}")
 
     def encode(
-        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str = ""
+        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
     ) -> Conditioning:
-        numbers = torch.tensor([[[float(prompt)]] for prompt in prompts])
-        return Conditioning(numbers, None, self.default_guidance_scale if guidance_scale is None else guidance_scale)
+        text = {"number": torch.tensor([int(prompt) for prompt in prompts])}
+        scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
+        return Conditioning(len(prompts), text, None, scale)
 
     def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         self.evaluations += len(x)
-        numbers = conditioning.rows(len(x)).flatten().long()
+        numbers = conditioning.rows(len(x))["number"]
         without = self.all.denoise(x, sigma)
         with_class = torch.stack([mixture.denoise(x, sigma) for mixture in self.classes])[numbers, range(len(x))]
         return without + conditioning.guidance_scale * (with_class - without)

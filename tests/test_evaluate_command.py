@@ -18,8 +18,8 @@ import evaluate
 from errors import InputError
 from files import only_writer
 from models import clip, load_denoiser
+from models.families.stable_diffusion import StableDiffusion
 from models.generate import LATENT_LIMIT
-from models.latent_diffusion import LatentDiffusion
 from models.shapes.scenes import captions
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable
@@ -174,7 +174,7 @@ def test_another_judge_needs_no_sampling(world, evaluated, tmp_path, monkeypatch
         clip.save_open_clip_checkpoint(clip.new_clip(CLIP), tmp_path / "reward.pt")
     (tmp_path / "tokenizer").symlink_to(world / "tokenizer")
     (tmp_path / "reward.json").symlink_to(world / "reward.json")
-    monkeypatch.setattr(LatentDiffusion, "denoise", None)
+    monkeypatch.setattr(StableDiffusion, "denoise", None)
     result = run(
         world, tmp_path / "out", *WITH_EPD, "--reward", tmp_path / "reward.pt", cache=folder / "cache", base=()
     )
@@ -190,8 +190,8 @@ def test_another_judge_needs_no_sampling(world, evaluated, tmp_path, monkeypatch
 def test_a_second_call_asks_the_model_nothing_and_finds_the_same(world, evaluated, monkeypatch):
     folder, _ = evaluated
     before = (folder / "results.csv").read_text()
-    monkeypatch.setattr(LatentDiffusion, "denoise", None)
-    monkeypatch.setattr(LatentDiffusion, "decode", None)
+    monkeypatch.setattr(StableDiffusion, "denoise", None)
+    monkeypatch.setattr(StableDiffusion, "decode", None)
     result = run(world, world / "again", base=WITH_EPD, cache=folder / "cache")
     assert result.exit_code == 0, result.output
     assert (world / "again" / "results.csv").read_text() == before
@@ -201,8 +201,8 @@ def test_a_second_call_asks_the_model_nothing_and_finds_the_same(world, evaluate
 def calls(monkeypatch):
     """One entry for each time that the network is asked from now on."""
     calls = []
-    denoise = LatentDiffusion.denoise
-    monkeypatch.setattr(LatentDiffusion, "denoise", lambda *a, **k: (calls.append(1), denoise(*a, **k))[1])
+    denoise = StableDiffusion.denoise
+    monkeypatch.setattr(StableDiffusion, "denoise", lambda *a, **k: (calls.append(1), denoise(*a, **k))[1])
     return calls
 
 
@@ -228,7 +228,7 @@ def test_another_number_type_of_the_network_is_another_model(world, evaluated, t
 
 def test_what_a_backbone_names_as_its_code_counts(world, evaluated, tmp_path, calls, monkeypatch):
     (tmp_path / "backbone.py").write_text("changed")
-    monkeypatch.setattr(LatentDiffusion, "code", (tmp_path / "backbone.py",))
+    monkeypatch.setattr(StableDiffusion, "code", (tmp_path / "backbone.py",))
     for _ in range(2):
         result = run(world, tmp_path / "out", *DDIM_2, cache=evaluated[0] / "cache")
         assert result.exit_code == 0, result.output

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from errors import InputError
 from models import registry
+from models.families import FAMILIES
 from models.fingerprints import file_sha256, fingerprint, model_fingerprint
-from models.latent_diffusion import LatentDiffusion
 from models.registry import Asset, RegisteredModel
 from tests.test_import_boundaries import REPOSITORY, imported_names
 from training.measuring.evaluation import SAMPLING_CODE
@@ -79,8 +80,10 @@ OF_NO_ACCOUNT = {
 OF_NO_ACCOUNT |= {"models/fingerprints.py", "schedules.py", "training/networks.py", "training/snapshot.py"}
 
 
-def test_latents_that_are_kept_count_as_made_by_all_code_that_makes_them():
-    known = {path.relative_to(REPOSITORY).as_posix() for path in (*SAMPLING_CODE, *LatentDiffusion.code)}
+@pytest.mark.parametrize("module", FAMILIES.values())
+def test_latents_that_are_kept_count_as_made_by_all_code_that_makes_them(module):
+    family = import_module(module).FAMILY
+    known = {path.relative_to(REPOSITORY).as_posix() for path in (*SAMPLING_CODE, *family.code)}
     imported = {name for path in known for name in _files_imported_by(REPOSITORY / path)}
     assert known >= imported - OF_NO_ACCOUNT
 

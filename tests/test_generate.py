@@ -83,10 +83,10 @@ def test_an_image_is_that_of_its_own_prompt_and_seed(denoiser):
 
 
 def test_embeddings_do_not_depend_on_the_batch_to_the_last_bit(denoiser, tmp_path):
-    together = denoiser.encode(PROMPTS).embeddings
+    together = denoiser.encode(PROMPTS).text["encoder_hidden_states"]
     fresh = load_denoiser(save_tiny_pipeline(tmp_path), device=CPU, dtype=torch.float32)
     for row, prompt in enumerate(PROMPTS):
-        assert torch.equal(fresh.encode([prompt]).embeddings[0], together[row])
+        assert torch.equal(fresh.encode([prompt]).text["encoder_hidden_states"][0], together[row])
 
 
 def test_guidance_reaches_the_model(denoiser):

@@ -19,14 +19,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from errors import InputError
 from models import devices, load_denoiser
 from models.denoiser import Conditioning
-from models.latent_diffusion import LatentDiffusion
-from models.loading import load_folder
+from models.families.stable_diffusion import StableDiffusion
+from models.pipelines import load_folder
 from schedules import get_schedule
 from solvers import EPDTable, epd_sampler
 from tests import golden
-from tests.tiny_pipeline import TEXT_WIDTH, TOKEN_LIMIT, save_tiny_pipeline
+from tests.tiny_pipeline import TEXT_WIDTH, TOKEN_LIMIT, modules_of, save_tiny_pipeline
 
 PROMPTS = ["red box", "a big cat"]
+HIDDEN = "encoder_hidden_states"
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def denoiser(folder) -> LatentDiffusion:
+def denoiser(folder) -> StableDiffusion:
     return load_denoiser(folder, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def exact(folder) -> LatentDiffusion:
+def exact(folder) -> StableDiffusion:
     return load_denoiser(folder, device="cpu", dtype=torch.float64)
 
 
@@ -51,10 +52,12 @@ def noise(count: int, sigma: float, dtype: torch.dtype = torch.float64, seed: in
 class LinearNetwork(nn.Module):
     """The golden file's own network, eps = c * z + 0.001 * c_noise, which remembers what it was asked."""
 
-    def forward(self, z: Tensor, timestep: Tensor, text: Tensor, return_dict: bool) -> tuple[Tensor]:
+    def forward(
+        self, z: Tensor, timestep: Tensor, *, encoder_hidden_states: Tensor, return_dict: bool
+    ) -> tuple[Tensor]:
         assert not return_dict
         self.z, self.timestep = z, timestep
-        return (text[:, :, :, None] * z + 0.001 * timestep[:, None, None, None],)
+        return (encoder_hidden_states[:, :, :, None] * z + 0.001 * timestep[:, None, None, None],)
 
 
 @pytest.mark.parametrize(("scale", "name"), [(1.0, "D_g1"), (7.5, "D_g7p5")])
@@ -64,24 +67,23 @@ def test_estimate_and_network_inputs_agree_with_the_reference(folder, scale, nam
 
     text, without = reference("fwd_cond")[:, None, None], reference("fwd_uncond")[:, None, None]
     denoiser = load_denoiser(folder, device="cpu", dtype=torch.float64)
-    denoiser.unet = LinearNetwork()
+    denoiser.network = LinearNetwork()
     x, sigma = reference("fwd_x"), reference("grid_sigma")
     # The reference's unconditional text differs from row to row, so each row is asked alone.
     rows = []
     for row in range(len(x)):
-        unconditional = None if scale == 1.0 else without[row : row + 1]
-        conditioning = Conditioning(text[row : row + 1], unconditional, scale)
+        prompt, unconditional = ({"encoder_hidden_states": part[row : row + 1]} for part in (text, without))
+        conditioning = Conditioning(1, prompt, unconditional, scale)
         rows.append(denoiser.denoise(x[row : row + 1], sigma[row], conditioning))
-        torch.testing.assert_close(denoiser.unet.z[0], reference("model_input")[row], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(denoiser.unet.timestep[0], reference("c_noise")[row], rtol=1e-8, atol=1e-9)
-        c_in = denoiser.unet.z[0].flatten()[0] / x[row].flatten()[0]
+        torch.testing.assert_close(denoiser.network.z[0], reference("model_input")[row], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(denoiser.network.timestep[0], reference("c_noise")[row], rtol=1e-8, atol=1e-9)
+        c_in = denoiser.network.z[0].flatten()[0] / x[row].flatten()[0]
         torch.testing.assert_close(c_in, reference("c_in")[row], rtol=1e-10, atol=0.0)
     torch.testing.assert_close(torch.cat(rows), reference(name), rtol=1e-9, atol=1e-10)
 
 
 def test_too_little_memory_is_said_before_it_runs_out(folder, monkeypatch):
-    parts = load_folder(folder)
-    weights = [weight for part in (parts.unet, parts.vae, parts.text_encoder) for weight in part.parameters()]
+    weights = [weight for module in modules_of(load_folder(folder)[1]) for weight in module.parameters()]
     # In float32, as in the files, only the convolutions' kernels change their layout; in float64 all is new.
     kernels = sum(4 * weight.numel() for weight in weights if weight.ndim == 4 and weight.shape[2:] != (1, 1))
     for dtype, needed in ((torch.float32, kernels), (torch.float64, 8 * sum(weight.numel() for weight in weights))):
@@ -95,11 +97,11 @@ def test_too_little_memory_is_said_before_it_runs_out(folder, monkeypatch):
 def test_properties_come_from_the_files(denoiser):
     assert denoiser.latent_shape == (4, 8, 8)
     assert denoiser.image_size == (16, 16)
-    assert denoiser.token_limit == TOKEN_LIMIT
+    assert [encoder.limit for encoder in denoiser.text_encoders] == [TOKEN_LIMIT]
     assert denoiser.time_min == 0.001
     assert denoiser.sigma_max == pytest.approx(14.6146, abs=1e-4)
     assert float(denoiser.sigma_of_time(torch.tensor(denoiser.time_min))) == pytest.approx(denoiser.sigma_min, rel=1e-6)
-    modules = (denoiser.unet, denoiser.vae, denoiser.text_encoder)
+    modules = (denoiser.network, denoiser.vae, denoiser.text_encoders[0].module)
     assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
     assert not any(module.training for module in modules)
 
@@ -157,6 +159,19 @@ def test_guidance_is_the_line_through_both_predictions(exact):
     torch.testing.assert_close(guided, without + 4.0 * (with_text - without), rtol=1e-9, atol=1e-9)
 
 
+def test_each_row_has_its_own_guidance_and_costs_one_row_of_the_network_at_1(exact):
+    x, sigma = noise(4, 3.0), torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    scales = torch.tensor([1.0, 4.0, 2.5, 1.0], dtype=torch.float64)
+    rows = []
+    handle = exact.network.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    together = exact.denoise(x, sigma, exact.encode(PROMPTS), scales)
+    handle.remove()
+    assert rows == [4 + 2]
+    for row, scale in enumerate(scales.tolist()):
+        alone = exact.denoise(x[row : row + 1], sigma[row], exact.encode([PROMPTS[row // 2]], scale))
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-9, atol=1e-9)
+
+
 def test_a_negative_prompt_takes_the_unconditional_place(exact):
     x, sigma = noise(1, 3.0), torch.tensor(3.0, dtype=torch.float64)
     negated = exact.denoise(x, sigma, exact.encode(["red box"], 0.0, negative_prompt="cat"))
@@ -176,13 +191,13 @@ def test_k_points_in_one_call_equal_k_calls(exact):
 
 def test_text_rows_are_made_once_for_each_count(denoiser):
     conditioning = denoiser.encode(PROMPTS)
-    rows = conditioning.rows(6)
-    assert conditioning.rows(6) is rows
-    assert conditioning.rows(2) is not rows
-    first, second = conditioning.embeddings
-    assert torch.equal(rows[6:], torch.stack([first, first, first, second, second, second]))
-    assert torch.equal(rows[:6], conditioning.unconditional.expand(6, -1, -1))
-    assert len(denoiser.encode(PROMPTS, 1.0).rows(6)) == 6
+    rows = conditioning.rows(6, unconditional=4)
+    assert conditioning.rows(6, unconditional=4) is rows
+    assert conditioning.rows(6) is not rows
+    first, second = conditioning.text[HIDDEN]
+    assert torch.equal(rows[HIDDEN][4:], torch.stack([first, first, first, second, second, second]))
+    assert torch.equal(rows[HIDDEN][:4], conditioning.unconditional[HIDDEN].expand(4, -1, -1))
+    assert len(conditioning.rows(6)[HIDDEN]) == 6
 
 
 @pytest.mark.parametrize("count", [0, 3])
@@ -194,19 +209,19 @@ def test_latents_that_cannot_be_shared_out_are_an_error(denoiser, count):
 def test_each_prompt_is_encoded_once(folder):
     denoiser = load_denoiser(folder, device="cpu", dtype=torch.float32)
     calls = []
-    denoiser.text_encoder.register_forward_hook(lambda _module, arguments, _output: calls.append(arguments))
+    denoiser.text_encoders[0].module.register_forward_hook(lambda _module, arguments, _output: calls.append(arguments))
     first = denoiser.encode(["red", "blue", "red"])
     again = denoiser.encode(["blue", "red"])
     assert len(calls) == 3  # red, blue, and the empty prompt
-    assert torch.equal(again.embeddings, first.embeddings[[1, 0]])
+    assert torch.equal(again.text[HIDDEN], first.text[HIDDEN][[1, 0]])
 
 
 def test_the_cache_forgets_the_prompt_longest_unused(folder, monkeypatch):
-    monkeypatch.setattr("models.latent_diffusion.CACHED_PROMPTS", 3)
+    monkeypatch.setattr("models.latent_diffusion.CACHED_BYTES", 3 * 4 * TOKEN_LIMIT * TEXT_WIDTH)
     denoiser = load_denoiser(folder, device="cpu", dtype=torch.float32)
     for prompt in ("a", "b", "a", "c"):
         denoiser.encode([prompt], 1.0)
-    assert list(denoiser._embeddings) == ["a", "c", ""]
+    assert list(denoiser._texts) == ["a", "c", ""]
 
 
 def test_v_prediction_and_epsilon_prediction_of_one_network_agree(tmp_path, exact):
@@ -302,14 +317,11 @@ def test_bad_prompts_are_all_listed_with_their_reasons(denoiser):
 
 
 def test_words_the_model_was_not_taught_are_named(folder):
-    from models.loading import load_folder
-
     def unknown_words(prompt: str) -> list[str]:
         return [word for word in prompt.split() if word not in ("red", "box")]
 
-    denoiser = LatentDiffusion(
-        "taught", load_folder(folder), device=torch.device("cpu"), dtype=torch.float32, unknown_words=unknown_words
-    )
+    family, parts = load_folder(folder)
+    denoiser = family("taught", parts, device=torch.device("cpu"), dtype=torch.float32, unknown_words=unknown_words)
     denoiser.validate_prompts(["red box"])
     with pytest.raises(InputError, match="mauve, sofa"):
         denoiser.validate_prompts(["mauve sofa"])
@@ -329,7 +341,7 @@ def test_no_prompts_and_no_chunk_are_refused(denoiser):
 
 
 def test_the_text_width_is_that_of_the_files(denoiser):
-    assert denoiser.encode(PROMPTS).embeddings.shape == (2, TOKEN_LIMIT, TEXT_WIDTH)
+    assert denoiser.encode(PROMPTS).text[HIDDEN].shape == (2, TOKEN_LIMIT, TEXT_WIDTH)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "compiled"])
@@ -338,12 +350,12 @@ def test_what_makes_it_faster_changes_no_estimate(folder, exact, layout):
     if layout == "compiled":
         other.compile_network(backend="eager")
     else:
-        convolution = exact.unet.conv_out.weight
+        convolution = exact.network.conv_out.weight
         assert convolution.is_contiguous(memory_format=torch.channels_last)
         assert not convolution.is_contiguous()
-        nn.Module.to(other.unet, memory_format=torch.contiguous_format)
+        nn.Module.to(other.network, memory_format=torch.contiguous_format)
         nn.Module.to(other.vae, memory_format=torch.contiguous_format)
-        assert other.unet.conv_out.weight.is_contiguous()
+        assert other.network.conv_out.weight.is_contiguous()
     x, sigma = noise(4, 3.0), torch.tensor(3.0, dtype=torch.float64)
     estimates = [model.denoise(x, sigma, model.encode(PROMPTS)) for model in (other, exact)]
     torch.testing.assert_close(*estimates, rtol=0, atol=1e-10)
@@ -369,18 +381,18 @@ def test_all_attention_is_fused(folder):
     with CountsFusedAttention() as in_decoder:
         denoiser.decode(noise(1, 1.0))
     layers = [
-        sum(isinstance(part, Attention) for part in half.modules()) for half in (denoiser.unet, denoiser.vae.decoder)
+        sum(isinstance(part, Attention) for part in half.modules()) for half in (denoiser.network, denoiser.vae.decoder)
     ]
     texts = 2  # the prompt, and the empty one of the unconditional half
-    assert in_text.count == texts * denoiser.text_encoder.config.num_hidden_layers
+    assert in_text.count == texts * denoiser.text_encoders[0].module.config.num_hidden_layers
     assert [in_network.count, in_decoder.count] == layers
     assert min(layers) > 0
 
 
 def test_the_network_is_one_graph_to_the_compiler(denoiser):
     """Of fixed shapes, without a step that the host would have to look into: what a CUDA graph needs."""
-    x, text = torch.zeros(2, *denoiser.latent_shape), denoiser.encode(PROMPTS[:2], 1.0).embeddings
-    found = torch._dynamo.explain(denoiser.unet)(x.to(denoiser.dtype), torch.ones(2), text, return_dict=False)
+    x, text = torch.zeros(2, *denoiser.latent_shape), denoiser.encode(PROMPTS[:2], 1.0).text
+    found = torch._dynamo.explain(denoiser.network)(x.to(denoiser.dtype), torch.ones(2), **text, return_dict=False)
     assert (found.graph_count, found.graph_break_count) == (1, 0)
 
 
@@ -401,13 +413,16 @@ class WaitsForTheDevice(TorchDispatchMode):
 
 
 def through_the_loop(
-    denoiser: LatentDiffusion, device: torch.device, watch: Callable[[], object], *, batched: bool = False
+    denoiser: StableDiffusion, device: torch.device, watch: Callable[[], object], *, batched: bool = False
 ) -> Tensor:
     """Images [2, 3, 16, 16] of a table on `device`; `watch` is called inside the first call of the network."""
     table = EPDTable(torch.tensor([[0.3, 0.6], [0.4, 0.8]]), torch.tensor([[0.5, 0.5], [0.6, 0.4]]))
     sigmas = get_schedule("discrete", 3, denoiser.sigma_min, denoiser.sigma_max, denoiser=denoiser)
     encoded = denoiser.encode(PROMPTS)
-    conditioning = Conditioning(encoded.embeddings.to(device), encoded.unconditional.to(device), 7.5)
+    text, without = (
+        {name: part.to(device) for name, part in of.items()} for of in (encoded.text, encoded.unconditional)
+    )
+    conditioning = Conditioning(len(PROMPTS), text, without, 7.5)
     calls = []
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -430,7 +445,7 @@ def test_nothing_in_the_solver_loop_waits_for_the_device(folder, batched):
     """The meta device stands for an accelerator: whoever asks it for a value fails there."""
     denoiser, meta = load_denoiser(folder, device="cpu", dtype=torch.float32), torch.device("meta")
     denoiser.encode([*PROMPTS, ""])
-    for module in (denoiser.unet, denoiser.vae):
+    for module in (denoiser.network, denoiser.vae):
         module.to(meta)
     denoiser.device = meta
     with ExitStack() as stack:

@@ -23,11 +23,14 @@ from benchmarks.compvis_layout import compvis_state_dict, unet_names, vae_names
 from errors import InputError
 from models import devices, load_denoiser, registry
 from models.checkpoints import read_state_dict
+from models.compvis import assemble_compvis, read_compvis
 from models.devices import check_compiler, resolve_device, resolve_dtype
+from models.families.stable_diffusion import StableDiffusion
 from models.fingerprints import model_fingerprint
-from models.latent_diffusion import Components, LatentDiffusion
-from models.loading import assemble_compvis, load_folder, load_tokenizer, read_compvis, read_json
-from tests.tiny_pipeline import save_tiny_pipeline, tiny_tokenizer, tiny_unet
+from models.latent_diffusion import Parts
+from models.loading import load_tokenizer, read_json
+from models.pipelines import load_folder
+from tests.tiny_pipeline import modules_of, save_tiny_pipeline, tiny_tokenizer, tiny_unet
 
 SD15 = registry.SOURCE / registry.COMPVIS_CONFIGS
 
@@ -55,8 +58,7 @@ def copy(tiny, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def compvis(tiny) -> dict[str, Tensor]:
     """The weights of the tiny pipeline under the names of the CompVis code, with the extras of a real file."""
-    parts = load_folder(tiny)
-    state = compvis_state_dict(parts.unet, parts.vae, parts.text_encoder)
+    state = compvis_state_dict(*modules_of(load_folder(tiny)[1]))
     state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(24)[None]
     state["alphas_cumprod"] = torch.linspace(0.9, 0.1, 1000)
     return {name: tensor.clone() for name, tensor in state.items()}
@@ -66,10 +68,9 @@ def load(path: Path):
     return load_denoiser(path, device="cpu", dtype=torch.float32)
 
 
-def assert_same_weights(ours: Components, theirs: Components) -> None:
-    for name in ("unet", "vae", "text_encoder"):
-        expected = getattr(theirs, name).state_dict()
-        found = getattr(ours, name).state_dict()
+def assert_same_weights(ours: Parts, theirs: Parts) -> None:
+    for mine, other in zip(modules_of(ours), modules_of(theirs), strict=True):
+        expected, found = other.state_dict(), mine.state_dict()
         assert list(found) == list(expected)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -89,8 +90,8 @@ def test_loading_leaves_the_global_random_state_alone_and_shows_no_bars(tiny, co
 def test_a_safetensors_file_loads_exactly(tiny, compvis, tmp_path):
     save_file(compvis, tmp_path / "tiny.safetensors")
     parts = assemble_compvis(read_compvis(tmp_path / "tiny.safetensors"), tmp_path, tiny)
-    assert_same_weights(parts, load_folder(tiny))
-    from_file = LatentDiffusion("tiny", parts, device=torch.device("cpu"), dtype=torch.float32)
+    assert_same_weights(parts, load_folder(tiny)[1])
+    from_file = StableDiffusion("tiny", parts, device=torch.device("cpu"), dtype=torch.float32)
     from_folder = load(tiny)
     x, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(2.0)
     estimates = [model.denoise(x, sigma, model.encode(["red box"])) for model in (from_file, from_folder)]
@@ -101,7 +102,7 @@ def test_a_safetensors_file_loads_exactly(tiny, compvis, tmp_path):
 def test_a_ckpt_file_loads_exactly(tiny, compvis, tmp_path, nested):
     torch.save({"state_dict": compvis, "global_step": 840000} if nested else compvis, tmp_path / "tiny.ckpt")
     parts = assemble_compvis(read_compvis(tmp_path / "tiny.ckpt"), tmp_path, tiny)
-    assert_same_weights(parts, load_folder(tiny))
+    assert_same_weights(parts, load_folder(tiny)[1])
 
 
 def lightning_class(name: str) -> type:
@@ -264,12 +265,12 @@ def single_file(folder: Path, state: dict[str, Tensor], suffix: str, **metadata:
 def test_a_single_file_marked_as_predicting_v_is_used_so(tiny, compvis, tmp_path, suffix):
     path = single_file(tmp_path, {**compvis, "v_pred": torch.empty(0)}, suffix)
     marked = assemble_compvis(read_compvis(path), path, tiny)
-    assert marked.prediction_type == "v_prediction"
-    assert_same_weights(marked, load_folder(tiny))
-    folder = load_folder(save_tiny_pipeline(tmp_path / "predicts-v", prediction_type="v_prediction"))
+    assert marked.process.prediction == "v_prediction"
+    assert_same_weights(marked, load_folder(tiny)[1])
+    _, folder = load_folder(save_tiny_pipeline(tmp_path / "predicts-v", prediction_type="v_prediction"))
     x, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(2.0)
     models = [
-        LatentDiffusion("v", parts, device=torch.device("cpu"), dtype=torch.float32) for parts in (marked, folder)
+        StableDiffusion("v", parts, device=torch.device("cpu"), dtype=torch.float32) for parts in (marked, folder)
     ]
     assert torch.equal(*(model.denoise(x, sigma, model.encode(["red box"])) for model in models))
 
@@ -287,7 +288,7 @@ def test_a_single_file_marked_as_predicting_v_is_used_so(tiny, compvis, tmp_path
 )
 def test_a_single_files_metadata_says_what_it_predicts(tiny, compvis, tmp_path, metadata, prediction_type):
     path = single_file(tmp_path, compvis, ".safetensors", **metadata)
-    assert assemble_compvis(read_compvis(path), path, tiny).prediction_type == prediction_type
+    assert assemble_compvis(read_compvis(path), path, tiny).process.prediction == prediction_type
 
 
 @pytest.mark.parametrize(
@@ -495,13 +496,10 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 def test_a_pipeline_of_another_family_is_refused(copy):
-    edit_json(
-        copy / "model_index.json",
-        _class_name="StableDiffusionXLPipeline",
-        text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
-    )
-    with pytest.raises(InputError, match=r"StableDiffusionXLPipeline.*text_encoder_2"):
-        load(copy)
+    edit_json(copy / "model_index.json", _class_name="PixArtAlphaPipeline")
+    for attempt in (load, lambda folder: registry.check_assets(str(folder))):
+        with pytest.raises(InputError, match=r"holds a PixArtAlphaPipeline.*Known are: StableDiffusionPipeline"):
+            attempt(copy)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
@@ -584,7 +582,7 @@ def test_broken_small_files_are_named(copy):
 
 def test_the_network_is_compiled_where_asked_for(tiny):
     loaded = [load_denoiser(tiny, device="cpu", dtype=torch.float32, compiled=compiled) for compiled in (False, True)]
-    assert [denoiser.unet._compiled_call_impl is not None for denoiser in loaded] == [False, True]
+    assert [denoiser.network._compiled_call_impl is not None for denoiser in loaded] == [False, True]
 
 
 @pytest.mark.parametrize(("device", "variable", "usual"), [("cpu", "CXX", "g++"), ("cuda", "CC", "gcc or clang")])

@@ -28,8 +28,9 @@ from errors import InputError
 from models import clip
 from models.asset_table import COCO_PROMPTS, HPS, SD15_CKPT
 from models.checkpoints import read_state_dict
-from models.latent_diffusion import LatentDiffusion
-from models.loading import assemble_compvis, load_tokenizer, read_compvis, read_json
+from models.compvis import assemble_compvis, read_compvis
+from models.families.stable_diffusion import StableDiffusion
+from models.loading import load_tokenizer, read_json
 from models.prompts import read_prompts
 from tests.tiny_pipeline import tiny_unet, tiny_vae
 
@@ -70,7 +71,7 @@ def house(tmp_path_factory) -> Path:
 def test_the_assets_are_in_the_true_formats(house):
     pipeline, checkpoint = house / rehearse_sd15.PIPELINE, house / SD15_CKPT.path
     parts = assemble_compvis(read_compvis(checkpoint), checkpoint, pipeline)
-    denoiser = LatentDiffusion("tiny", parts, device=torch.device("cpu"), dtype=torch.float32)
+    denoiser = StableDiffusion("tiny", parts, device=torch.device("cpu"), dtype=torch.float32)
     prompts = read_prompts(house / COCO_PROMPTS.path)
     assert prompts == list(rehearse_sd15.CAPTIONS)
     denoiser.validate_prompts(prompts)

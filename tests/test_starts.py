@@ -14,7 +14,7 @@ from PIL import Image
 import sample
 import train
 from errors import InputError
-from models.latent_diffusion import LatentDiffusion
+from models.families.stable_diffusion import StableDiffusion
 from scripts import show_solver
 from solvers import EPDTable
 from tests.tiny_pipeline import save_tiny_pipeline
@@ -218,16 +218,16 @@ def test_an_evaluation_at_guidance_1_takes_one_row(pipeline, tmp_path, monkeypat
     table = EPDTable(**{**table.columns(), "guidance": guidance})
     file = save_snapshot(tmp_path / "network-snapshot-000001", table, METADATA)
     rows = []
-    predict = LatentDiffusion._predict
+    predict = StableDiffusion._predict
 
     def counted(self, *arguments):
-        handle = self.unet.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+        handle = self.network.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
         try:
             return predict(self, *arguments)
         finally:
             handle.remove()
 
-    monkeypatch.setattr(LatentDiffusion, "_predict", counted)
+    monkeypatch.setattr(StableDiffusion, "_predict", counted)
     drawn(tmp_path / "images", pipeline, "--predictor_path", file)
     assert rows == [2, 4, 1, 2, 2, 4]
     assert sum(rows) == table.evaluations().rows

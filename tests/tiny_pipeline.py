@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from models.latent_diffusion import Parts
 
 TOKEN_LIMIT = 24  # begin and end marks included; every letter of a prompt is one token
 TEXT_WIDTH = 12
@@ -90,6 +93,11 @@ def save_tiny_pipeline(folder: Path, *, prediction_type: str = "epsilon", seed: 
         index[name] = [library, type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def modules_of(parts: Parts) -> list[nn.Module]:
+    """Network, VAE and text encoders."""
+    return [parts.network, parts.vae, *(encoder.module for encoder in parts.text_encoders)]
 
 
 def widen_decoder(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.denoiser import Conditioning
+from models.denoiser import Conditioning, GuidanceKind
 from solvers import EPDTable
 from training.ppo.cold_start import prepare_table
 from training.ppo.rewards.mix import WeightedMix
@@ -30,6 +30,7 @@ class GaussianDenoiser:
     image_size = (2, 2)
     sigma_min, sigma_max = 0.05, 10.0
     time_min = 0.001
+    guidance = GuidanceKind.CLASSIFIER_FREE
     default_guidance_scale = 2.0
     device = torch.device("cpu")
     dtype = torch.float32
@@ -47,19 +48,19 @@ class GaussianDenoiser:
         assert all(prompts)
 
     def encode(
-        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str = ""
+        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
     ) -> Conditioning:
         seeds = [sum(prompt.encode()) for prompt in prompts]
         means = [torch.randn(1, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
-        return Conditioning(torch.stack(means), None, scale)
+        return Conditioning(len(means), {"mean": torch.cat(means)}, None, scale)
 
     def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Tensor | None = None) -> Tensor:
         self.rows.append(len(x))
         if self.memory is not None and len(x) > self.memory:
             raise torch.OutOfMemoryError("out of memory")
         scale = conditioning.guidance_scale if guidance is None else guidance.to(x)[:, None, None, None]
-        mean = scale * conditioning.rows(len(x)).to(x)[:, 0, :, None, None]
+        mean = scale * conditioning.rows(len(x))["mean"].to(x)[:, :, None, None]
         variance = (sigma.to(x) ** 2).expand(len(x))[:, None, None, None]
         return (0.25 * x + variance * mean) / (0.25 + variance)
 

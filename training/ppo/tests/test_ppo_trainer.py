@@ -191,7 +191,7 @@ class Closeness:
     def score(self, images, prompts):
         denoiser = GaussianDenoiser()
         conditioning = denoiser.encode(prompts)
-        latents = conditioning.guidance_scale * conditioning.embeddings[:, 0, :, None, None].expand(-1, -1, 2, 2)
+        latents = conditioning.guidance_scale * conditioning.text["mean"][:, :, None, None].expand(-1, -1, 2, 2)
         return -(images - denoiser.decode(latents)).square().mean((1, 2, 3))
 
 

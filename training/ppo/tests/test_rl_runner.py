@@ -208,8 +208,8 @@ class Explosive(GaussianDenoiser):
     """Decodes the latents of the prompt `blue` to NaN."""
 
     def denoise(self, x, sigma, conditioning, guidance=None):
-        blue = self.encode(["blue"]).embeddings[0]
-        lost = (conditioning.rows(len(x)) == blue).all((1, 2))
+        blue = self.encode(["blue"]).text["mean"]
+        lost = (conditioning.rows(len(x))["mean"] == blue).all(1)
         return torch.where(lost[:, None, None, None], torch.inf, super().denoise(x, sigma, conditioning))
 
 

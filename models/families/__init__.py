@@ -1,0 +1,9 @@
+"""The families of models that can be used: one module each.
+
+A family is a subclass of `models.latent_diffusion.LatentDiffusion` that its module calls `FAMILY`.
+"""
+
+FAMILIES = {
+    "StableDiffusionPipeline": "models.families.stable_diffusion",
+}
+"""The module of each family, by the class that model_index.json in a pipeline's folder names."""

@@ -1,0 +1,76 @@
+"""Stable Diffusion 1.x and 2.x (arXiv 2112.10752): a UNet that reads the hidden states of one CLIP."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from errors import InputError
+from models.backbone import code_files
+from models.denoiser import USUAL_GUIDANCE_SCALE, Text
+from models.latent_diffusion import LatentDiffusion, Parts, Pipeline, TextEncoder, latent_sides
+from models.loading import require_size
+from models.processes import VariancePreserving
+
+# Parts that change what the UNet is asked for: refiners, upscalers, distilled and class-conditional models.
+FOREIGN_UNET_PARTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+
+
+class StableDiffusion(LatentDiffusion):
+    """Stable Diffusion 1.x or 2.x."""
+
+    backend = "ldm"
+    modules: ClassVar = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    tokenizers: ClassVar = {"tokenizer": CLIPTokenizer}
+    code = (*LatentDiffusion.code, *code_files("families.stable_diffusion", "compvis"))
+
+    @classmethod
+    def assembled(cls, pipeline: Pipeline) -> Parts:
+        """See `LatentDiffusion.assembled`."""
+        source, unet, vae = pipeline.source, pipeline.modules["unet"], pipeline.modules["vae"]
+        encoder, tokenizer = pipeline.modules["text_encoder"], pipeline.tokenizers["tokenizer"]
+        foreign = [part for part in FOREIGN_UNET_PARTS if unet.config[part] is not None]
+        if foreign:
+            raise InputError(
+                f"{source}: the UNet has {', '.join(foreign)}: it is no plain Stable Diffusion 1.x or 2.x model."
+            )
+        if unet.config.cross_attention_dim != encoder.config.hidden_size:
+            raise InputError(
+                f"{source}: the UNet reads text of width {unet.config.cross_attention_dim}, "
+                f"the text encoder writes width {encoder.config.hidden_size}."
+            )
+        # A tokenizer without a limit of its own reports an astronomic one.
+        limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        return Parts(
+            network=unet,
+            vae=vae,
+            text_encoders=(TextEncoder(encoder, tokenizer, limit),),
+            process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
+            latent_shape=unet_latents(pipeline),
+            guidance_scale=USUAL_GUIDANCE_SCALE,
+        )
+
+    def _read(self, prompt: str) -> Text:
+        (encoder,) = self.text_encoders
+        return {"encoder_hidden_states": encoder(prompt, self.device).last_hidden_state[0]}
+
+    def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
+        return self.network(z, times, **text, return_dict=False)[0]
+
+
+def unet_latents(pipeline: Pipeline) -> tuple[int, int, int]:
+    """The latents (C, H, W) that a UNet is to work on; `InputError` where it cannot, or the VAE knows others."""
+    unet, vae = pipeline.modules["unet"], pipeline.modules["vae"]
+    height, width = latent_sides(pipeline, require_size(unet, pipeline.source))
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise InputError(
+            f"{pipeline.source}: the UNet takes {unet.config.in_channels} channels where the VAE has "
+            f"{vae.config.latent_channels}: an inpainting or editing model cannot be used here."
+        )
+    return unet.config.in_channels, height, width
+
+
+FAMILY = StableDiffusion
