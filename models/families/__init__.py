@@ -5,5 +5,8 @@ A family is a subclass of `models.latent_diffusion.LatentDiffusion` that its mod
 
 FAMILIES = {
     "StableDiffusionPipeline": "models.families.stable_diffusion",
+    "StableDiffusionXLPipeline": "models.families.stable_diffusion_xl",
+    "StableDiffusion3Pipeline": "models.families.stable_diffusion_3",
+    "FluxPipeline": "models.families.flux",
 }
 """The module of each family, by the class that model_index.json in a pipeline's folder names."""

@@ -1,0 +1,87 @@
+"""FLUX.1: a transformer trained by flow matching on patches of latents, which reads a T5, and a CLIP's pooled text.
+
+[dev] was distilled to be told its guidance: a scale is one of its inputs. [schnell] knows none.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from diffusers.models import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from models.backbone import code_files
+from models.denoiser import GuidanceKind, Text
+from models.latent_diffusion import LatentDiffusion, Parts, Pipeline, TextEncoder, latent_sides, require_fit
+from models.processes import FlowMatching
+
+USUAL_GUIDANCE_SCALE = 3.5
+T5_TOKENS = {True: 512, False: 256}  # that the transformer reads of T5, by whether it is told its guidance
+PATCH = 2  # latents a token along each side
+NATIVE_SIDE = 128  # latents; the transformer's configuration does not say it
+
+
+class Flux(LatentDiffusion):
+    """FLUX.1 [dev] or [schnell]."""
+
+    backend = "flux"
+    modules: ClassVar = {
+        "transformer": FluxTransformer2DModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": T5EncoderModel,
+    }
+    tokenizers: ClassVar = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5Tokenizer}
+    code = (*LatentDiffusion.code, *code_files("families.flux"))
+
+    @classmethod
+    def assembled(cls, pipeline: Pipeline) -> Parts:
+        """See `LatentDiffusion.assembled`."""
+        transformer, vae = pipeline.modules["transformer"], pipeline.modules["vae"]
+        clip, t5 = (pipeline.modules[part] for part in ("text_encoder", "text_encoder_2"))
+        tokenizer = pipeline.tokenizers["tokenizer"]
+        config = transformer.config
+        channels = vae.config.latent_channels
+        require_fit(pipeline, "numbers a patch", config.in_channels, channels * PATCH**2)
+        require_fit(pipeline, "numbers a token of T5", config.joint_attention_dim, t5.config.d_model)
+        require_fit(pipeline, "numbers of pooled text", config.pooled_projection_dim, clip.config.hidden_size)
+        height, width = latent_sides(pipeline, (NATIVE_SIDE, NATIVE_SIDE), patch=PATCH)
+        tokens = height * width // PATCH**2
+        guided = config.guidance_embeds
+        return Parts(
+            network=transformer,
+            vae=vae,
+            text_encoders=(
+                TextEncoder(clip, tokenizer, tokenizer.model_max_length, reads_all=False),
+                TextEncoder(t5, pipeline.tokenizers["tokenizer_2"], T5_TOKENS[bool(guided)]),
+            ),
+            process=FlowMatching.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file), tokens),
+            latent_shape=(channels, height, width),
+            guidance_scale=USUAL_GUIDANCE_SCALE if guided else 1.0,
+            guidance=GuidanceKind.EMBEDDED if guided else GuidanceKind.NONE,
+        )
+
+    def _read(self, prompt: str) -> Text:
+        clip, t5 = (encoder(prompt, self.device) for encoder in self.text_encoders)
+        return {"encoder_hidden_states": t5.last_hidden_state[0], "pooled_projections": clip.pooler_output[0]}
+
+    def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
+        patches = functional.pixel_unshuffle(z, PATCH)  # [N, 4C, H/2, W/2]
+        height, width = patches.shape[2:]
+        counted = [torch.arange(float(count), device=self.device) for count in (1, height, width)]
+        prediction = self.network(
+            hidden_states=patches.flatten(2).transpose(1, 2),
+            timestep=times / self.process.num_steps,
+            guidance=scales if self.guidance is GuidanceKind.EMBEDDED else None,
+            img_ids=torch.cartesian_prod(*counted),
+            txt_ids=torch.zeros(text["encoder_hidden_states"].shape[1], 3, device=self.device),
+            **text,
+            return_dict=False,
+        )[0]
+        return functional.pixel_shuffle(prediction.transpose(1, 2).unflatten(2, (height, width)), PATCH)
+
+
+FAMILY = Flux

@@ -1,0 +1,408 @@
+"""Every family against diffusers' own pipeline with its own scheduler, and what each refuses in a line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from errors import InputError
+from models import load_denoiser
+from models.denoiser import Conditioning, GuidanceKind
+from models.generate import conditioned
+from models.latent_diffusion import LatentDiffusion
+from models.options import ModelOptions
+from models.registry import check_assets
+from schedules import get_schedule
+from solvers import SAMPLERS, EPDTable, classical_table, epd_sampler
+from tests.test_latent_diffusion import WaitsForTheDevice
+from tests.tiny_families import save_tiny_family, stock_pipeline
+from tests.tiny_pipeline import TOKEN_LIMIT
+
+PROMPTS = ["red box", "a big cat", "blue"]
+HEIGHT, WIDTH = 24, 16
+SIZE = ModelOptions(height=HEIGHT, width=WIDTH)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pipeline to be made, the arguments of the stock pipeline that ours is like, and the guidance it is tried at."""
+
+    name: str
+    options: dict[str, object] = field(default_factory=dict)
+    arguments: dict[str, object] = field(default_factory=dict)
+    scales: tuple[float, ...] = (1.0, 4.5)
+
+
+FAMILIES = {
+    "sdxl": Family("sdxl"),
+    "sdxl, v": Family("sdxl", {"prediction_type": "v_prediction"}),
+    "sd3": Family("sd3"),
+    "sd3 without T5": Family("sd3", {"with_t5": False}),
+    "sd3, dynamic shift": Family("sd3", {"use_dynamic_shifting": True}),
+    "flux": Family("flux"),
+    "flux without guidance": Family("flux", {"guided": False}, {"max_sequence_length": 256}, scales=(1.0,)),
+}
+CASES = [(name, scale) for name, family in FAMILIES.items() for scale in family.scales]
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """The folder of a family's pipeline, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            family = FAMILIES[name]
+            made[name] = save_tiny_family(family.name, tmp_path_factory.mktemp(family.name), **family.options)
+        return made[name]
+
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, options: ModelOptions = SIZE) -> LatentDiffusion:
+    return load_denoiser(folder, device="cpu", dtype=dtype, options=options)
+
+
+def noise(denoiser: LatentDiffusion, count: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+class Stock:
+    """The stock pipeline, asked for what starts at given latents in our scaling."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.family, self.pipeline = FAMILIES[name], stock_pipeline(folder)
+
+    def __call__(self, start: Tensor, scale: float, **steps: object) -> Tensor:
+        """Images [N, 3, H, W], or latents where `output_type` says so."""
+        latents = start
+        if self.family.name == "flux":
+            latents = FluxPipeline._pack_latents(start, *start.shape)
+        if self.family.name == "sdxl":  # it multiplies by that to begin with
+            self.pipeline.scheduler.set_timesteps(**{"num_inference_steps": None, **steps})
+            latents = start / self.pipeline.scheduler.init_noise_sigma
+        arguments = {"latents": latents, "height": HEIGHT, "width": WIDTH, "output_type": "pt", "guidance_scale": scale}
+        return self.pipeline(PROMPTS, **arguments, **self.family.arguments, **steps).images
+
+    def estimate(self, x: Tensor, scale: float, step: float) -> tuple[Tensor, Tensor]:
+        """The level of a step in (0, 1), and the decoded D(x, level): one step of Euler's method from there to 0."""
+        if self.family.name == "sdxl":
+            images = self(x, scale, timesteps=[round(1000 * step)])
+        else:
+            images = self(x, scale, num_inference_steps=1, sigmas=[step])
+        return self.pipeline.scheduler.sigmas[0].double(), images
+
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.mark.parametrize(("name", "scale"), CASES)
+def test_an_estimate_is_that_of_the_stock_pipeline(name, scale, folder_of):
+    """Three prompts with two points each, in one call."""
+    denoiser, stock = load(folder_of(name)), Stock(name, folder_of(name))
+    x = noise(denoiser, 6).unflatten(0, (3, 2))
+    expected = [stock.estimate(x[:, point], scale, step) for point, step in enumerate((0.9, 0.3))]
+    levels = torch.stack([level for level, _ in expected]).expand(3, 2)
+    with torch.no_grad():
+        estimates = denoiser.denoise(x.flatten(0, 1), levels.flatten(), denoiser.encode(PROMPTS, scale))
+        images = denoiser.decode(estimates)
+    torch.testing.assert_close(images.unflatten(0, (3, 2)), torch.stack([image for _, image in expected], 1), **CLOSE)
+
+
+@pytest.mark.parametrize(("name", "scale"), CASES)
+def test_a_trajectory_is_that_of_the_stock_pipeline(name, scale, folder_of):
+    """Four steps of Euler's method, the last of them to 0, text and guidance and decoding included."""
+    denoiser, stock = load(folder_of(name)), Stock(name, folder_of(name))
+    start = noise(denoiser)
+    if stock.family.name == "sdxl":
+        stock.pipeline.scheduler.set_timesteps(4)
+        start *= float(stock.pipeline.scheduler.sigmas[0])
+    expected = stock(start, scale, num_inference_steps=4)
+    sigmas = stock.pipeline.scheduler.sigmas[:4].double()
+    with torch.no_grad():
+        denoise = conditioned(denoiser, denoiser.encode(PROMPTS, scale))
+        images = denoiser.decode(SAMPLERS["ddim"](denoise, start, sigmas, denoise_to_zero=True))
+    torch.testing.assert_close(images, expected, **CLOSE)
+    assert expected.std() > 0.05  # there is something to be seen
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "sd3 without T5"])
+def test_a_negative_prompt_is_that_of_the_stock_pipeline(name, folder_of):
+    denoiser, stock = load(folder_of(name)), Stock(name, folder_of(name))
+    stock.family = replace(stock.family, arguments={"negative_prompt": ["a cat"] * 3})
+    x = noise(denoiser)
+    level, expected = stock.estimate(x, 4.5, 0.5)
+    with torch.no_grad():
+        images = denoiser.decode(denoiser.denoise(x, level, denoiser.encode(PROMPTS, 4.5, "a cat")))
+        without = denoiser.decode(denoiser.denoise(x, level, denoiser.encode(PROMPTS, 4.5)))
+    torch.testing.assert_close(images, expected, **CLOSE)
+    assert (images - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_family_says_of_itself(name, folder_of):
+    denoiser = load(folder_of(name))
+    kind = {"flux": GuidanceKind.EMBEDDED, "flux without guidance": GuidanceKind.NONE}.get(
+        name, GuidanceKind.CLASSIFIER_FREE
+    )
+    assert denoiser.guidance is kind
+    assert [kind.rows(scale) for scale in (1.0, 4.5)] == ([1, 2] if kind is GuidanceKind.CLASSIFIER_FREE else [1, 1])
+    usual = {"sdxl": 5.0, "sdxl, v": 5.0, "flux": 3.5, "flux without guidance": 1.0}
+    assert denoiser.default_guidance_scale == denoiser.encode(PROMPTS).guidance_scale == usual.get(name, 7.0)
+    assert (denoiser.image_size, denoiser.latent_shape) == ((HEIGHT, WIDTH), (4, HEIGHT // 2, WIDTH // 2))
+    time = torch.tensor([denoiser.time_min, 1.0], dtype=torch.float64)
+    assert denoiser.sigma_of_time(time).tolist() == pytest.approx([denoiser.sigma_min, denoiser.sigma_max], rel=1e-12)
+    assert "sdxl" in name or denoiser.sigma_max == 1.0
+
+
+# --- guidance
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_each_row_has_its_own_guidance(name, folder_of):
+    """At 1 a row costs one row of the network; where guidance is embedded every one does."""
+    denoiser = load(folder_of(name), torch.float64)
+    x, level = noise(denoiser, 4, torch.float64), torch.tensor([1.0, 0.9, 0.5, 0.1], dtype=torch.float64)
+    scales = torch.tensor([1.0, 4.0, 2.5, 1.0], dtype=torch.float64)
+    rows = []
+
+    def counted(_module: nn.Module, inputs: tuple, named: dict, _output: object) -> None:
+        rows.append(len(named["hidden_states"] if "hidden_states" in named else inputs[0]))
+
+    handle = denoiser.network.register_forward_hook(counted, with_kwargs=True)
+    with torch.no_grad():
+        together = denoiser.denoise(x, level, denoiser.encode(PROMPTS[:2]), scales)
+        handle.remove()
+        alone = [
+            denoiser.denoise(x[row : row + 1], level[row], denoiser.encode([PROMPTS[row // 2]], scale))
+            for row, scale in enumerate(scales.tolist())
+        ]
+    assert rows == [4 if name == "flux" else 4 + 2]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        other = denoiser.denoise(x, level, denoiser.encode(PROMPTS[:2]), scales + 1)
+    assert all((other - together).abs().flatten(1).amax(1) > 1e-5)
+
+
+def test_guidance_and_negative_prompts_are_refused_where_there_is_none(folder_of):
+    unguided, embedded = load(folder_of("flux without guidance")), load(folder_of("flux"))
+    text = unguided.encode(PROMPTS)
+    for attempt in (
+        lambda: unguided.encode(PROMPTS, 3.5),
+        lambda: unguided.denoise(noise(unguided), torch.tensor(0.5), text, torch.tensor([1.0, 2.0, 1.0])),
+    ):
+        with pytest.raises(InputError, match=r"^Model \S+ has no guidance: its guidance scale must be 1 everywhere\.$"):
+            attempt()
+    for denoiser, kind in ((unguided, "none"), (embedded, "embedded")):
+        with pytest.raises(InputError, match=rf"^Model \S+ has no classifier-free guidance .*{kind}.*leave it out\.$"):
+            denoiser.encode(PROMPTS, negative_prompt="a cat")
+
+
+# --- solvers
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_tables_of_all_columns_work_from_a_noise_level_of_1(name, folder_of):
+    denoiser = load(folder_of(name), torch.float64)
+    sigmas = get_schedule("flowmatch", 4, denoiser.sigma_min, denoiser.sigma_max, denoiser=denoiser)
+    assert sigmas[0] == 1
+    x, denoise = noise(denoiser, dtype=torch.float64), conditioned(denoiser, denoiser.encode(PROMPTS))
+    history = torch.tensor([[0, 0, 0], [-0.5, 0, 0], [0.1, -0.4, 0]], dtype=torch.float64)
+    points = {
+        "positions": torch.full((3, 2), 0.5, dtype=torch.float64) * torch.tensor([0.6, 1.4]),
+        "weights": torch.full((3, 2), 0.5, dtype=torch.float64),
+    }
+    with torch.no_grad():
+        ipndm = SAMPLERS["ipndm"](denoise, x, sigmas)
+        as_table = epd_sampler(denoise, x, sigmas, classical_table("ipndm", sigmas))
+        torch.testing.assert_close(as_table, ipndm, rtol=1e-9, atol=1e-9)
+        plain = epd_sampler(denoise, x, sigmas, EPDTable(**points, history=history))
+        constant = torch.full((3, 3), denoiser.default_guidance_scale, dtype=torch.float64)
+        guided = epd_sampler(denoise, x, sigmas, EPDTable(**points, history=history, guidance=constant))
+        torch.testing.assert_close(guided, plain, rtol=1e-9, atol=1e-9)
+        constant[1, 1] = 1.0
+        other = epd_sampler(denoise, x, sigmas, EPDTable(**points, history=history, guidance=constant))
+    assert other.isfinite().all()
+    assert (other - plain).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_an_estimate_can_be_differentiated_in_x_and_sigma(name, folder_of):
+    """As distillation does; at the first noise level, where nothing may divide by what is left."""
+    denoiser = load(folder_of(name), torch.float64)
+    x, conditioning = noise(denoiser, dtype=torch.float64), denoiser.encode(PROMPTS)
+    sigma = torch.full((3,), 1.0, dtype=torch.float64, requires_grad=True)
+    value = denoiser.denoise(x, sigma, conditioning).square().sum()
+    (gradient,) = torch.autograd.grad(value, sigma)
+    step = 5e-5  # the networks bend within a step of their training, and embed the time in float32
+    with torch.no_grad():
+        ahead, behind = (
+            denoiser.denoise(x, sigma + sign * step, conditioning).square().flatten(1).sum(1) for sign in (1, -1)
+        )
+    torch.testing.assert_close(gradient, (ahead - behind) / (2 * step), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_nothing_in_a_call_waits_for_the_device(name, folder_of):
+    """The meta device stands for an accelerator, as it does for Stable Diffusion."""
+    denoiser, meta = load(folder_of(name)), torch.device("meta")
+    encoded = denoiser.encode(PROMPTS)
+    x = noise(denoiser).to(meta)
+    denoiser.network.to(meta)
+    denoiser.device = meta
+    text, without = (
+        {key: part.to(meta) for key, part in (of or {}).items()} for of in (encoded.text, encoded.unconditional)
+    )
+    conditioning = Conditioning(len(PROMPTS), text, without, 4.5)
+    scales = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    with torch.no_grad(), WaitsForTheDevice() as watched:
+        estimate = denoiser.denoise(x, torch.tensor(0.5).double(), conditioning, scales)
+    assert estimate.shape == (3, *denoiser.latent_shape)
+    assert watched.found == []
+
+
+# --- number types and files
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("sdxl", torch.float16), ("sd3", torch.float16), ("flux", torch.bfloat16)])
+def test_what_overflows_in_half_precision_is_kept_in_float32(name, dtype, folder_of):
+    denoiser, exact = load(folder_of(name), dtype), load(folder_of(name))
+    assert denoiser.network.dtype == dtype
+    assert (denoiser.vae.dtype == torch.float32) == (name == "sdxl")
+    for encoder in denoiser.text_encoders:
+        widest = {weight.dtype for weight in encoder.module.parameters()}
+        assert widest == (
+            {dtype, torch.float32} if isinstance(encoder.module, T5EncoderModel) and name == "sd3" else {dtype}
+        )
+    x, level = noise(denoiser), torch.tensor(0.05, dtype=torch.float64)
+    with torch.no_grad():
+        estimate, expected = (one.denoise(x, level, one.encode(PROMPTS)) for one in (denoiser, exact))
+        assert denoiser.decode(estimate).isfinite().all()
+    assert estimate.dtype == torch.float32
+    # At a small level D is x and a small correction: were it formed in half precision it would be off by |x| / 256.
+    assert (estimate - expected).abs().max() < 0.1 * (expected - x).abs().max()
+
+
+@pytest.fixture
+def copy_of(folder_of, tmp_path):
+    """A pipeline's folder that a test may damage."""
+    return lambda name: Path(shutil.copytree(folder_of(name), tmp_path / "model"))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_parts_of_a_folder_may_be_stored_in_types_of_their_own(copy_of):
+    folder = copy_of("flux")
+    for part, dtype in (("transformer", torch.bfloat16), ("text_encoder_2", torch.float16), ("vae", torch.float64)):
+        (file,) = (folder / part).glob("*.safetensors")
+        stored = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        save_file(stored, file, metadata={"format": "pt"})
+    for dtype in (torch.float32, torch.bfloat16):
+        denoiser = load(folder, dtype)
+        modules = (denoiser.network, denoiser.vae, *(encoder.module for encoder in denoiser.text_encoders))
+        assert {weight.dtype for module in modules for weight in module.parameters()} == {dtype}
+        with torch.no_grad():
+            x = noise(denoiser)
+            assert denoiser.denoise(x, torch.tensor(0.5), denoiser.encode(PROMPTS)).isfinite().all()
+
+
+def test_a_prompt_may_be_as_long_as_the_encoder_that_reads_the_whole(folder_of):
+    medium, long = " ".join(["cat"] * 40), " ".join(["cat"] * 300)  # 120 and 900 letters, each a token
+    with_t5, without = load(folder_of("sd3")), load(folder_of("sd3 without T5"))
+    with_t5.validate_prompts([medium])
+    assert with_t5.encode([medium]).text["encoder_hidden_states"].shape == (1, TOKEN_LIMIT + 256, 32)
+    with pytest.raises(InputError, match="it is 900 tokens long, the text encoder takes 255"):
+        with_t5.validate_prompts([long])
+    with pytest.raises(InputError, match="it is 120 tokens long, the text encoder takes 22"):
+        without.encode([medium])
+    with pytest.raises(InputError, match="it is 900 tokens long, the text encoder takes 511"):
+        load(folder_of("flux")).encode([long])
+
+
+# --- what is refused
+
+
+def refused(folder: Path, says: str) -> None:
+    """Loading ends in one line that says so."""
+    with pytest.raises(InputError, match=says) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_a_network_without_its_text_encoders_is_refused(name, copy_of):
+    folder = copy_of(name)
+    shutil.rmtree(folder / "text_encoder")
+    shutil.rmtree(folder / "text_encoder_2")
+    for attempt in (load, lambda folder: check_assets(str(folder))):
+        with pytest.raises(
+            InputError, match=r"Pipeline that cannot be used here: .*text_encoder, text_encoder_2 are mis"
+        ):
+            attempt(folder)
+
+
+def test_t5_is_left_out_where_the_index_leaves_it_out_and_not_where_it_is_lost(copy_of):
+    folder = copy_of("sd3")
+    shutil.rmtree(folder / "text_encoder_3")
+    refused(folder, "the folders text_encoder_3 are missing")
+    edit_json(folder / "model_index.json", text_encoder_3=[None, None])
+    assert len(load(folder).text_encoders) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "changes", "says"),
+    [
+        (
+            "sd3",
+            "scheduler/scheduler_config.json",
+            {"_class_name": "DDIMScheduler"},
+            "DDIMScheduler is no flow matching",
+        ),
+        ("sd3", "scheduler/scheduler_config.json", {"shift": 0.0}, "no usable FlowMatchEuler.* the shift is 0"),
+        ("sd3", "scheduler/scheduler_config.json", {"shift": "wide"}, "no usable FlowMatchEuler"),
+        ("flux", "scheduler/scheduler_config.json", {"max_image_seq_len": 256}, "no usable FlowMatchEuler"),
+        ("flux", "scheduler/scheduler_config.json", {"num_train_timesteps": 1}, "num_train_timesteps is 1"),
+        ("sdxl", "scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ("sdxl", "scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type 'sample'"),
+        ("sdxl", "unet/config.json", {"time_cond_proj_dim": 8}, "unet"),
+        ("sdxl", "tokenizer/tokenizer_config.json", {"model_max_length": 20}, "reads 20 tokens, .* write 24"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(copy_of, name, file, changes, says):
+    folder = copy_of(name)
+    edit_json(folder / file, **changes)
+    refused(folder, says)
+
+
+def test_parts_of_different_models_are_refused(copy_of, folder_of):
+    folder = copy_of("sd3")
+    shutil.copytree(folder_of("sdxl") / "text_encoder_2", folder / "text_encoder", dirs_exist_ok=True)
+    refused(folder, "the network reads 24 numbers of pooled text, and its other parts write 28")
+    shutil.copytree(folder_of("flux") / "text_encoder_2", folder / "text_encoder", dirs_exist_ok=True)
+    refused(folder, "CLIPTextModelWithProjection")
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width", "says"),
+    [
+        ("sdxl", 23, 16, "a height of 23 pixels; take a multiple of 2,"),
+        ("sd3", 24, 18, "a width of 18 pixels; take a multiple of 4, at most 32"),
+        ("sd3", 36, 16, "a height of 36 pixels; take a multiple of 4, at most 32"),
+        ("flux", 24, 18, "a width of 18 pixels; take a multiple of 4,"),
+        ("flux", 24, 0, "a width of 0 pixels"),
+    ],
+)
+def test_a_size_that_the_model_cannot_draw_is_refused(folder_of, name, height, width, says):
+    with pytest.raises(InputError, match=says):
+        load(folder_of(name), options=ModelOptions(height=height, width=width))
