@@ -17,6 +17,7 @@ from files import only_writer
 from models import load_denoiser
 from models.devices import DTYPES, resolve_device, resolve_dtype
 from models.prompts import parse_seeds, read_prompts
+from models.registry import traits_of
 from training.command_line import Finite, require_one_process
 from training.image_folder import LOG_NAME, SHEET_NAME, ImageRequest, draw
 from training.solver import CLASSICAL, Schedule, Solver, classical_solver, load_solver, parse_classical, parse_schedule
@@ -78,13 +79,6 @@ def main(
     require_one_process()
     wanted = [*prompts, *(read_prompts(prompt_file) if prompt_file else [])]
     numbers = parse_seeds(seeds)
-    if not wanted:
-        raise InputError("nothing to draw: give --prompt or --prompt-file")
-    if pair and len(numbers) != len(wanted):
-        raise InputError(f"--pair: {len(wanted)} prompts and {len(numbers)} seeds; give --seeds 0-{len(wanted) - 1}")
-    count = len(wanted) * (1 if pair else len(numbers))
-    if grid and count > LARGEST_SHEET:
-        raise InputError(f"--grid shows at most {LARGEST_SHEET} images, not {count}; leave it out")
     chosen = parse_schedule(schedule) if schedule else None
     if predictor_path is None:
         asked = _classical(solver, num_steps, chosen, afs=afs)
@@ -92,6 +86,15 @@ def main(
     else:
         asked = _replayed(predictor_path, solver, num_steps, chosen, guidance, afs=afs)
     spec = _model(model_path, asked)
+    if not wanted:
+        if traits_of(spec).takes_prompts:
+            raise InputError("nothing to draw: give --prompt or --prompt-file")
+        wanted = [""]
+    if pair and len(numbers) != len(wanted):
+        raise InputError(f"--pair: {len(wanted)} prompts and {len(numbers)} seeds; give --seeds 0-{len(wanted) - 1}")
+    count = len(wanted) * (1 if pair else len(numbers))
+    if grid and count > LARGEST_SHEET:
+        raise InputError(f"--grid shows at most {LARGEST_SHEET} images, not {count}; leave it out")
     number_type = resolve_dtype(dtype)
     denoiser = load_denoiser(spec, device=resolve_device(device), dtype=number_type)
     denoiser.validate_prompts(wanted)

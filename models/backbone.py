@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from errors import InputError
 from models.denoiser import Conditioning, GuidanceKind, Text
+from models.loading import LARGEST_SIDE
+from models.options import AS_IT_IS, ModelOptions
 from models.processes import Process, per_row
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -21,12 +27,40 @@ def code_files(*modules: str) -> tuple[Path, ...]:
     return tuple(Path(__file__).parent / f"{module.replace('.', '/')}.py" for module in modules)
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pipeline is made of, as it comes from its files: modules on the CPU, in the type they were stored in.
+
+    source: for messages. modules, tokenizers: by the names of their folders. scheduler: the content of scheduler_file.
+    index: that of model_index.json. options: what was asked for.
+    """
+
+    source: Path
+    modules: Mapping[str, nn.Module]
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    scheduler: Mapping[str, Any]
+    scheduler_file: Path
+    index: Mapping[str, Any]
+    options: ModelOptions = AS_IT_IS
+
+
 class Backbone(ABC):
     """A network with the process that it undoes; frozen, in evaluation mode.
 
     The network computes in `dtype`; guidance and the estimate D are formed in x's dtype, the noise levels in float64.
+
+    Attributes of a family:
+        backend: see `Denoiser`.
+        modules, tokenizers: the parts of its pipeline's folder, and what each is.
+        optional: a text encoder that a pipeline may do without, and its tokenizer.
+        takes_prompts: see `Denoiser`.
     """
 
+    backend: ClassVar[str]
+    modules: ClassVar[Mapping[str, type[nn.Module]]]
+    tokenizers: ClassVar[Mapping[str, type[PreTrainedTokenizerBase]]] = MappingProxyType({})
+    optional: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    takes_prompts: ClassVar[bool] = True
     code = code_files("backbone", "noise_levels", "processes")
 
     def __init__(
@@ -47,6 +81,19 @@ class Backbone(ABC):
         self.guidance = guidance
         self.time_min = process.time_min
         self.sigma_min, self.sigma_max = process.sigma_min, process.sigma_max
+
+    @classmethod
+    @abstractmethod
+    def assembled(cls, pipeline: Pipeline) -> object:
+        """The parts of a pipeline of this family, for its constructor, seen to fit each other.
+
+        Raises `InputError` where they do not, and where they cannot be used here.
+        """
+
+    @classmethod
+    def guidance_of(cls, folder: Path) -> GuidanceKind:
+        """What a guidance scale does to the model in a pipeline's folder; `InputError` where its files do not say."""
+        return GuidanceKind.CLASSIFIER_FREE
 
     def compile_network(self, backend: str = "inductor") -> None:
         """Have the network compiled by torch, anew for each shape that it is asked at: minutes first, then faster."""
@@ -107,6 +154,25 @@ class Backbone(ABC):
             )
         if self.guidance is GuidanceKind.NONE and bool((torch.as_tensor(scales) != 1).any()):
             raise InputError(f"Model {self.name} has no guidance: its guidance scale must be 1 everywhere.")
+
+
+def sides(
+    pipeline: Pipeline, native: tuple[int, int], *, pixels: int, patch: int = 1, largest: int = LARGEST_SIDE
+) -> tuple[int, int]:
+    """Height and width of the latents that are to be drawn: what was asked for, else the model's own.
+
+    native: its own, in latents. pixels: of a latent along each side. patch: latents that the network takes together
+    along each side. largest: the most that it takes. Raises `InputError` for a size that the model cannot draw.
+    """
+    asked = (pipeline.options.height, pipeline.options.width)
+    found = [own if side is None else side / pixels for own, side in zip(native, asked, strict=True)]
+    for name, side in zip(("height", "width"), found, strict=True):
+        if side % patch or not 0 < side <= largest:
+            raise InputError(
+                f"{pipeline.source}: no image of this model has a {name} of {side * pixels:g} pixels; take a multiple "
+                f"of {patch * pixels}, at most {largest * pixels}."
+            )
+    return int(found[0]), int(found[1])
 
 
 def frozen(module: Module, device: torch.device, dtype: torch.dtype) -> Module:

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from errors import InputError, first_line, is_too_little_memory
+from models.backbone import Pipeline
 from models.checkpoints import read_metadata, read_state_dict
 from models.families.stable_diffusion import StableDiffusion
-from models.latent_diffusion import Parts, Pipeline
+from models.latent_diffusion import Parts
 from models.loading import SHOWN_KEYS, check_keys, check_report, load_tokenizer, quiet_and_repeatable, read_json
 from models.options import AS_IT_IS, ModelOptions
 

@@ -33,9 +33,10 @@ class GuidanceKind(Enum):
     NONE = "none"
     """The network knows no guidance: only 1 can be asked for."""
 
-    def rows(self, scale: float) -> int:
-        """Network rows that one evaluation of one image takes."""
-        return 2 if self is GuidanceKind.CLASSIFIER_FREE and scale != 1 else 1
+    @property
+    def doubles(self) -> bool:
+        """Whether an evaluation at another scale than 1 takes two rows of the network."""
+        return self is GuidanceKind.CLASSIFIER_FREE
 
 
 @dataclass
@@ -80,9 +81,10 @@ class Denoiser(Protocol):
     name: for people and file names. backend: its family, by the name that the public EPD code base has for it, else the
     common one: ldm for Stable Diffusion 1.x and 2.x. latent_shape: (C, H, W). image_size: (H, W) in pixels. sigma_min,
     sigma_max: the range of noise levels the model was trained on. time_min: the time of sigma_min; sigma_max is at time
-    1. guidance: what a scale of it does. device: where latents are expected. dtype: that the network computes in. code:
-    the source files whose change may change what it answers; results that are kept on disk count as made by them.
-    scheduler_config: its noise levels and its kind of prediction, as a diffusers `scheduler_config.json` says them.
+    1. guidance: what a scale of it does. takes_prompts: False of an unconditional model, whose prompts are all empty.
+    device: where latents are expected. dtype: that the network computes in. code: the source files whose change may
+    change what it answers; results that are kept on disk count as made by them. scheduler_config: its noise levels and
+    its kind of prediction, as a diffusers `scheduler_config.json` says them.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Denoiser(Protocol):
     sigma_max: float
     time_min: float
     guidance: GuidanceKind
+    takes_prompts: bool
     default_guidance_scale: float
     device: torch.device
     dtype: torch.dtype
@@ -105,6 +108,10 @@ class Denoiser(Protocol):
 
     def validate_prompts(self, prompts: Sequence[str]) -> None:
         """Raise one `InputError` that lists every prompt the model cannot take, with the reason."""
+        ...
+
+    def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
+        """Raise `InputError` where the model is asked for guidance of a kind that it does not have."""
         ...
 
     def encode(

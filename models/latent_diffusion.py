@@ -8,11 +8,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar
 
 import torch
 from diffusers.models import AutoencoderKL
@@ -21,11 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from errors import InputError
-from models.backbone import Backbone, bytes_to_move, code_files, frozen
+from models.backbone import Backbone, Pipeline, bytes_to_move, code_files, frozen
 from models.denoiser import Conditioning, GuidanceKind, Text
 from models.devices import check_memory, to_device
-from models.loading import LARGEST_SIDE
-from models.options import AS_IT_IS, ModelOptions
 from models.pictures import to_images
 from models.processes import Process
 from models.prompts import text_fault
@@ -65,23 +60,6 @@ class TextEncoder:
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """What a pipeline is made of, as it comes from its files: modules on the CPU, in the type they were stored in.
-
-    source: for messages. modules, tokenizers: by the names of their folders. scheduler: the content of scheduler_file.
-    index: that of model_index.json. options: what was asked for.
-    """
-
-    source: Path
-    modules: Mapping[str, nn.Module]
-    tokenizers: Mapping[str, PreTrainedTokenizerBase]
-    scheduler: Mapping[str, Any]
-    scheduler_file: Path
-    index: Mapping[str, Any]
-    options: ModelOptions = AS_IT_IS
-
-
-@dataclass(frozen=True)
 class Parts:
     """The same, in the parts that a `LatentDiffusion` has, which were seen to fit each other.
 
@@ -102,18 +80,8 @@ class Parts:
 
 
 class LatentDiffusion(Backbone):
-    """The machinery of all families; one of them says what its network is called with.
+    """The machinery of all families of them; one says what its network reads, and how it is called."""
 
-    Attributes of a family:
-        backend: see `Denoiser`.
-        modules, tokenizers: the parts of its pipeline's folder, and what each is.
-        optional: a text encoder that a pipeline may do without, and its tokenizer.
-    """
-
-    backend: ClassVar[str]
-    modules: ClassVar[Mapping[str, type[nn.Module]]]
-    tokenizers: ClassVar[Mapping[str, type[PreTrainedTokenizerBase]]]
-    optional: ClassVar[Mapping[str, str]] = MappingProxyType({})
     code = (
         *Backbone.code,
         *code_files("checkpoints", "latent_diffusion", "loading", "options", "pictures", "pipelines"),
@@ -193,11 +161,6 @@ class LatentDiffusion(Backbone):
         images = [self.vae.decode(chunk, return_dict=False)[0].float() for chunk in chunks]
         return to_images(torch.cat(images))
 
-    @classmethod
-    @abstractmethod
-    def assembled(cls, pipeline: Pipeline) -> Parts:
-        """The parts of a pipeline of this family; `InputError` where they do not fit each other or this program."""
-
     @abstractmethod
     def _read(self, prompt: str) -> Text:
         """What the network reads of one prompt, without a dimension for the batch."""
@@ -232,26 +195,6 @@ class LatentDiffusion(Backbone):
             self._texts[prompt] = text
         self._texts.move_to_end(prompt)
         return self._texts[prompt]
-
-
-def latent_sides(
-    pipeline: Pipeline, native: tuple[int, int], *, patch: int = 1, largest: int = LARGEST_SIDE
-) -> tuple[int, int]:
-    """Height and width in latents of what is to be drawn: what was asked for, else the model's own.
-
-    patch: latents that the network takes together along each side. largest: the most that it takes. Raises `InputError`
-    for a size that the model cannot draw.
-    """
-    pixels = pixels_per_latent(pipeline.modules["vae"])
-    asked = (pipeline.options.height, pipeline.options.width)
-    sides = [own if side is None else side / pixels for own, side in zip(native, asked, strict=True)]
-    for name, side in zip(("height", "width"), sides, strict=True):
-        if side % patch or not 0 < side <= largest:
-            raise InputError(
-                f"{pipeline.source}: no image of this model has a {name} of {side * pixels:g} pixels; take a multiple "
-                f"of {patch * pixels}, at most {largest * pixels}."
-            )
-    return int(sides[0]), int(sides[1])
 
 
 def require_fit(pipeline: Pipeline, what: str, read: object, written: object) -> None:

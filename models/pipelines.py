@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import InputError
+from models.backbone import Backbone, Pipeline
 from models.devices import check_memory
 from models.families import FAMILIES
-from models.latent_diffusion import LatentDiffusion, Parts, Pipeline
 from models.loading import SHOWN_KEYS, load_module, load_tokenizer, quiet_and_repeatable, read_json, weights_in
 from models.options import AS_IT_IS, ModelOptions
 
@@ -28,7 +28,7 @@ class Contents:
     """What a pipeline's folder must hold, by the names of the components' folders; nothing of it is loaded."""
 
     folder: Path
-    family: type[LatentDiffusion]
+    family: type[Backbone]
     index: Mapping[str, Any]
     modules: Mapping[str, type[nn.Module]]
     tokenizers: Mapping[str, type[PreTrainedTokenizerBase]]
@@ -127,7 +127,7 @@ def check_pipeline(folder: Path) -> None:
 
 def load_folder(
     folder: Path, dtype: torch.dtype = torch.float32, options: ModelOptions = AS_IT_IS
-) -> tuple[type[LatentDiffusion], Parts]:
+) -> tuple[type[Backbone], object]:
     """The family and the parts of a pipeline's folder; modules on the CPU, in `dtype`.
 
     Raises `InputError` where the folder is no such pipeline, is of another family, lacks files or weights, is too large

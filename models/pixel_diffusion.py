@@ -78,7 +78,7 @@ def load_pixel_diffusion(spec: str, architecture: str | None = None) -> PixelDif
         folder = _folder(spec)
         with quiet_and_repeatable():
             inner = _network_folder(folder)
-            return _checked(load_module(UNet2DModel, inner, weights_in(inner)), _scheduler_file(folder), spec)
+            return checked(load_module(UNet2DModel, inner, weights_in(inner)), _scheduler_file(folder), spec)
     folder = _folder(architecture) if architecture else path.parent
     config_file = _network_folder(folder) / "config.json"
     if not config_file.is_file():
@@ -87,7 +87,7 @@ def load_pixel_diffusion(spec: str, architecture: str | None = None) -> PixelDif
             "id of the DDPM whose architecture it has, for example google/ddpm-celebahq-256"
         )
     with quiet_and_repeatable():
-        return _checked(_with_weights(config_file, path), _scheduler_file(folder), spec)
+        return checked(_with_weights(config_file, path), _scheduler_file(folder), spec)
 
 
 def save_pixel_diffusion(network: UNet2DModel, scheduler_config: Mapping[str, Any], folder: Path) -> None:
@@ -149,7 +149,8 @@ def in_newer_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {OLDER_ATTENTION.sub(lambda old: NEWER_ATTENTION[old[0]], name): tensor for name, tensor in state.items()}
 
 
-def _checked(network: UNet2DModel, scheduler: Path, spec: str) -> PixelDiffusion:
+def checked(network: UNet2DModel, scheduler: Path, spec: str) -> PixelDiffusion:
+    """The DDPM of a network and a scheduler's file; `spec` names it in messages. `InputError` where it is none."""
     config = network.config
     if config.in_channels != 3 or config.out_channels != 3:
         raise InputError(

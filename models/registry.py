@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -16,11 +16,11 @@ from torch import Tensor
 from errors import InputError
 from models import asset_table
 from models.asset_table import AssetFile
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, GuidanceKind
 from models.options import AS_IT_IS, ModelOptions
 
 if TYPE_CHECKING:
-    from models.latent_diffusion import LatentDiffusion, Parts
+    from models.backbone import Backbone
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 # Component configurations and tokenizer of Stable Diffusion 1.x, which a single file does not carry.
@@ -117,16 +117,35 @@ def load_denoiser(
     path, model = _found(str(spec)), REGISTERED.get(str(spec))
     own_name = path.stem if path.is_file() else Path(spec).resolve().name
     family, parts = _load_path(path, dtype, options)
+    words = {"unknown_words": model.unknown_words} if model and model.unknown_words else {}
     denoiser = family(
         str(spec) if model else own_name,
         parts,
         device=torch.device(device),
         dtype=dtype,
-        unknown_words=model.unknown_words if model else None,
+        **words,
     )
     if compiled:
         denoiser.compile_network()
     return denoiser
+
+
+class Traits(NamedTuple):
+    """What is known of a model before it is loaded; see `Denoiser`."""
+
+    takes_prompts: bool
+    guidance: GuidanceKind
+
+
+def traits_of(spec: str) -> Traits:
+    """What the files of a model say of it, without loading it; `InputError` where they are not there."""
+    path = _found(spec)
+    if path.is_file():
+        return Traits(takes_prompts=True, guidance=GuidanceKind.CLASSIFIER_FREE)
+    from models.pipelines import contents_of  # with diffusers, which takes seconds to import
+
+    family = contents_of(path).family
+    return Traits(family.takes_prompts, family.guidance_of(path))
 
 
 def check_assets(spec: str) -> None:
@@ -188,7 +207,7 @@ def pipeline_of(spec: str) -> str:
     return str(Path(spec).resolve()) if Path(spec).is_dir() else spec
 
 
-def _load_path(path: Path, dtype: torch.dtype, options: ModelOptions) -> tuple[type[LatentDiffusion], Parts]:
+def _load_path(path: Path, dtype: torch.dtype, options: ModelOptions) -> tuple[type[Backbone], object]:
     # diffusers and transformers take seconds to import: only where a model is really loaded
     from models.compvis import assemble_compvis
     from models.families.stable_diffusion import StableDiffusion

@@ -24,6 +24,7 @@ class GuidedMixture:
     latent_shape = (2, 4, 4)
     image_size = (4, 4)
     guidance = GuidanceKind.CLASSIFIER_FREE
+    takes_prompts = True
     default_guidance_scale = 7.5
     device = torch.device("cpu")
     dtype = torch.float32
@@ -44,6 +45,9 @@ class GuidedMixture:
         unknown = sorted({prompt for prompt in prompts if prompt not in ("0", "1", "2")})
         if unknown:
             raise InputError(f"unknown classes {unknown}")
+
+    def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
+        """Any is taken."""
 
     def encode(
         self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import DDIMScheduler, FluxPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5EncoderModel
@@ -19,13 +19,14 @@ from models import load_denoiser
 from models.denoiser import Conditioning, GuidanceKind
 from models.generate import conditioned
 from models.latent_diffusion import LatentDiffusion
-from models.options import ModelOptions
-from models.registry import check_assets
+from models.options import AS_IT_IS, ModelOptions
+from models.registry import check_assets, traits_of
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable, classical_table, epd_sampler
 from tests.test_latent_diffusion import WaitsForTheDevice
 from tests.tiny_families import save_tiny_family, stock_pipeline
 from tests.tiny_pipeline import TOKEN_LIMIT
+from training.solver import Solver, classical_solver, parse_schedule
 
 PROMPTS = ["red box", "a big cat", "blue"]
 HEIGHT, WIDTH = 24, 16
@@ -155,13 +156,51 @@ def test_what_a_family_says_of_itself(name, folder_of):
         name, GuidanceKind.CLASSIFIER_FREE
     )
     assert denoiser.guidance is kind
-    assert [kind.rows(scale) for scale in (1.0, 4.5)] == ([1, 2] if kind is GuidanceKind.CLASSIFIER_FREE else [1, 1])
+    assert denoiser.guidance_of(folder_of(name)) is kind
     usual = {"sdxl": 5.0, "sdxl, v": 5.0, "flux": 3.5, "flux without guidance": 1.0}
     assert denoiser.default_guidance_scale == denoiser.encode(PROMPTS).guidance_scale == usual.get(name, 7.0)
     assert (denoiser.image_size, denoiser.latent_shape) == ((HEIGHT, WIDTH), (4, HEIGHT // 2, WIDTH // 2))
     time = torch.tensor([denoiser.time_min, 1.0], dtype=torch.float64)
     assert denoiser.sigma_of_time(time).tolist() == pytest.approx([denoiser.sigma_min, denoiser.sigma_max], rel=1e-12)
+    assert denoiser.takes_prompts
     assert "sdxl" in name or denoiser.sigma_max == 1.0
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_trajectory_of_a_pixel_ddpm_is_that_of_the_stock_pipeline(prediction_type, clipped, tmp_path):
+    """DDIM without noise is Euler's method; where the model's scheduler clips its samples, D is what is clipped."""
+    folder = save_tiny_family("ddpm", tmp_path, prediction_type=prediction_type, clip_sample=clipped)
+    denoiser = load(folder, options=ModelOptions(height=12, width=8))
+    network = UNet2DModel.from_pretrained(folder / "unet")
+    scheduler = DDIMScheduler.from_pretrained(
+        folder, subfolder="scheduler", timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    scheduler.set_timesteps(4)
+    z = torch.randn(3, 3, 12, 8, generator=torch.Generator().manual_seed(0))
+    levels = denoiser.sigma_of_time((scheduler.timesteps + 1).double() / 100)
+    x = z * (1 + levels[0] ** 2).sqrt().float()
+    with torch.no_grad():
+        for step in scheduler.timesteps:
+            z = scheduler.step(network(z, step).sample, step, z, use_clipped_model_output=True).prev_sample
+        denoise = conditioned(denoiser, denoiser.encode([""] * 3))
+        ours = SAMPLERS["ddim"](denoise, x, levels, denoise_to_zero=True)
+    torch.testing.assert_close(ours, z, **CLOSE)
+    assert (ours.abs().max() <= 1.0) == clipped
+    torch.testing.assert_close(denoiser.decode(ours), (z / 2 + 0.5).clamp(0, 1), **CLOSE)
+
+
+def test_an_unconditional_model_takes_neither_prompts_nor_guidance(tmp_path):
+    denoiser = load(save_tiny_family("ddpm", tmp_path / "cats"), options=AS_IT_IS)
+    assert (denoiser.takes_prompts, denoiser.image_size, denoiser.default_guidance_scale) == (False, (8, 8), 1.0)
+    denoiser.validate_prompts(["", ""])
+    for attempt in (denoiser.validate_prompts, denoiser.encode):
+        with pytest.raises(InputError, match=r"^Model cats is unconditional and takes no prompt: leave 'a cat' out\.$"):
+            attempt(["", "a cat"])
+    with pytest.raises(InputError, match="Model cats has no guidance"):
+        denoiser.encode([""], 7.5)
+    with pytest.raises(InputError, match="a height of 9 pixels; take a multiple of 2,"):
+        load(tmp_path / "cats", options=ModelOptions(height=9))
 
 
 # --- guidance
@@ -191,6 +230,20 @@ def test_each_row_has_its_own_guidance(name, folder_of):
     with torch.no_grad():
         other = denoiser.denoise(x, level, denoiser.encode(PROMPTS[:2]), scales + 1)
     assert all((other - together).abs().flatten(1).amax(1) > 1e-5)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("sd3", 2), ("flux", 1)])
+def test_a_solver_counts_the_rows_that_guidance_takes(name, rows, folder_of):
+    denoiser = load(folder_of(name))
+    column = EPDTable(torch.full((3, 1), 0.5), torch.ones(3, 1), guidance=torch.full((3, 2), 4.5))
+    for solver in (
+        classical_solver("ddim", 4, parse_schedule("flowmatch")).guided(4.5),
+        Solver("t", "epd", 4, table=column, schedule=parse_schedule("flowmatch")),
+    ):
+        settled = solver.on(denoiser)
+        assert settled.evaluations.rows == rows * settled.evaluations.total
+        assert settled.rows_at_once == rows
+    assert traits_of(str(folder_of(name))).guidance is denoiser.guidance
 
 
 def test_guidance_and_negative_prompts_are_refused_where_there_is_none(folder_of):

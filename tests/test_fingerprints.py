@@ -46,7 +46,9 @@ def test_a_folder_is_its_names_and_contents_and_not_its_place(tmp_path):
 def test_a_registered_model_is_the_files_that_are_loaded(tmp_path, monkeypatch):
     write(tmp_path, {"first": "1", "second": "2", "companion": "c", f"{registry.COMPVIS_CONFIGS}/config": "c"})
     assets = (Asset("absent", 1), Asset("first", 1), Asset("second", 1))
-    model = RegisteredModel(weights=assets, companions=(Asset("companion", 1),), remedy="", unknown_words=None)
+    model = RegisteredModel(
+        weights=assets, companions=(Asset("companion", 1),), remedy="", prompts="", unknown_words=None
+    )
     monkeypatch.setitem(registry.REGISTERED, "toy", model)
     monkeypatch.setattr("models.fingerprints.SOURCE", tmp_path)
     before = model_fingerprint("toy")
@@ -69,6 +71,7 @@ def test_a_single_file_is_what_it_holds_and_the_configurations_that_it_is_read_w
 # Used on the way to an answer, and without a say in it: what is refused, and where tensors lie.
 OF_NO_ACCOUNT = {
     "errors.py",
+    "files.py",
     "models/asset_table.py",
     "models/devices.py",
     "models/digests.py",

@@ -22,6 +22,7 @@ from schedules import get_schedule
 from scripts.verify_images import read_records
 from solvers import SAMPLERS, EPDTable, epd_sampler, with_ipndm_history
 from tests.by_hand import latents_by_hand
+from tests.tiny_families import save_tiny_family
 from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
 from training import image_folder
 from training.snapshot import save_snapshot
@@ -440,3 +441,20 @@ def test_the_first_example_of_the_help_runs(tmp_path):
     assert "colour" not in result.output
     refusal = refused("--model_path", "shapes", "--solver", "ddim", "--num-steps", "3", "--prompt", "a plaid zebra")
     assert "plaid, zebra" in refusal
+
+
+def test_an_unconditional_model_is_drawn_without_a_prompt(tmp_path):
+    folder = save_tiny_family("ddpm", tmp_path / "cats")
+    asked = ("--model_path", folder, "--solver", "ddim", "--num-steps", "4", "--seeds", "0-2")
+    result = run(*asked, "--outdir", tmp_path / "images")
+    assert result.exit_code == 0, result.output
+    assert "3 evaluations in sequence, 3 in all, 3 network rows" in result.output
+    assert [record["prompt"] for record in records(tmp_path / "images")] == [""] * 3
+    assert {image.shape for image in pixels(tmp_path / "images").values()} == {(8, 8, 3)}
+    for more, says in (
+        (("--prompt", "a cat"), "Model cats is unconditional and takes no prompt: leave 'a cat' out."),
+        (("--guidance", "3"), "Model cats has no guidance: its guidance scale must be 1 everywhere."),
+    ):
+        refused = run(*asked, *more, "--outdir", tmp_path / "more")
+        assert (refused.exit_code, refused.output) == (2, f"Error: {says}\n")
+        assert not (tmp_path / "more").exists()

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -28,6 +30,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from tests.ddpm.tiny_ddpm import SCHEDULER, tiny_network
 from tests.tiny_pipeline import TOKEN_LIMIT, VOCABULARY, tiny_tokenizer, tiny_unet
 
 T5_WIDTH = 32
@@ -168,7 +171,12 @@ def flux(*, guided: bool = True) -> FluxPipeline:
     )
 
 
-PIPELINES = {"sdxl": stable_diffusion_xl, "sd3": stable_diffusion_3, "flux": flux}
+def pixel_ddpm(**scheduler: object) -> DDPMPipeline:
+    """Images [3, 8, 8]."""
+    return DDPMPipeline(tiny_network(), DDPMScheduler(**{**SCHEDULER, **scheduler}))
+
+
+PIPELINES = {"ddpm": pixel_ddpm, "sdxl": stable_diffusion_xl, "sd3": stable_diffusion_3, "flux": flux}
 
 
 def save_tiny_family(name: str, folder: Path, **options: object) -> Path:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, GuidanceKind
 from models.fingerprints import file_sha256
 from models.generate import Asked, Measure, conditioned, initial_noise
 from schedules import SCHEDULES, get_schedule
@@ -109,7 +109,8 @@ class Solver:
     grid a sample; None until `on` a model where a schedule names them. sigma_range: least and largest noise level of
     the schedule, None for the model's.
     guidance_scale: the one scale of all evaluations, 1 for none; None where the table has a column of its own, and
-    until `on` a model where its default is meant.
+    until `on` a model where its default is meant. guidance_kind: what a scale does to the model, taken for classifier-
+    free guidance until `on` one.
     model: what it was made for, by name or path; None where nothing says. origin: the file it was read from, if any.
     """
 
@@ -123,6 +124,7 @@ class Solver:
     sigmas: Tensor | None = None
     sigma_range: tuple[float | None, float | None] = (None, None)
     guidance_scale: float | None = None
+    guidance_kind: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
     model: str | None = None
     origin: Origin | None = None
 
@@ -146,16 +148,19 @@ class Solver:
         """What an image costs; rows count guidance as far as it is known: a scale still open counts as one."""
         scale = 1.0 if self.guidance_scale is None else self.guidance_scale
         if self.table is None:
-            return network_evaluations(self.sampler, self.num_steps, afs=self.afs, guidance=scale)
-        table = self.table if self.table.batch_size is None else self.table.select(0)
-        return table.evaluations(afs=self.afs, guidance_scale=scale)
+            counted = network_evaluations(self.sampler, self.num_steps, afs=self.afs, guidance=scale)
+        else:
+            table = self.table if self.table.batch_size is None else self.table.select(0)
+            counted = table.evaluations(afs=self.afs, guidance_scale=scale)
+        return counted if self.guidance_kind.doubles else counted._replace(rows=counted.total)
 
     @property
     def rows_at_once(self) -> int:
         """Most network rows of an image in one call: one for an interval's start, or its points; two where guided."""
-        if not self.has_guidance_column:
+        doubles = self.guidance_kind.doubles
+        if not (doubles and self.has_guidance_column):
             points = 1 if self.table is None else max(1, self.table.num_points)
-            return points * (1 if self.guidance_scale == 1 else 2)
+            return points * (2 if doubles and self.guidance_scale != 1 else 1)
         rows = 1 + (self.table.guidance != 1).int()  # [..., S, 1 + K]
         return int(torch.maximum(rows[..., 0], rows[..., 1:].sum(-1)).max())
 
@@ -163,7 +168,7 @@ class Solver:
         """The same solver with its noise levels and its guidance settled for a model.
 
         Raises InputError where nothing says the noise levels, the schedule does not suit the model, or the model is of
-        another family than the solver was made for.
+        another family than the solver was made for, or has no guidance where the solver has.
         """
         backend = None if self.origin is None else self.origin.metadata.get("backend")
         if backend is not None and backend != denoiser.backend:
@@ -181,7 +186,8 @@ class Solver:
                 raise InputError(f"{self.where}: {error}") from None
         if scale is None and not self.has_guidance_column:
             scale = denoiser.default_guidance_scale
-        return replace(self, sigmas=sigmas, guidance_scale=scale)
+        denoiser.check_guidance(self.table.guidance if self.has_guidance_column else scale)
+        return replace(self, sigmas=sigmas, guidance_scale=scale, guidance_kind=denoiser.guidance)
 
     def guided(self, scale: float) -> Solver:
         """The same with one guidance scale for all evaluations. Raises InputError where it has a column of its own."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from models.backbone import code_files
+from models.backbone import Pipeline, code_files, sides
 from models.denoiser import GuidanceKind, Text
-from models.latent_diffusion import LatentDiffusion, Parts, Pipeline, TextEncoder, latent_sides, require_fit
+from models.latent_diffusion import LatentDiffusion, Parts, TextEncoder, pixels_per_latent, require_fit
+from models.loading import read_json
 from models.processes import FlowMatching
 
 USUAL_GUIDANCE_SCALE = 3.5
@@ -39,7 +41,7 @@ class Flux(LatentDiffusion):
 
     @classmethod
     def assembled(cls, pipeline: Pipeline) -> Parts:
-        """See `LatentDiffusion.assembled`."""
+        """See `Backbone.assembled`."""
         transformer, vae = pipeline.modules["transformer"], pipeline.modules["vae"]
         clip, t5 = (pipeline.modules[part] for part in ("text_encoder", "text_encoder_2"))
         tokenizer = pipeline.tokenizers["tokenizer"]
@@ -48,7 +50,7 @@ class Flux(LatentDiffusion):
         require_fit(pipeline, "numbers a patch", config.in_channels, channels * PATCH**2)
         require_fit(pipeline, "numbers a token of T5", config.joint_attention_dim, t5.config.d_model)
         require_fit(pipeline, "numbers of pooled text", config.pooled_projection_dim, clip.config.hidden_size)
-        height, width = latent_sides(pipeline, (NATIVE_SIDE, NATIVE_SIDE), patch=PATCH)
+        height, width = sides(pipeline, (NATIVE_SIDE, NATIVE_SIDE), pixels=pixels_per_latent(vae), patch=PATCH)
         tokens = height * width // PATCH**2
         guided = config.guidance_embeds
         return Parts(
@@ -63,6 +65,12 @@ class Flux(LatentDiffusion):
             guidance_scale=USUAL_GUIDANCE_SCALE if guided else 1.0,
             guidance=GuidanceKind.EMBEDDED if guided else GuidanceKind.NONE,
         )
+
+    @classmethod
+    def guidance_of(cls, folder: Path) -> GuidanceKind:
+        """See `Backbone.guidance_of`."""
+        told = read_json(folder / "transformer" / "config.json").get("guidance_embeds", False)
+        return GuidanceKind.EMBEDDED if told else GuidanceKind.NONE
 
     def _read(self, prompt: str) -> Text:
         clip, t5 = (encoder(prompt, self.device) for encoder in self.text_encoders)

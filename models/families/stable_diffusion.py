@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from errors import InputError
-from models.backbone import code_files
+from models.backbone import Pipeline, code_files, sides
 from models.denoiser import USUAL_GUIDANCE_SCALE, Text
-from models.latent_diffusion import LatentDiffusion, Parts, Pipeline, TextEncoder, latent_sides
+from models.latent_diffusion import LatentDiffusion, Parts, TextEncoder, pixels_per_latent
 from models.loading import require_size
 from models.processes import VariancePreserving
 
@@ -29,7 +29,7 @@ class StableDiffusion(LatentDiffusion):
 
     @classmethod
     def assembled(cls, pipeline: Pipeline) -> Parts:
-        """See `LatentDiffusion.assembled`."""
+        """See `Backbone.assembled`."""
         source, unet, vae = pipeline.source, pipeline.modules["unet"], pipeline.modules["vae"]
         encoder, tokenizer = pipeline.modules["text_encoder"], pipeline.tokenizers["tokenizer"]
         foreign = [part for part in FOREIGN_UNET_PARTS if unet.config[part] is not None]
@@ -64,7 +64,7 @@ class StableDiffusion(LatentDiffusion):
 def unet_latents(pipeline: Pipeline) -> tuple[int, int, int]:
     """The latents (C, H, W) that a UNet is to work on; `InputError` where it cannot, or the VAE knows others."""
     unet, vae = pipeline.modules["unet"], pipeline.modules["vae"]
-    height, width = latent_sides(pipeline, require_size(unet, pipeline.source))
+    height, width = sides(pipeline, require_size(unet, pipeline.source), pixels=pixels_per_latent(vae))
     if unet.config.in_channels != vae.config.latent_channels:
         raise InputError(
             f"{pipeline.source}: the UNet takes {unet.config.in_channels} channels where the VAE has "

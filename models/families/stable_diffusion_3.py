@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from models.backbone import code_files
+from models.backbone import Pipeline, code_files, sides
 from models.denoiser import Text
-from models.latent_diffusion import LatentDiffusion, Parts, Pipeline, TextEncoder, latent_sides, require_fit
+from models.latent_diffusion import LatentDiffusion, Parts, TextEncoder, pixels_per_latent, require_fit
 from models.loading import require_size
 from models.processes import FlowMatching
 
@@ -41,13 +41,14 @@ class StableDiffusion3(LatentDiffusion):
 
     @classmethod
     def assembled(cls, pipeline: Pipeline) -> Parts:
-        """See `LatentDiffusion.assembled`."""
+        """See `Backbone.assembled`."""
         transformer, vae = pipeline.modules["transformer"], pipeline.modules["vae"]
         clips = [pipeline.modules[part] for part in ("text_encoder", "text_encoder_2")]
         t5 = pipeline.modules.get("text_encoder_3")
         config = transformer.config
         native, patch = require_size(transformer, pipeline.source), config.patch_size
-        height, width = latent_sides(pipeline, native, patch=patch, largest=patch * config.pos_embed_max_size)
+        largest = patch * config.pos_embed_max_size
+        height, width = sides(pipeline, native, pixels=pixels_per_latent(vae), patch=patch, largest=largest)
         projected = sum(clip.config.projection_dim for clip in clips)
         require_fit(pipeline, "latent channels", config.in_channels, vae.config.latent_channels)
         require_fit(pipeline, "numbers of pooled text", config.pooled_projection_dim, projected)

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from errors import InputError
-from models.backbone import code_files
+from models.backbone import Pipeline, code_files
 from models.denoiser import Text
 from models.families.stable_diffusion import unet_latents
-from models.latent_diffusion import LatentDiffusion, Parts, Pipeline, TextEncoder, require_fit
+from models.latent_diffusion import LatentDiffusion, Parts, TextEncoder, require_fit
 from models.processes import VariancePreserving
 
 USUAL_GUIDANCE_SCALE = 5.0
@@ -35,7 +35,7 @@ class StableDiffusionXL(LatentDiffusion):
 
     @classmethod
     def assembled(cls, pipeline: Pipeline) -> Parts:
-        """See `LatentDiffusion.assembled`."""
+        """See `Backbone.assembled`."""
         unet, vae = pipeline.modules["unet"], pipeline.modules["vae"]
         first, second = (pipeline.modules[part] for part in ("text_encoder", "text_encoder_2"))
         config = unet.config

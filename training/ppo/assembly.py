@@ -16,7 +16,7 @@ from errors import InputError
 from models.denoiser import Denoiser
 from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.prompts import read_prompts
-from models.registry import check_assets, load_denoiser
+from models.registry import check_assets, load_denoiser, traits_of
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
 from training.command_line import started_processes
@@ -237,11 +237,12 @@ def guidance_scale(config: Config) -> float | None:
 
 
 def costs(start: Start) -> Costs:
-    """What a step costs."""
+    """What a step costs; looks into the model's files, and loads none."""
     config = start.config
+    solver = replace(start.solver, guidance_kind=traits_of(model_spec(config)).guidance)
     updates_a_pass = -(-config.ppo.rollout_batch_size // config.ppo.minibatch_size)
     return Costs(
-        evaluations=start.solver.evaluations,
+        evaluations=solver.evaluations,
         images=config.ppo.rollout_batch_size,
         prompts=config.ppo.rollout_batch_size // config.ppo.rloo_k,
         updates=config.ppo.ppo_epochs * updates_a_pass,

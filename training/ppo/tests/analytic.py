@@ -31,6 +31,7 @@ class GaussianDenoiser:
     sigma_min, sigma_max = 0.05, 10.0
     time_min = 0.001
     guidance = GuidanceKind.CLASSIFIER_FREE
+    takes_prompts = True
     default_guidance_scale = 2.0
     device = torch.device("cpu")
     dtype = torch.float32
@@ -46,6 +47,9 @@ class GaussianDenoiser:
 
     def validate_prompts(self, prompts: Sequence[str]) -> None:
         assert all(prompts)
+
+    def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
+        """Any is taken."""
 
     def encode(
         self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
