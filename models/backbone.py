@@ -53,6 +53,7 @@ class Backbone(ABC):
         backend: see `Denoiser`.
         modules, tokenizers: the parts of its pipeline's folder, and what each is.
         optional: a text encoder that a pipeline may do without, and its tokenizer.
+        known_options: those of `ModelOptions` that it can do.
         takes_prompts: see `Denoiser`.
     """
 
@@ -60,6 +61,7 @@ class Backbone(ABC):
     modules: ClassVar[Mapping[str, type[nn.Module]]]
     tokenizers: ClassVar[Mapping[str, type[PreTrainedTokenizerBase]]] = MappingProxyType({})
     optional: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    known_options: ClassVar[frozenset[str]]
     takes_prompts: ClassVar[bool] = True
     code = code_files("backbone", "noise_levels", "processes")
 
@@ -89,6 +91,14 @@ class Backbone(ABC):
 
         Raises `InputError` where they do not, and where they cannot be used here.
         """
+
+    @classmethod
+    def check_options(cls, options: ModelOptions, source: Path) -> None:
+        """Raise `InputError` where the options ask for what the family cannot do; `source` is the model's place."""
+        if unknown := [name for name in options.changes() if name not in cls.known_options]:
+            raise InputError(
+                f"{source}: a model of the family {cls.backend} takes no {', '.join(unknown)}: leave it out."
+            )
 
     @classmethod
     def guidance_of(cls, folder: Path) -> GuidanceKind:

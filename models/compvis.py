@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from errors import InputError, first_line, is_too_little_memory
+from models.additions import with_additions
 from models.backbone import Pipeline
 from models.checkpoints import read_metadata, read_state_dict
 from models.families.stable_diffusion import StableDiffusion
@@ -58,6 +59,7 @@ def assemble_compvis(state: dict[str, Tensor], path: Path, configs: Path, option
     `InputError` where the file does not hold exactly the weights that the configurations ask for.
     """
     scheduler = configs / "scheduler" / "scheduler_config.json"
+    StableDiffusion.check_options(options, path)
     marked = {"prediction_type": "v_prediction"} if V_MARK in state else {}
     with quiet_and_repeatable():
         modules = {
@@ -67,6 +69,7 @@ def assemble_compvis(state: dict[str, Tensor], path: Path, configs: Path, option
             "vae": _converted(AutoencoderKL, convert_ldm_vae_checkpoint, state, configs / "vae/config.json", path),
             "text_encoder": _converted_text_encoder(state, configs / "text_encoder", path),
         }
+        modules = with_additions(modules, options, "StableDiffusionPipeline", torch.float32)
         tokenizers = {"tokenizer": load_tokenizer(configs / "tokenizer")}
     return StableDiffusion.assembled(
         Pipeline(path, modules, tokenizers, {**read_json(scheduler), **marked}, scheduler, index={}, options=options)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from errors import InputError
+from models.options import AS_IT_IS, ModelOptions
 from models.registry import COMPVIS_CONFIGS, REGISTERED, SOURCE, locate
 
 BLOCK = 2**20  # bytes read at once
@@ -35,8 +37,8 @@ def fingerprint(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def model_fingerprint(spec: str | Path) -> str:
-    """The fingerprint of the files that `models.load_denoiser(spec)` reads: another weight, another fingerprint."""
+def model_fingerprint(spec: str | Path, options: ModelOptions = AS_IT_IS) -> str:
+    """The fingerprint of what `models.load_denoiser(spec)` reads: another weight or option, another fingerprint."""
     model = REGISTERED.get(str(spec))
     if model is None:
         weights, companions = locate(str(spec)), []
@@ -44,4 +46,7 @@ def model_fingerprint(spec: str | Path) -> str:
         weights = next(file for asset in model.weights if (file := SOURCE / asset.path).exists())
         companions = [SOURCE / asset.path for asset in model.companions]
     configs = [] if weights.is_dir() else [SOURCE / COMPVIS_CONFIGS]  # a single file lacks its own
-    return fingerprint([weights, *companions, *configs])
+    of_files = fingerprint([weights, *companions, *configs, *options.files()])
+    if not options.changes():
+        return of_files
+    return hashlib.sha256(json.dumps([of_files, options.changes()], sort_keys=True).encode()).hexdigest()

@@ -21,6 +21,7 @@ from errors import InputError
 from models.backbone import Backbone, Pipeline, bytes_to_move, code_files, frozen
 from models.denoiser import Conditioning, GuidanceKind, Text
 from models.devices import check_memory, to_device
+from models.options import AS_IT_IS, ModelOptions
 from models.pictures import to_images
 from models.processes import Process
 from models.prompts import text_fault
@@ -65,7 +66,8 @@ class Parts:
 
     latent_shape: (C, H, W) of what is drawn. guidance: what a scale of it does. guidance_scale: that the model is used
     at where nothing else is said. zero_unconditional: whether zeros are the unconditional text where there is no
-    negative prompt. wide_vae: whether the VAE overflows in float16, and is kept in float32 there.
+    negative prompt. wide_vae: whether the VAE overflows in float16, and is kept in float32 there. options: what was
+    asked for.
     """
 
     network: nn.Module
@@ -77,14 +79,16 @@ class Parts:
     guidance: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
     zero_unconditional: bool = False
     wide_vae: bool = False
+    options: ModelOptions = AS_IT_IS
 
 
 class LatentDiffusion(Backbone):
     """The machinery of all families of them; one says what its network reads, and how it is called."""
 
+    known_options = frozenset({"lora", "vae", "height", "width", "negative_prompt"})
     code = (
         *Backbone.code,
-        *code_files("checkpoints", "latent_diffusion", "loading", "options", "pictures", "pipelines"),
+        *code_files("additions", "checkpoints", "latent_diffusion", "loading", "options", "pictures", "pipelines"),
     )
 
     def __init__(
@@ -102,16 +106,19 @@ class LatentDiffusion(Backbone):
         """
         encoders = [encoder.module for encoder in parts.text_encoders]
         vae_dtype = torch.float32 if parts.wide_vae and dtype == torch.float16 else dtype
-        needed = sum(bytes_to_move(module, device, dtype) for module in (parts.network, *encoders))
+        on_device = (parts.network, *(() if parts.options.offload_text else encoders))
+        needed = sum(bytes_to_move(module, device, dtype) for module in on_device)
         check_memory(f"Model {name}", needed + bytes_to_move(parts.vae, device, vae_dtype), device)
         super().__init__(name, parts.network, parts.process, parts.guidance, device=device, dtype=dtype)
         self.vae = frozen(parts.vae, device, vae_dtype)
+        self._resting_place = self._encoders_at = torch.device("cpu") if parts.options.offload_text else device
         for encoder in encoders:
-            frozen(encoder, device, dtype)
+            frozen(encoder, self._resting_place, dtype)
         self.text_encoders = parts.text_encoders
         self.default_guidance_scale = parts.guidance_scale
         self.latent_shape = parts.latent_shape
         self._zero_unconditional = parts.zero_unconditional
+        self._negative_prompt = parts.options.negative_prompt or ""
         height, width = (side * pixels_per_latent(self.vae) for side in self.latent_shape[1:])
         self.image_size = (height, width)
         self._unknown_words = unknown_words
@@ -142,11 +149,15 @@ class LatentDiffusion(Backbone):
         if not prompts:
             raise InputError("No prompts to encode.")
         self.check_guidance(scale, negative_prompt)
-        texts = [self._text(prompt) for prompt in prompts]
+        try:
+            texts = [self._text(prompt) for prompt in prompts]
+            unconditional = self._unconditional(self._negative_prompt if negative_prompt is None else negative_prompt)
+        finally:
+            self._place_encoders(self._resting_place)
         return Conditioning(
             count=len(prompts),
             text={name: torch.stack([text[name] for text in texts]) for name in texts[0]},
-            unconditional=self._unconditional(negative_prompt or ""),
+            unconditional=unconditional,
             guidance_scale=scale,
         )
 
@@ -173,6 +184,13 @@ class LatentDiffusion(Backbone):
         text = self._text(negative_prompt)
         return {name: (torch.zeros_like(part) if zeros else part)[None] for name, part in text.items()}
 
+    def _place_encoders(self, device: torch.device) -> None:
+        """Have the text encoders on a device: on their own to encode, otherwise where they rest."""
+        if device != self._encoders_at:
+            for encoder in self.text_encoders:
+                encoder.module.to(device)
+            self._encoders_at = device
+
     def _prompt_faults(self, prompt: str) -> list[str]:
         if fault := text_fault(prompt):
             return [fault]
@@ -188,6 +206,7 @@ class LatentDiffusion(Backbone):
         if prompt not in self._texts:
             for fault in filter(None, (encoder.fault(prompt) for encoder in self.text_encoders)):
                 raise InputError(f"The prompt {_shortened(prompt)} is too long for model {self.name}: {fault}.")
+            self._place_encoders(self.device)
             text = self._read(prompt)
             size = sum(part.nbytes for part in text.values())  # of each prompt the same
             while self._texts and (len(self._texts) + 1) * size > CACHED_BYTES:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import InputError
+from models.additions import with_additions
 from models.backbone import Backbone, Pipeline
 from models.devices import check_memory
 from models.families import FAMILIES
@@ -79,10 +80,10 @@ def newest_weights(kind: type[nn.Module]) -> list[str]:
     return [form, f"{stem}-*-of-*.{suffix}", f"{form}.index.json"]
 
 
-def contents_of(folder: Path) -> Contents:
-    """What a pipeline's folder must hold, from its index.
+def contents_of(folder: Path, options: ModelOptions = AS_IT_IS) -> Contents:
+    """What a pipeline's folder must hold, from its index and what is asked for.
 
-    Raises `InputError` where the folder is no pipeline, or one of a family that is not known.
+    Raises `InputError` where the folder is no pipeline, or one of a family that is not known, or cannot do that.
     """
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder} is no diffusers pipeline, {INDEX} is missing: {_what_is_in(folder)}.")
@@ -91,7 +92,9 @@ def contents_of(folder: Path) -> Contents:
     if kind not in FAMILIES:
         raise InputError(f"{folder} holds a {kind}, which cannot be used here. Known are: {', '.join(FAMILIES)}.")
     family = import_module(FAMILIES[kind]).FAMILY
-    left_out = {name for pair in family.optional.items() if index.get(pair[0]) in LEFT_OUT for name in pair}
+    family.check_options(options, folder)
+    not_there = [part for part in family.optional if options.without_t5 or index.get(part) in LEFT_OUT]
+    left_out = {*not_there, *(family.optional[part] for part in not_there)}
     modules, tokenizers = (
         {part: kind for part, kind in parts.items() if part not in left_out}
         for parts in (family.modules, family.tokenizers)
@@ -99,9 +102,9 @@ def contents_of(folder: Path) -> Contents:
     return Contents(folder, family, index, modules, tokenizers)
 
 
-def check_pipeline_folder(folder: Path) -> Contents:
+def check_pipeline_folder(folder: Path, options: ModelOptions = AS_IT_IS) -> Contents:
     """What a pipeline's folder holds; `InputError` where it is none that is known, or lacks components or files."""
-    contents = contents_of(folder)
+    contents = contents_of(folder, options)
     parts = (*contents.modules, *contents.tokenizers, SCHEDULER.partition("/")[0])
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
@@ -116,9 +119,9 @@ def check_pipeline_folder(folder: Path) -> Contents:
     return contents
 
 
-def check_pipeline(folder: Path) -> None:
+def check_pipeline(folder: Path, options: ModelOptions = AS_IT_IS) -> None:
     """`check_pipeline_folder`, and the same error where weights or tokenizers are cut off or damaged."""
-    contents = check_pipeline_folder(folder)
+    contents = check_pipeline_folder(folder, options)
     for part in contents.modules:
         weights_in(folder / part)
     for part, kind in contents.tokenizers.items():
@@ -133,18 +136,19 @@ def load_folder(
     Raises `InputError` where the folder is no such pipeline, is of another family, lacks files or weights, is too large
     for the memory, or cannot do what the options say.
     """
-    contents = check_pipeline_folder(folder)
+    contents = check_pipeline_folder(folder, options)
     weights = {part: weights_in(folder / part) for part in contents.modules}
     stored = [weight for part in weights.values() for weight in part.values()]
     # What is stored in the type that is wanted stays mapped from its file.
     converted = sum(weight.numel() * dtype.itemsize for weight in stored if weight.dtype != dtype)
     check_memory(f"Model {folder.name}", converted, torch.device("cpu"))
     with quiet_and_repeatable():
+        modules = {
+            part: load_module(kind, folder / part, weights[part], dtype) for part, kind in contents.modules.items()
+        }
         pipeline = Pipeline(
             source=folder,
-            modules={
-                part: load_module(kind, folder / part, weights[part], dtype) for part, kind in contents.modules.items()
-            },
+            modules=with_additions(modules, options, contents.index["_class_name"], dtype),
             tokenizers={part: load_tokenizer(folder / part, kind) for part, kind in contents.tokenizers.items()},
             scheduler=read_json(folder / SCHEDULER),
             scheduler_file=folder / SCHEDULER,

@@ -148,20 +148,25 @@ def traits_of(spec: str) -> Traits:
     return Traits(family.takes_prompts, family.guidance_of(path))
 
 
-def check_assets(spec: str) -> None:
-    """Load nothing; raise `InputError` where files of the registered model `spec` are missing.
+def check_assets(spec: str, options: ModelOptions = AS_IT_IS) -> None:
+    """Load nothing; raise `InputError` where files of the registered model `spec`, or of the options, are missing.
 
     The same error where `spec` is neither a registered name nor a path that exists, and where what is there is no model
     that can be used, as far as the names and shapes of its tensors tell: cut off, a web page, a folder without a
     pipeline, a checkpoint of another family.
     """
-    from models.pipelines import check_pipeline  # with diffusers, which takes seconds to import
+    # with diffusers, which takes seconds to import
+    from models.additions import check_additions
+    from models.families.stable_diffusion import StableDiffusion
+    from models.pipelines import check_pipeline
 
     path = _found(spec)
     if path.is_dir():
-        check_pipeline(path)
+        check_pipeline(path, options)
     else:
         _open_single_file(path)
+        StableDiffusion.check_options(options, path)
+    check_additions(options)
 
 
 def _found(spec: str) -> Path:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, FluxPipeline, UNet2DModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5EncoderModel
@@ -17,6 +19,7 @@ from transformers import T5EncoderModel
 from errors import InputError
 from models import load_denoiser
 from models.denoiser import Conditioning, GuidanceKind
+from models.fingerprints import model_fingerprint
 from models.generate import conditioned
 from models.latent_diffusion import LatentDiffusion
 from models.options import AS_IT_IS, ModelOptions
@@ -25,7 +28,7 @@ from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable, classical_table, epd_sampler
 from tests.test_latent_diffusion import WaitsForTheDevice
 from tests.tiny_families import save_tiny_family, stock_pipeline
-from tests.tiny_pipeline import TOKEN_LIMIT
+from tests.tiny_pipeline import TOKEN_LIMIT, save_tiny_pipeline
 from training.solver import Solver, classical_solver, parse_schedule
 
 PROMPTS = ["red box", "a big cat", "blue"]
@@ -459,3 +462,188 @@ def test_parts_of_different_models_are_refused(copy_of, folder_of):
 def test_a_size_that_the_model_cannot_draw_is_refused(folder_of, name, height, width, says):
     with pytest.raises(InputError, match=says):
         load(folder_of(name), options=ModelOptions(height=height, width=width))
+
+
+# --- what is asked for beside the model
+
+
+def save_lora(name: str, folder: Path, target: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A LoRA of rank 2 on the network and the first text encoder, written by diffusers; and its tensors."""
+    pipeline = stock_pipeline(folder)
+    network = "transformer" if name in ("sd3", "flux") else "unet"
+    layers = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for part, targets in ((network, ["to_q", "to_v"]), ("text_encoder", ["q_proj", "v_proj"])):
+            module = getattr(pipeline, part)
+            module.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
+            layers[f"{part}_lora_layers"] = get_peft_model_state_dict(module, adapter_name="default")
+    type(pipeline).save_lora_weights(target, **layers)
+    (file,) = target.glob("*.safetensors")
+    return file, load_file(file)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_a_lora_is_that_of_the_stock_pipeline(name, folder_of, tmp_path):
+    folder = save_tiny_pipeline(tmp_path / "sd") if name == "sd" else folder_of(name)
+    file, tensors = save_lora(name, folder, tmp_path / "lora")
+    plain, added = (load(folder, options=replace(SIZE, lora=lora)) for lora in (None, f"{file}:0.5"))
+    assert added.network.state_dict().keys() == plain.network.state_dict().keys()
+    ours = dict(added.network.named_parameters()) | dict(added.text_encoders[0].module.named_parameters())
+    changed = 0
+    theirs = dict(plain.network.named_parameters()) | dict(plain.text_encoders[0].module.named_parameters())
+    for key, weight in theirs.items():
+        stem = f".{key.removesuffix('.weight')}.lora_"
+        down, up = (
+            next((tensor for name, tensor in tensors.items() if stem + letter in name), None) for letter in "AB"
+        )
+        expected = weight if down is None else weight + 0.5 * up @ down
+        changed += down is not None
+        torch.testing.assert_close(ours[key], expected, rtol=1e-6, atol=1e-6)
+    assert 2 * changed == len(tensors)
+    with torch.no_grad():
+        x, level = noise(plain), torch.tensor(0.5, dtype=torch.float64)
+        estimates = [one.denoise(x, level, one.encode(PROMPTS, 1.0)) for one in (plain, added)]
+    assert (estimates[0] - estimates[1]).abs().max() > 1e-3
+
+
+def test_several_loras_are_added_and_the_files_of_the_model_stay_as_they_are(folder_of, tmp_path):
+    before = model_fingerprint(folder_of("flux"))
+    file, _ = save_lora("flux", folder_of("flux"), tmp_path / "lora")
+    thrice, twice = (
+        load(folder_of("flux"), options=replace(SIZE, lora=lora)) for lora in (f"{file}:3", f"{file},{file}:2")
+    )
+    for name, weight in thrice.network.named_parameters():
+        torch.testing.assert_close(twice.network.get_parameter(name), weight, rtol=1e-5, atol=1e-6)
+    assert model_fingerprint(folder_of("flux")) == before
+
+
+def test_the_vae_of_another_folder_decodes(folder_of, copy_of):
+    other = copy_of("sd3")
+    (file,) = (other / "vae").glob("*.safetensors")
+    save_file({name: -tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    own = load(folder_of("sd3"))
+    with torch.no_grad():
+        expected = load(other).decode(noise(own))
+        for vae in (other, other / "vae"):
+            denoiser = load(folder_of("sd3"), options=replace(SIZE, vae=str(vae)))
+            assert torch.equal(denoiser.decode(noise(own)), expected)
+        assert not torch.equal(own.decode(noise(own)), expected)
+
+
+def test_options_that_change_an_image_change_the_models_fingerprint(folder_of, tmp_path):
+    folder = folder_of("sd3")
+    (tmp_path / "a.safetensors").write_bytes(b"a")
+    asked = [
+        AS_IT_IS,
+        ModelOptions(height=24),
+        ModelOptions(width=24),
+        ModelOptions(negative_prompt="a cat"),
+        ModelOptions(without_t5=True),
+        ModelOptions(lora=f"{tmp_path}/a.safetensors"),
+        ModelOptions(lora=f"{tmp_path}/a.safetensors:0.5"),
+        ModelOptions(vae=str(folder / "vae")),
+    ]
+    assert len({model_fingerprint(folder, options) for options in asked}) == len(asked)
+    assert model_fingerprint(folder, ModelOptions(offload_text=True)) == model_fingerprint(folder)
+    before = model_fingerprint(folder, asked[5])
+    (tmp_path / "a.safetensors").write_bytes(b"b")
+    assert model_fingerprint(folder, asked[5]) != before
+
+
+def test_a_model_has_a_negative_prompt_of_its_own(folder_of):
+    plain, own = (load(folder_of("sd3"), options=replace(SIZE, negative_prompt=text)) for text in (None, "a cat"))
+    x, level = noise(plain), torch.tensor(0.5, dtype=torch.float64)
+    with torch.no_grad():
+        expected = plain.denoise(x, level, plain.encode(PROMPTS, 4.5, "a cat"))
+        assert torch.equal(own.denoise(x, level, own.encode(PROMPTS, 4.5)), expected)
+        assert not torch.equal(plain.denoise(x, level, plain.encode(PROMPTS, 4.5)), expected)
+
+
+def test_t5_can_be_left_out(folder_of):
+    whole, left_out = (load(folder_of("sd3"), options=replace(SIZE, without_t5=without)) for without in (False, True))
+    assert (len(whole.text_encoders), len(left_out.text_encoders)) == (3, 2)
+    read, zeros = (one.encode(PROMPTS).text["encoder_hidden_states"] for one in (whole, left_out))
+    assert torch.equal(zeros[:, :TOKEN_LIMIT], read[:, :TOKEN_LIMIT])
+    assert read[:, TOKEN_LIMIT:].any()
+    assert not zeros[:, TOKEN_LIMIT:].any()
+
+
+def test_text_encoders_come_to_the_device_to_encode_and_go_again(folder_of, monkeypatch):
+    denoiser = load(folder_of("flux"), options=replace(SIZE, offload_text=True))
+    moves = []
+    for encoder in denoiser.text_encoders:
+        monkeypatch.setattr(encoder.module, "to", lambda device: moves.append(str(device)))
+    denoiser.encode(PROMPTS)
+    assert moves == []  # the device is the main memory's
+    denoiser.device = torch.device("meta")
+    monkeypatch.setattr(denoiser, "_read", lambda _: {"rows": torch.zeros(1)})
+    denoiser.encode(PROMPTS)
+    assert moves == []
+    denoiser.encode(["another", "and another"])
+    assert moves == ["meta", "meta", "cpu", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        (
+            "ddpm",
+            {"lora": "a.safetensors", "vae": "vae"},
+            "of the family ddpm takes no lora, vae: leave it out",
+        ),
+        ("flux", {"negative_prompt": "a cat"}, "a model of the family flux takes no negative_prompt"),
+        ("flux", {"without_t5": True}, "a model of the family flux takes no without_t5"),
+        ("sd3", {"lora": "none.safetensors"}, "LoRA none.safetensors: there is no such file"),
+        ("sd3", {"vae": "none"}, "VAE none: there is no folder with a config.json"),
+    ],
+)
+def test_options_that_a_model_cannot_do_are_refused(folder_of, tmp_path, name, options, says):
+    folder = save_tiny_family("ddpm", tmp_path) if name == "ddpm" else folder_of(name)
+    for attempt in (load, lambda folder, options: check_assets(str(folder), options)):
+        with pytest.raises(InputError, match=says) as error:
+            attempt(folder, options=ModelOptions(**options))
+        assert "\n" not in str(error.value)
+
+
+def test_a_lora_of_another_model_is_refused(folder_of, tmp_path):
+    file, tensors = save_lora("sdxl", folder_of("sdxl"), tmp_path / "lora")
+    for name in ("sd3", "flux"):
+        with pytest.raises(InputError, match=r"is no LoRA for this \w+Pipeline: ") as error:
+            load(folder_of(name), options=replace(SIZE, lora=str(file)))
+        assert "\n" not in str(error.value)
+    save_file({**tensors, "unet.nowhere.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "more.safetensors")
+    with pytest.raises(InputError, match="is no LoRA for this"):
+        load(folder_of("sdxl"), options=replace(SIZE, lora=str(tmp_path / "more.safetensors")))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cut off"):
+        load(folder_of("sdxl"), options=replace(SIZE, lora=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lora": "weights.bin"}, "LoRA 'weights.bin': name a .safetensors file"),
+        ({"lora": "a.safetensors:inf"}, "a finite scale"),
+        ({"lora": "a.safetensors:much"}, "name a .safetensors file"),
+        ({"lora": "a.safetensors,"}, "LoRA '': name"),
+        ({"negative_prompt": "  "}, "it is empty"),
+        ({"negative_prompt": "a\0"}, "NUL"),
+    ],
+)
+def test_options_that_are_none_are_refused(options, says):
+    with pytest.raises(InputError, match=says):
+        ModelOptions(**options)
+
+
+def test_options_are_read_back_from_what_they_change():
+    asked = ModelOptions(
+        lora="C:/a.safetensors:-0.5", height=24, negative_prompt="x", without_t5=True, offload_text=True
+    )
+    assert asked.loras() == [(Path("C:/a.safetensors"), -0.5)]
+    assert ModelOptions(lora="C:/a.safetensors").loras() == [(Path("C:/a.safetensors"), 1.0)]
+    assert ModelOptions.from_changes(asked.changes(), "x.json: model_options") == replace(asked, offload_text=False)
+    assert AS_IT_IS.changes() == {}
+    for told in ([], {"height": "24"}, {"size": 3}, {"height": True}, {"without_t5": 1}):
+        with pytest.raises(InputError, match=r"^x\.json: model_options is .* no options of a model$"):
+            ModelOptions.from_changes(told, "x.json: model_options")

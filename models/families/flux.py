@@ -36,6 +36,7 @@ class Flux(LatentDiffusion):
         "text_encoder": CLIPTextModel,
         "text_encoder_2": T5EncoderModel,
     }
+    known_options = LatentDiffusion.known_options - {"negative_prompt"}
     tokenizers: ClassVar = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5Tokenizer}
     code = (*LatentDiffusion.code, *code_files("families.flux"))
 
@@ -64,6 +65,7 @@ class Flux(LatentDiffusion):
             latent_shape=(channels, height, width),
             guidance_scale=USUAL_GUIDANCE_SCALE if guided else 1.0,
             guidance=GuidanceKind.EMBEDDED if guided else GuidanceKind.NONE,
+            options=pipeline.options,
         )
 
     @classmethod

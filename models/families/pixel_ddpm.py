@@ -38,6 +38,7 @@ class PixelDDPM(Backbone):
 
     backend = "ddpm"
     modules: ClassVar = {"unet": UNet2DModel}
+    known_options = frozenset({"height", "width"})
     takes_prompts = False
     default_guidance_scale = 1.0
     code = (

@@ -51,6 +51,7 @@ class StableDiffusion(LatentDiffusion):
             process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
             latent_shape=unet_latents(pipeline),
             guidance_scale=USUAL_GUIDANCE_SCALE,
+            options=pipeline.options,
         )
 
     def _read(self, prompt: str) -> Text:

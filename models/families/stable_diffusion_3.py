@@ -36,6 +36,7 @@ class StableDiffusion3(LatentDiffusion):
         "text_encoder_3": T5EncoderModel,
     }
     tokenizers: ClassVar = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5Tokenizer}
+    known_options = LatentDiffusion.known_options | {"without_t5"}
     optional: ClassVar = {"text_encoder_3": "tokenizer_3"}
     code = (*LatentDiffusion.code, *code_files("families.stable_diffusion_3"))
 
@@ -68,6 +69,7 @@ class StableDiffusion3(LatentDiffusion):
             process=FlowMatching.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file), tokens),
             latent_shape=(config.in_channels, height, width),
             guidance_scale=USUAL_GUIDANCE_SCALE,
+            options=pipeline.options,
         )
 
     def _read(self, prompt: str) -> Text:

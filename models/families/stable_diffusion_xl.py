@@ -62,6 +62,7 @@ class StableDiffusionXL(LatentDiffusion):
             guidance_scale=USUAL_GUIDANCE_SCALE,
             zero_unconditional=bool(pipeline.index.get("force_zeros_for_empty_prompt", True)),
             wide_vae=vae.config.force_upcast,
+            options=pipeline.options,
         )
 
     def _read(self, prompt: str) -> Text:
