@@ -24,9 +24,10 @@ from files import only_writer
 from models import Denoiser, load_denoiser
 from models.devices import DTYPES, resolve_device, resolve_dtype
 from models.fingerprints import model_fingerprint
+from models.options import ModelOptions
 from models.pictures import to_pixels
 from models.prompts import first_prompts
-from training.command_line import Finite, require_one_process
+from training.command_line import Finite, require_one_process, takes_model_options
 from training.measuring.comparison import CLASSICAL_BASELINE, TOTAL, Comparison, Entry, parse_baseline
 from training.measuring.evaluation import (
     PREVIEWS,
@@ -157,6 +158,7 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the network.")
 @shows_input_errors
+@takes_model_options
 def main(
     model: str,
     solvers: str,
@@ -178,6 +180,7 @@ def main(
     cache: Path,
     device: str,
     dtype: str,
+    model_options: ModelOptions,
 ) -> None:
     """Print and save a table of solvers: reward, verifier, Fréchet distance, distance to a 200-step reference.
 
@@ -197,10 +200,10 @@ def main(
     prompts = first_prompts(prompt_file, number)
     chosen_on = validation_file or (SHAPES_VALIDATION if model == SHAPES else None)
     validation_prompts = None if chosen_on is None else first_prompts(chosen_on, validation_number)
-    tables = _predictors(model, predictors, exps, budgets) if "epd" in names else []
+    tables = _predictors(model, model_options, predictors, exps, budgets) if "epd" in names else []
 
     number_type = resolve_dtype(dtype)
-    denoiser = load_denoiser(model, device=resolve_device(device), dtype=number_type)
+    denoiser = load_denoiser(model, device=resolve_device(device), dtype=number_type, options=model_options)
     denoiser.validate_prompts([*prompts, *(validation_prompts or [])])
     scale = denoiser.default_guidance_scale if guidance is None else guidance
     scales = [scale] if guidances is None else _scales(guidances)
@@ -228,6 +231,7 @@ def main(
     scene = Scene(
         denoiser=denoiser,
         model=model,
+        model_options=model_options,
         weights=weights,
         store=Store(cache, click.echo),
         guidance_scale=scale,
@@ -251,7 +255,7 @@ def main(
         prompts=prompts,
         settings={
             "command": shlex.join(["python", *sys.argv]),
-            "model": f"{model} (sha256 {scene.model_sha256[:16]})",
+            "model": f"{model}, {model_options} (sha256 {scene.model_sha256[:16]})",
             "prompts": f"the first {number} of {prompt_file}, seeds {seed} to {seed + number - 1}",
             "guidance": scale,
             "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REFERENCE_SCHEDULE}, from the same noise",
@@ -278,6 +282,7 @@ class Scene:
 
     denoiser: Denoiser
     model: str
+    model_options: ModelOptions
     weights: Path
     store: Store
     guidance_scale: float
@@ -287,8 +292,8 @@ class Scene:
 
     @cached_property
     def model_sha256(self) -> str:
-        """Of the model's files."""
-        return model_fingerprint(self.model)
+        """Of the model's files, and how it was loaded."""
+        return model_fingerprint(self.model, self.model_options)
 
     def compare(
         self, solvers: Sequence[Solver], prompts: Sequence[str], validation: Comparison | None
@@ -364,7 +369,9 @@ def _scales(text: str) -> list[float]:
     return scales
 
 
-def _predictors(model: str, sources: Sequence[str], root: Path, budgets: Sequence[int]) -> list[Solver]:
+def _predictors(
+    model: str, options: ModelOptions, sources: Sequence[str], root: Path, budgets: Sequence[int]
+) -> list[Solver]:
     """The tables that were asked for, or all that lie in `root` and were made for the model and a wanted budget."""
     found = [load_solver(source, root) for source in sources] if sources else list(_discovered(model, root))
     fitting = []
@@ -379,6 +386,8 @@ def _predictors(model: str, sources: Sequence[str], root: Path, budgets: Sequenc
     for solver in fitting:
         if solver.model != model:
             click.echo(f"{solver.where} was made for {solver.model}, not for {model}")
+        if solver.model_options.changes() != options.changes():
+            click.echo(f"{solver.where}: its model was loaded {solver.model_options}, and here {options}")
     labels = [solver.label for solver in fitting]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise InputError(f"several predictors are called {min(twice)}: choose among them with --predictor_path")

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
     end_at_once_on_signals()
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -16,9 +17,10 @@ from errors import InputError, shows_input_errors
 from files import only_writer
 from models import load_denoiser
 from models.devices import DTYPES, resolve_device, resolve_dtype
+from models.options import ModelOptions
 from models.prompts import parse_seeds, read_prompts
 from models.registry import traits_of
-from training.command_line import Finite, require_one_process
+from training.command_line import Finite, require_one_process, takes_model_options
 from training.image_folder import LOG_NAME, SHEET_NAME, ImageRequest, draw
 from training.solver import CLASSICAL, Schedule, Solver, classical_solver, load_solver, parse_classical, parse_schedule
 
@@ -53,6 +55,7 @@ Examples:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the network.")
 @shows_input_errors
+@takes_model_options
 def main(
     predictor_path: str | None,
     solver: str | None,
@@ -70,6 +73,7 @@ def main(
     grid: bool,
     device: str,
     dtype: str,
+    model_options: ModelOptions,
 ) -> None:
     """Draw one PNG for each prompt and seed, and a line for each in images.jsonl.
 
@@ -96,7 +100,8 @@ def main(
     if grid and count > LARGEST_SHEET:
         raise InputError(f"--grid shows at most {LARGEST_SHEET} images, not {count}; leave it out")
     number_type = resolve_dtype(dtype)
-    denoiser = load_denoiser(spec, device=resolve_device(device), dtype=number_type)
+    options = _options(model_options, asked)
+    denoiser = load_denoiser(spec, device=resolve_device(device), dtype=number_type, options=options)
     denoiser.validate_prompts(wanted)
     settled = asked.on(denoiser)
     request = ImageRequest(
@@ -104,6 +109,7 @@ def main(
         seeds=numbers,
         solver=settled,
         model=spec,
+        model_options=options,
         batch_size=batch,
         dtype=torch.promote_types(number_type, torch.float32),
         paired=pair,
@@ -164,6 +170,15 @@ def _model(path: str | None, solver: Solver) -> str:
     if path is None and solver.model is None:
         raise InputError(f"{solver.where}: does not say its dataset_name; name the model with --model_path")
     return path or solver.model
+
+
+def _options(asked: ModelOptions, solver: Solver) -> ModelOptions:
+    """How the model is to be loaded: as the options say, else as the solver's was."""
+    if not asked.changes():
+        return replace(solver.model_options, offload_text=asked.offload_text)
+    if solver.origin is not None and asked.changes() != solver.model_options.changes():
+        click.echo(f"{asked} overrides how the predictor's model was loaded, {solver.model_options}")
+    return asked
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import json
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import click
@@ -20,11 +20,12 @@ from errors import InputError, shows_input_errors
 from interrupts import goes_on_by
 from models import Denoiser, load_denoiser
 from models.devices import resolve_device
+from models.options import ModelOptions
 from models.prompts import read_prompts
 from models.registry import usual_prompts
 from schedules import SCHEDULES
 from solvers import SAMPLERS
-from training.command_line import Finite, require_one_process
+from training.command_line import Finite, require_one_process, takes_model_options
 from training.distillation import SEARCHED_POSITIONS
 from training.distillation_run import (
     OPTIONS,
@@ -121,12 +122,22 @@ Examples:
 @click.option("-n", "--dry-run", is_flag=True, help="Print the options and the cost, do nothing.")
 @click.pass_context
 @shows_input_errors
-def main(context: click.Context, outdir: Path, resume: str | None, device: str, dry_run: bool, **told: object) -> None:
+@takes_model_options
+def main(
+    context: click.Context,
+    outdir: Path,
+    resume: str | None,
+    device: str,
+    dry_run: bool,
+    model_options: ModelOptions,
+    **told: object,
+) -> None:
     """Distil an EPD table into a new folder of --outdir: snapshots (.pkl, .json), training_options.json, stats.jsonl.
 
     Interrupt it at will: --resume goes on and ends in the same table.
     """
     require_one_process()
+    told |= {name: value for name, value in asdict(model_options).items() if name != "offload_text"}
     folder = None
     if resume is None:
         options = _options(told)
@@ -144,7 +155,7 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
     if options.init_only:
         check_start(options)
         if not dry_run:
-            denoiser = _denoiser(options, device) if needs_grid(options) else None
+            denoiser = _denoiser(options, device, model_options) if needs_grid(options) else None
             table = start_table(options, denoiser)
             click.echo(f"wrote {write_start(folder or claim_folder(outdir, options), options, table, denoiser)}")
         return
@@ -154,7 +165,7 @@ def main(context: click.Context, outdir: Path, resume: str | None, device: str, 
     click.echo(f"network evaluations, before guidance and gradients: {sum(costs.values()):,} ({parts})")
     if dry_run:
         return
-    denoiser = _denoiser(options, device)
+    denoiser = _denoiser(options, device, model_options)
     lesson = prepare(options, denoiser, prompts)  # before there is a folder: what cannot be taught leaves none behind
     folder = folder or claim_folder(outdir, options)
     click.echo(f"run: {folder}")
@@ -181,9 +192,9 @@ def _options(told: dict[str, object]) -> Options:
     return Options(**{**told, "schedule_rho": rho, "prompt_file": prompt_file})
 
 
-def _denoiser(options: Options, device: str) -> Denoiser:
-    spec = options.model_path or MODEL_OF_DATASET.get(options.dataset_name, options.dataset_name)
-    return load_denoiser(spec, device=resolve_device(device), dtype=torch.float32)
+def _denoiser(options: Options, device: str, asked: ModelOptions) -> Denoiser:
+    how = replace(options.model_options, offload_text=asked.offload_text)
+    return load_denoiser(options.model, device=resolve_device(device), dtype=torch.float32, options=how)
 
 
 def _refuse_out_of_range(context: click.Context, options: Options, folder: Path) -> None:

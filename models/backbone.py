@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from errors import InputError
-from models.denoiser import Conditioning, GuidanceKind, Text
+from models.denoiser import Conditioning, Guidance, GuidanceKind, Text
 from models.loading import LARGEST_SIDE
 from models.options import AS_IT_IS, ModelOptions
 from models.processes import Process, per_row
@@ -54,6 +54,7 @@ class Backbone(ABC):
         modules, tokenizers: the parts of its pipeline's folder, and what each is.
         optional: a text encoder that a pipeline may do without, and its tokenizer.
         known_options: those of `ModelOptions` that it can do.
+        usual_guidance: of its models.
         takes_prompts: see `Denoiser`.
     """
 
@@ -62,15 +63,26 @@ class Backbone(ABC):
     tokenizers: ClassVar[Mapping[str, type[PreTrainedTokenizerBase]]] = MappingProxyType({})
     optional: ClassVar[Mapping[str, str]] = MappingProxyType({})
     known_options: ClassVar[frozenset[str]]
+    usual_guidance: ClassVar[Guidance]
     takes_prompts: ClassVar[bool] = True
-    code = code_files("backbone", "noise_levels", "processes")
+    code = code_files(
+        "additions",
+        "backbone",
+        "checkpoints",
+        "loading",
+        "noise_levels",
+        "options",
+        "pictures",
+        "pipelines",
+        "processes",
+    )
 
     def __init__(
         self,
         name: str,
         network: nn.Module,
         process: Process,
-        guidance: GuidanceKind,
+        guidance: Guidance,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -80,7 +92,7 @@ class Backbone(ABC):
         self.network = frozen(network, device, dtype)
         self.process = process
         self.scheduler_config = process.scheduler_config
-        self.guidance = guidance
+        self.guidance, self.default_guidance_scale = guidance
         self.time_min = process.time_min
         self.sigma_min, self.sigma_max = process.sigma_min, process.sigma_max
 
@@ -101,9 +113,9 @@ class Backbone(ABC):
             )
 
     @classmethod
-    def guidance_of(cls, folder: Path) -> GuidanceKind:
-        """What a guidance scale does to the model in a pipeline's folder; `InputError` where its files do not say."""
-        return GuidanceKind.CLASSIFIER_FREE
+    def guidance_of(cls, folder: Path) -> Guidance:
+        """The guidance of the model in a pipeline's folder, from its configurations."""
+        return cls.usual_guidance
 
     def compile_network(self, backend: str = "inductor") -> None:
         """Have the network compiled by torch, anew for each shape that it is asked at: minutes first, then faster."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ class GuidanceKind(Enum):
     def doubles(self) -> bool:
         """Whether an evaluation at another scale than 1 takes two rows of the network."""
         return self is GuidanceKind.CLASSIFIER_FREE
+
+
+class Guidance(NamedTuple):
+    """What a guidance scale does to a model, and the scale that it is used at where nothing else is said."""
+
+    kind: GuidanceKind
+    usual_scale: float
 
 
 @dataclass

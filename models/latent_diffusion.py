@@ -19,7 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from errors import InputError
 from models.backbone import Backbone, Pipeline, bytes_to_move, code_files, frozen
-from models.denoiser import Conditioning, GuidanceKind, Text
+from models.denoiser import Conditioning, Guidance, GuidanceKind, Text
 from models.devices import check_memory, to_device
 from models.options import AS_IT_IS, ModelOptions
 from models.pictures import to_images
@@ -64,10 +64,9 @@ class TextEncoder:
 class Parts:
     """The same, in the parts that a `LatentDiffusion` has, which were seen to fit each other.
 
-    latent_shape: (C, H, W) of what is drawn. guidance: what a scale of it does. guidance_scale: that the model is used
-    at where nothing else is said. zero_unconditional: whether zeros are the unconditional text where there is no
-    negative prompt. wide_vae: whether the VAE overflows in float16, and is kept in float32 there. options: what was
-    asked for.
+    latent_shape: (C, H, W) of what is drawn. zero_unconditional: whether zeros are the unconditional text where there
+    is no negative prompt. wide_vae: whether the VAE overflows in float16, and is kept in float32 there. options: what
+    was asked for.
     """
 
     network: nn.Module
@@ -75,8 +74,7 @@ class Parts:
     text_encoders: tuple[TextEncoder, ...]
     process: Process
     latent_shape: tuple[int, int, int]
-    guidance_scale: float
-    guidance: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
+    guidance: Guidance
     zero_unconditional: bool = False
     wide_vae: bool = False
     options: ModelOptions = AS_IT_IS
@@ -86,10 +84,7 @@ class LatentDiffusion(Backbone):
     """The machinery of all families of them; one says what its network reads, and how it is called."""
 
     known_options = frozenset({"lora", "vae", "height", "width", "negative_prompt"})
-    code = (
-        *Backbone.code,
-        *code_files("additions", "checkpoints", "latent_diffusion", "loading", "options", "pictures", "pipelines"),
-    )
+    code = (*Backbone.code, *code_files("latent_diffusion"))
 
     def __init__(
         self,
@@ -115,7 +110,6 @@ class LatentDiffusion(Backbone):
         for encoder in encoders:
             frozen(encoder, self._resting_place, dtype)
         self.text_encoders = parts.text_encoders
-        self.default_guidance_scale = parts.guidance_scale
         self.latent_shape = parts.latent_shape
         self._zero_unconditional = parts.zero_unconditional
         self._negative_prompt = parts.options.negative_prompt or ""

@@ -51,6 +51,10 @@ class ModelOptions:
         """The files and folders that are read beside the model's own."""
         return [*(file for file, _ in self.loras()), *([Path(self.vae)] if self.vae else [])]
 
+    def __str__(self) -> str:
+        """As a person asks for it: `height=512 lora=style.safetensors:0.8`."""
+        return " ".join(f"{name}={value}" for name, value in sorted(self.changes().items())) or "as it comes"
+
     @classmethod
     def from_changes(cls, told: Any, source: str) -> ModelOptions:
         """The inverse of `changes`, from a file; `source` names it, and the key, in messages.

@@ -16,7 +16,7 @@ from torch import Tensor
 from errors import InputError
 from models import asset_table
 from models.asset_table import AssetFile
-from models.denoiser import Denoiser, GuidanceKind
+from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser, Guidance, GuidanceKind
 from models.options import AS_IT_IS, ModelOptions
 
 if TYPE_CHECKING:
@@ -134,14 +134,14 @@ class Traits(NamedTuple):
     """What is known of a model before it is loaded; see `Denoiser`."""
 
     takes_prompts: bool
-    guidance: GuidanceKind
+    guidance: Guidance
 
 
 def traits_of(spec: str) -> Traits:
     """What the files of a model say of it, without loading it; `InputError` where they are not there."""
     path = _found(spec)
     if path.is_file():
-        return Traits(takes_prompts=True, guidance=GuidanceKind.CLASSIFIER_FREE)
+        return Traits(takes_prompts=True, guidance=Guidance(GuidanceKind.CLASSIFIER_FREE, USUAL_GUIDANCE_SCALE))
     from models.pipelines import contents_of  # with diffusers, which takes seconds to import
 
     family = contents_of(path).family

@@ -159,7 +159,7 @@ def test_what_a_family_says_of_itself(name, folder_of):
         name, GuidanceKind.CLASSIFIER_FREE
     )
     assert denoiser.guidance is kind
-    assert denoiser.guidance_of(folder_of(name)) is kind
+    assert denoiser.guidance_of(folder_of(name)) == (kind, denoiser.default_guidance_scale)
     usual = {"sdxl": 5.0, "sdxl, v": 5.0, "flux": 3.5, "flux without guidance": 1.0}
     assert denoiser.default_guidance_scale == denoiser.encode(PROMPTS).guidance_scale == usual.get(name, 7.0)
     assert (denoiser.image_size, denoiser.latent_shape) == ((HEIGHT, WIDTH), (4, HEIGHT // 2, WIDTH // 2))
@@ -246,7 +246,7 @@ def test_a_solver_counts_the_rows_that_guidance_takes(name, rows, folder_of):
         settled = solver.on(denoiser)
         assert settled.evaluations.rows == rows * settled.evaluations.total
         assert settled.rows_at_once == rows
-    assert traits_of(str(folder_of(name))).guidance is denoiser.guidance
+    assert traits_of(str(folder_of(name))).guidance.kind is denoiser.guidance
 
 
 def test_guidance_and_negative_prompts_are_refused_where_there_is_none(folder_of):

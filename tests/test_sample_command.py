@@ -458,3 +458,38 @@ def test_an_unconditional_model_is_drawn_without_a_prompt(tmp_path):
         refused = run(*asked, *more, "--outdir", tmp_path / "more")
         assert (refused.exit_code, refused.output) == (2, f"Error: {says}\n")
         assert not (tmp_path / "more").exists()
+
+
+def test_how_a_model_is_to_be_loaded_is_asked_for_or_taken_from_the_predictor(tmp_path):
+    folder = save_tiny_family("sd3", tmp_path / "model")
+    options = {"height": 24, "negative_prompt": "a cat", "without_t5": True}
+    metadata = {**METADATA, "schedule_type": "flowmatch", "model_options": options}
+    predictor = save_snapshot(tmp_path / "network-snapshot-000001", TABLE, metadata)
+    drawing = ("--model_path", folder, "--prompt", "a dog", "--seeds", "0")
+    table = ("--predictor_path", predictor)
+    asked = ("--height", 24, "--negative-prompt", "a cat", "--without-t5")
+    for name, arguments in {
+        "taken": table,
+        "asked": (*table, *asked),
+        "changed": (*table, "--width", "24"),
+        "classical": ("--solver", "ddim", "--num-steps", "3", *asked),
+    }.items():
+        result = run(*drawing, *arguments, "--outdir", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert ("width=24 overrides how the predictor's model was loaded, height=24" in result.output) == (
+            name == "changed"
+        )
+    drawn = {name: next(iter(pixels(tmp_path / name).values())) for name in ("taken", "asked", "changed", "classical")}
+    assert np.array_equal(drawn["taken"], drawn["asked"])
+    assert [drawn[name].shape for name in drawn] == [(24, 16, 3), (24, 16, 3), (16, 24, 3), (24, 16, 3)]
+    assert [records(tmp_path / name)[0]["model_options"] for name in drawn] == [
+        options,
+        options,
+        {"width": 24},
+        options,
+    ]
+    plain = run(*drawing, "--solver", "ddim", "--num-steps", "3", "--outdir", tmp_path / "plain")
+    assert plain.exit_code == 0, plain.output
+    assert records(tmp_path / "plain")[0]["model_options"] is None
+    refused = run(*drawing, "--solver", "ddim", "--num-steps", "3", "--lora", "none.safetensors:2")
+    assert (refused.exit_code, refused.output) == (2, "Error: LoRA none.safetensors: there is no such file\n")

@@ -18,6 +18,7 @@ import scripts.eval
 import scripts.finetune
 import train
 from files import only_writer
+from tests.tiny_families import save_tiny_family
 from tests.tiny_pipeline import save_tiny_pipeline
 from training.distillation import Refinement
 from training.snapshot import find_snapshot, load_snapshot
@@ -295,3 +296,31 @@ def test_prompts_that_the_model_cannot_take_are_named(pipeline, workplace):
     (workplace / "prompts.txt").write_text("a dog\n" + "a dog " * 40)
     assert "it is 160 tokens long" in refusal(run(*small(pipeline)))
     assert not (workplace / "exps").exists()
+
+
+def test_how_the_model_was_loaded_is_kept_and_older_files_do_not_say_it(pipeline, workplace):
+    asked = ("--height", 24, "--negative-prompt", "a cat")
+    result = run("--dataset_name", "tiny", "--model_path", pipeline, "--num_steps", 3, "--init-only", *asked)
+    assert result.exit_code == 0, result.output
+    (folder,) = (workplace / "exps").iterdir()
+    _, metadata = load_snapshot(folder / "network-snapshot-000000.pkl")
+    assert metadata["model_options"] == {"height": 24, "negative_prompt": "a cat"}
+    file = folder / "training_options.json"
+    told = json.loads(file.read_text())
+    (folder / "network-snapshot-000000.json").unlink()
+    assert "height=32 contradicts" in refusal(run("--resume", folder, "--height", 32))
+    new = ("lora", "vae", "height", "width", "negative_prompt", "without_t5")
+    older = {key: told[key] for key in told if key not in new}
+    file.write_text(json.dumps(older))
+    result = run("--resume", folder)
+    assert result.exit_code == 0, result.output
+    assert "model_options" not in load_snapshot(folder / "network-snapshot-000000.pkl")[1]
+
+
+def test_a_start_is_guided_as_its_model_usually_is(workplace):
+    for name, scale in (("sd3", 7.0), ("flux", 3.5)):
+        model = save_tiny_family(name, workplace / name)
+        result = run("--dataset_name", name, "--model_path", model, "--num_steps", 3, "--init-only")
+        assert result.exit_code == 0, result.output
+        (folder,) = (workplace / "exps").glob(f"*-{name}-*")
+        assert load_snapshot(folder / "network-snapshot-000000.pkl")[1]["guidance_rate"] == scale

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import wraps
+from typing import Any, TypeVar
 
 import click
 
 from errors import InputError
+from models.options import ModelOptions
+
+Result = TypeVar("Result")
 
 LAUNCHERS = {"WORLD_SIZE": "torchrun", "SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 """Where those that start a command several times write how many times."""
@@ -29,6 +34,28 @@ def require_one_process() -> None:
     number, launcher = started_processes()
     if number > 1:
         raise InputError(f"{launcher} started {number} processes of this command, which runs in one: start it once")
+
+
+def takes_model_options(command: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorate a click command: it takes the options of model loading, and gets them as `model_options`."""
+
+    @wraps(command)
+    def wrapped(*args: Any, lora: tuple[str, ...], **kwargs: Any) -> Result:
+        told = {field.name: kwargs.pop(field.name) for field in fields(ModelOptions) if field.name != "lora"}
+        return command(*args, model_options=ModelOptions(lora=",".join(lora) or None, **told), **kwargs)
+
+    pixels = click.IntRange(1, 2**14)
+    for option in (
+        click.option("--offload-text", is_flag=True, help="Keep the text encoders in main memory between encodings."),
+        click.option("--without-t5", is_flag=True, help="Leave T5 out, where the model can do without it (SD3)."),
+        click.option("--negative-prompt", help="What guidance leads away from. [the empty prompt]"),
+        click.option("--width", type=pixels, help="Of the images, in pixels. [the model's own]"),
+        click.option("--height", type=pixels, help="Of the images, in pixels. [the model's own]"),
+        click.option("--vae", help="A folder with another VAE, or a pipeline's whose VAE is to be used."),
+        click.option("--lora", multiple=True, metavar="FILE[:SCALE]", help="Add LoRA weights; may be repeated."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 class Finite(click.FloatRange):

@@ -19,7 +19,7 @@ import sys
 import types
 import typing
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,9 @@ from tqdm import tqdm
 from errors import InputError
 from files import only_writer, removed_if_it_fails, write_atomically
 from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
+from models.options import ModelOptions
 from models.randomness import generator_of
+from models.registry import traits_of
 from solvers import EPDTable, network_evaluations
 from training.checkpoint import fitting, read_tensors, write_tensors
 from training.configuration import SHOWN
@@ -49,6 +51,7 @@ from training.distillation import (
 from training.networks import EPD_predictor, Plain
 from training.run_folder import MetricsLog
 from training.snapshot import load_snapshot, save_snapshot
+from training.solver import MODEL_OF_DATASET, MODEL_OPTIONS
 
 OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teacher.pt", "training-state.pt"
 
@@ -71,7 +74,8 @@ class Options:
     grid. trajectories: how many the teacher is followed on; a quarter of them is held out. batch: trajectories an
     update. batch_gpu: trajectories at once on the device. total_kimg: thousands of trajectories that all updates
     together see. lr, coslr: Adam's step size, and whether it decays. target: what the last states are compared as.
-    prompt_file: None with init_only. init_only: write a start, train nothing. start: which (`training.starts`).
+    prompt_file: None with init_only. init_only: write a start, train nothing. start: which (`training.starts`). What
+    follows it: see `models.options.ModelOptions`.
     """
 
     dataset_name: str
@@ -99,6 +103,24 @@ class Options:
     prompt_file: str | None
     init_only: bool
     start: str = "near_euler"
+    lora: str | None = None
+    vae: str | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | None = None
+    without_t5: bool = False
+
+    @property
+    def model(self) -> str:
+        """What `load_denoiser` is asked for."""
+        return self.model_path or MODEL_OF_DATASET.get(self.dataset_name, self.dataset_name)
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """And how."""
+        return ModelOptions(
+            self.lora, self.vae, self.height, self.width, self.negative_prompt, without_t5=self.without_t5
+        )
 
     @property
     def nfe(self) -> int:
@@ -127,7 +149,7 @@ class Options:
     def metadata(self, denoiser: Denoiser | None) -> dict[str, Plain]:
         """What the snapshots say about their table; of a model that was not loaded, what only it knows is None.
 
-        Its guidance is then the scale that every model here has by default.
+        Its guidance is then the usual one of its family, and, where there is no model, of Stable Diffusion.
         """
         known = (
             {"sigma_min": None, "sigma_max": None, "img_resolution": None}
@@ -138,7 +160,7 @@ class Options:
                 "img_resolution": denoiser.image_size[0],
             }
         )
-        default = USUAL_GUIDANCE_SCALE if denoiser is None else denoiser.default_guidance_scale
+        default = self._usual_guidance() if denoiser is None else denoiser.default_guidance_scale
         guidance = default if self.guidance_rate is None else self.guidance_rate
         keys = ("dataset_name", "sampler_stu", "sampler_tea", "M", "schedule_type", "schedule_rho", "afs")
         return {
@@ -146,8 +168,15 @@ class Options:
             "guidance_type": "uncond" if guidance == 1 else "cfg",
             "guidance_rate": guidance,
             **({"model_path": self.model_path} if self.model_path else {}),
+            **({MODEL_OPTIONS: changes} if (changes := self.model_options.changes()) else {}),
             **known,
         }
+
+    def _usual_guidance(self) -> float:
+        try:
+            return traits_of(self.model).guidance.usual_scale
+        except InputError:  # a start can be written before its model is there
+            return USUAL_GUIDANCE_SCALE
 
     def evaluations(self) -> dict[str, int]:
         """Network evaluations of one latent, by phase, without the doubling by guidance and by a gradient."""
@@ -209,7 +238,7 @@ def load_options(folder: Path) -> Options:
         raise InputError(f"{file}: no readable options of a distillation ({error})") from error
     kinds = typing.get_type_hints(Options)
     if isinstance(told, dict):
-        told = {"start": Options.start, **told}  # which older files do not name
+        told = {field.name: field.default for field in fields(Options) if field.default is not MISSING} | told
     if not isinstance(told, dict) or told.keys() != kinds.keys():
         raise InputError(f"{file}: no options of a distillation: they are {', '.join(kinds)}, and no others")
     for key, kind in kinds.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from errors import InputError
 from files import append_whole, write_atomically
 from models.denoiser import Denoiser
 from models.generate import Decoded, decode
+from models.options import AS_IT_IS, ModelOptions
 from models.pictures import contact_sheet, file_stem, png_text, to_pixels
+from training.networks import Plain
 from training.solver import Solver
 
 LOG_NAME = "images.jsonl"
@@ -31,6 +33,7 @@ LINE_BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85
 class ImageRecord:
     """One line of images.jsonl; evaluations are an image's, before guidance, which doubles them unless it is 1.
 
+    model_options: how the model was loaded; None where that was as it comes.
     guidance: None where the table has a scale of its own for each evaluation.
     """
 
@@ -38,6 +41,7 @@ class ImageRecord:
     prompt: str
     seed: int
     model: str
+    model_options: Mapping[str, Plain] | None
     solver: str
     schedule: str
     num_steps: int
@@ -53,7 +57,8 @@ class ImageRecord:
 class ImageRequest:
     """What is to be drawn: every prompt with every seed, or `paired`, prompt i with seed i.
 
-    solver: settled for the model. model: the name or path by which that was asked for. dtype: of the latents.
+    solver: settled for the model. model: the name or path by which that was asked for. model_options: how it was
+    loaded. dtype: of the latents.
     """
 
     prompts: Sequence[str]
@@ -63,6 +68,7 @@ class ImageRequest:
     batch_size: int
     dtype: torch.dtype
     paired: bool = False
+    model_options: ModelOptions = AS_IT_IS
 
     def pairs(self) -> list[tuple[int, str, int]]:
         """The images in order: number of the prompt, prompt, seed."""
@@ -143,6 +149,7 @@ def _record(request: ImageRequest, number: int, prompt: str, seed: int, *, finit
         prompt=prompt,
         seed=seed,
         model=request.model,
+        model_options=request.model_options.changes() or None,
         solver=solver.label if origin is None else solver.sampler,
         schedule=solver.grid_name,
         num_steps=solver.num_steps,

@@ -20,6 +20,7 @@ from errors import InputError
 from models.denoiser import Denoiser, GuidanceKind
 from models.fingerprints import file_sha256
 from models.generate import Asked, Measure, conditioned, initial_noise
+from models.options import AS_IT_IS, ModelOptions
 from schedules import SCHEDULES, get_schedule
 from solvers import (
     COLUMNS,
@@ -56,6 +57,9 @@ MULTISTEP_ORDERS = {"dpmpp": (1, 2, 3), "ipndm": (1, 2, 3, 4)}  # orders that ca
 MODEL_OF_DATASET = {"ms_coco": "sd15"}
 # The public code base's name of the family of Stable Diffusion 1.x, the one that files without a `backend` mean.
 USUAL_BACKEND = "ldm"
+
+MODEL_OPTIONS = "model_options"
+"""The key of a snapshot that says how its model was loaded; not there where that was as it comes."""
 
 # How the public code base calls the one EPD solver in its snapshots, and its plug-in for iPNDM.
 EPD_NAMES = (None, "epd", "epd_parallel")
@@ -111,7 +115,8 @@ class Solver:
     guidance_scale: the one scale of all evaluations, 1 for none; None where the table has a column of its own, and
     until `on` a model where its default is meant. guidance_kind: what a scale does to the model, taken for classifier-
     free guidance until `on` one.
-    model: what it was made for, by name or path; None where nothing says. origin: the file it was read from, if any.
+    model: what it was made for, by name or path; None where nothing says. model_options: how that was loaded. origin:
+    the file it was read from, if any.
     """
 
     label: str
@@ -126,6 +131,7 @@ class Solver:
     guidance_scale: float | None = None
     guidance_kind: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
     model: str | None = None
+    model_options: ModelOptions = AS_IT_IS
     origin: Origin | None = None
 
     @property
@@ -315,6 +321,7 @@ def solver_of(table: EPDTable, origin: Origin) -> Solver:
         sigma_range=(says.number("sigma_min"), says.number("sigma_max")),
         guidance_scale=None if table.guidance is not None else says.guidance_scale(),
         model=says.model(),
+        model_options=says.model_options(),
         origin=origin,
     )
 
@@ -370,6 +377,10 @@ class _Says(NamedTuple):
         if backend not in (None, USUAL_BACKEND):
             dataset = backend  # what is called ms_coco there is another model's
         return self.text("model_path") or MODEL_OF_DATASET.get(dataset, dataset)
+
+    def model_options(self) -> ModelOptions:
+        told = self.origin.metadata.get(MODEL_OPTIONS)
+        return ModelOptions.from_changes({} if told is None else told, f"{self.origin.file}: {MODEL_OPTIONS}")
 
     def fault(self, key: str, value: Plain, remedy: str) -> InputError:
         return InputError(f"{self.origin.file}: {key} is {value!r}; {remedy}")

@@ -15,13 +15,13 @@ from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from models.backbone import Pipeline, code_files, sides
-from models.denoiser import GuidanceKind, Text
+from models.denoiser import Guidance, GuidanceKind, Text
 from models.latent_diffusion import LatentDiffusion, Parts, TextEncoder, pixels_per_latent, require_fit
 from models.loading import read_json
 from models.processes import FlowMatching
 
-USUAL_GUIDANCE_SCALE = 3.5
-T5_TOKENS = {True: 512, False: 256}  # that the transformer reads of T5, by whether it is told its guidance
+DEV, SCHNELL = Guidance(GuidanceKind.EMBEDDED, 3.5), Guidance(GuidanceKind.NONE, 1.0)
+T5_TOKENS = {DEV: 512, SCHNELL: 256}  # that the transformer reads of T5
 PATCH = 2  # latents a token along each side
 NATIVE_SIDE = 128  # latents; the transformer's configuration does not say it
 
@@ -53,26 +53,24 @@ class Flux(LatentDiffusion):
         require_fit(pipeline, "numbers of pooled text", config.pooled_projection_dim, clip.config.hidden_size)
         height, width = sides(pipeline, (NATIVE_SIDE, NATIVE_SIDE), pixels=pixels_per_latent(vae), patch=PATCH)
         tokens = height * width // PATCH**2
-        guided = config.guidance_embeds
+        guidance = DEV if config.guidance_embeds else SCHNELL
         return Parts(
             network=transformer,
             vae=vae,
             text_encoders=(
                 TextEncoder(clip, tokenizer, tokenizer.model_max_length, reads_all=False),
-                TextEncoder(t5, pipeline.tokenizers["tokenizer_2"], T5_TOKENS[bool(guided)]),
+                TextEncoder(t5, pipeline.tokenizers["tokenizer_2"], T5_TOKENS[guidance]),
             ),
             process=FlowMatching.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file), tokens),
             latent_shape=(channels, height, width),
-            guidance_scale=USUAL_GUIDANCE_SCALE if guided else 1.0,
-            guidance=GuidanceKind.EMBEDDED if guided else GuidanceKind.NONE,
+            guidance=guidance,
             options=pipeline.options,
         )
 
     @classmethod
-    def guidance_of(cls, folder: Path) -> GuidanceKind:
+    def guidance_of(cls, folder: Path) -> Guidance:
         """See `Backbone.guidance_of`."""
-        told = read_json(folder / "transformer" / "config.json").get("guidance_embeds", False)
-        return GuidanceKind.EMBEDDED if told else GuidanceKind.NONE
+        return DEV if read_json(folder / "transformer" / "config.json").get("guidance_embeds") else SCHNELL
 
     def _read(self, prompt: str) -> Text:
         clip, t5 = (encoder(prompt, self.device) for encoder in self.text_encoders)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from errors import InputError
 from models.backbone import Backbone, Pipeline, bytes_to_move, code_files, sides
-from models.denoiser import Conditioning, GuidanceKind, Text
+from models.denoiser import Conditioning, Guidance, GuidanceKind, Text
 from models.devices import check_memory
 from models.loading import require_size
 from models.pictures import to_images
@@ -39,13 +38,9 @@ class PixelDDPM(Backbone):
     backend = "ddpm"
     modules: ClassVar = {"unet": UNet2DModel}
     known_options = frozenset({"height", "width"})
+    usual_guidance = Guidance(GuidanceKind.NONE, 1.0)
     takes_prompts = False
-    default_guidance_scale = 1.0
-    code = (
-        *Backbone.code,
-        *code_files("checkpoints", "families.pixel_ddpm", "loading", "options", "pictures", "pipelines"),
-        *code_files("pixel_diffusion"),
-    )
+    code = (*Backbone.code, *code_files("families.pixel_ddpm", "pixel_diffusion"))
 
     @classmethod
     def assembled(cls, pipeline: Pipeline) -> PixelParts:
@@ -56,17 +51,12 @@ class PixelDDPM(Backbone):
         size = sides(pipeline, require_size(unet, pipeline.source), pixels=1, patch=patch)
         return PixelParts(checked(unet, pipeline.scheduler_file, str(pipeline.source)), size)
 
-    @classmethod
-    def guidance_of(cls, folder: Path) -> GuidanceKind:
-        """See `Backbone.guidance_of`."""
-        return GuidanceKind.NONE
-
     def __init__(self, name: str, parts: PixelParts, *, device: torch.device, dtype: torch.dtype) -> None:
         """Raises `InputError` where the device has too little memory."""
         model = parts.model
         check_memory(f"Model {name}", bytes_to_move(model.network, device, dtype), device)
         process = VariancePreserving.from_scheduler_config(model.scheduler_config, name, known=PREDICTION_TYPES)
-        super().__init__(name, model.network, process, GuidanceKind.NONE, device=device, dtype=dtype)
+        super().__init__(name, model.network, process, self.usual_guidance, device=device, dtype=dtype)
         self.latent_shape = (model.network.config.in_channels, *parts.size)
         self.image_size = parts.size
         self._clip_range = math.inf if model.clip_range is None else model.clip_range

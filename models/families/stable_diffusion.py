@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from errors import InputError
 from models.backbone import Pipeline, code_files, sides
-from models.denoiser import USUAL_GUIDANCE_SCALE, Text
+from models.denoiser import USUAL_GUIDANCE_SCALE, Guidance, GuidanceKind, Text
 from models.latent_diffusion import LatentDiffusion, Parts, TextEncoder, pixels_per_latent
 from models.loading import require_size
 from models.processes import VariancePreserving
@@ -23,6 +23,7 @@ class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1.x or 2.x."""
 
     backend = "ldm"
+    usual_guidance = Guidance(GuidanceKind.CLASSIFIER_FREE, USUAL_GUIDANCE_SCALE)
     modules: ClassVar = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     tokenizers: ClassVar = {"tokenizer": CLIPTokenizer}
     code = (*LatentDiffusion.code, *code_files("families.stable_diffusion", "compvis"))
@@ -50,7 +51,7 @@ class StableDiffusion(LatentDiffusion):
             text_encoders=(TextEncoder(encoder, tokenizer, limit),),
             process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
             latent_shape=unet_latents(pipeline),
-            guidance_scale=USUAL_GUIDANCE_SCALE,
+            guidance=cls.usual_guidance,
             options=pipeline.options,
         )
 

@@ -11,12 +11,11 @@ from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from models.backbone import Pipeline, code_files, sides
-from models.denoiser import Text
+from models.denoiser import Guidance, GuidanceKind, Text
 from models.latent_diffusion import LatentDiffusion, Parts, TextEncoder, pixels_per_latent, require_fit
 from models.loading import require_size
 from models.processes import FlowMatching
 
-USUAL_GUIDANCE_SCALE = 7.0
 T5_TOKENS = 256  # that the transformer reads of T5, its mark included
 
 
@@ -28,6 +27,7 @@ class StableDiffusion3(LatentDiffusion):
     """
 
     backend = "sd3"
+    usual_guidance = Guidance(GuidanceKind.CLASSIFIER_FREE, 7.0)
     modules: ClassVar = {
         "transformer": SD3Transformer2DModel,
         "vae": AutoencoderKL,
@@ -68,7 +68,7 @@ class StableDiffusion3(LatentDiffusion):
             text_encoders=tuple(encoders),
             process=FlowMatching.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file), tokens),
             latent_shape=(config.in_channels, height, width),
-            guidance_scale=USUAL_GUIDANCE_SCALE,
+            guidance=cls.usual_guidance,
             options=pipeline.options,
         )
 

@@ -11,12 +11,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from errors import InputError
 from models.backbone import Pipeline, code_files
-from models.denoiser import Text
+from models.denoiser import Guidance, GuidanceKind, Text
 from models.families.stable_diffusion import unet_latents
 from models.latent_diffusion import LatentDiffusion, Parts, TextEncoder, require_fit
 from models.processes import VariancePreserving
 
-USUAL_GUIDANCE_SCALE = 5.0
 SIZES = 6  # that the UNet is told: of the original, of the corner it was cropped at, of the target; height, width each
 
 
@@ -24,6 +23,7 @@ class StableDiffusionXL(LatentDiffusion):
     """Stable Diffusion XL; the refiner, which only finishes images, is another model."""
 
     backend = "sdxl"
+    usual_guidance = Guidance(GuidanceKind.CLASSIFIER_FREE, 5.0)
     modules: ClassVar = {
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
@@ -59,7 +59,7 @@ class StableDiffusionXL(LatentDiffusion):
             ),
             process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
             latent_shape=unet_latents(pipeline),
-            guidance_scale=USUAL_GUIDANCE_SCALE,
+            guidance=cls.usual_guidance,
             zero_unconditional=bool(pipeline.index.get("force_zeros_for_empty_prompt", True)),
             wide_vae=vae.config.force_upcast,
             options=pipeline.options,

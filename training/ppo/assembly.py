@@ -23,7 +23,7 @@ from training.command_line import started_processes
 from training.configuration import LoadedConfig
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
 from training.ppo.cold_start import GRID, ColdStart, prepare_table
-from training.ppo.config import Config, apply_snapshot, with_usual
+from training.ppo.config import Config, apply_snapshot, model_options, with_usual
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch
 from training.ppo.panels import SHAPES, VerifierPanel
 from training.ppo.policy import EPDParamPolicy
@@ -239,7 +239,7 @@ def guidance_scale(config: Config) -> float | None:
 def costs(start: Start) -> Costs:
     """What a step costs; looks into the model's files, and loads none."""
     config = start.config
-    solver = replace(start.solver, guidance_kind=traits_of(model_spec(config)).guidance)
+    solver = replace(start.solver, guidance_kind=traits_of(model_spec(config)).guidance.kind)
     updates_a_pass = -(-config.ppo.rollout_batch_size // config.ppo.minibatch_size)
     return Costs(
         evaluations=solver.evaluations,
@@ -260,7 +260,7 @@ def path_faults(config: Config) -> Iterator[str]:
     if config.data.prompt_csv is not None:
         checks.append((f"data.prompt_csv={config.data.prompt_csv}", lambda: _read_prompts(config.data.prompt_csv)))
     if spec is not None:
-        checks.append((f"model {spec}", lambda: check_assets(spec)))
+        checks.append((f"model {spec}", lambda: check_assets(spec, model_options(config))))
     if config.model.compile:
         checks.append(("model.compile=true", lambda: check_compiler(resolve_device(config.run.device))))
     for path in (config.reward.weights_path, *config.reward.mix):
@@ -296,6 +296,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
         device=fabric.device,
         dtype=resolve_dtype(config.model.dtype),
         compiled=config.model.compile,
+        options=model_options(config),
     )
     start = replace(start, solver=start.solver.on(denoiser))
     prompts = read_prompts(config.data.prompt_csv)

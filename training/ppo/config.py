@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.options import ModelOptions
 from models.registry import usual_prompts
 from schedules import SCHEDULES
 from training.configuration import OVERRIDE, Disagreements, LoadedConfig, Schema, knob, raise_all
@@ -60,6 +61,13 @@ class ModelConfig:
     schedule_rho: float | None = knob(None, "exponent of the sigma grid", above=0)
     num_steps: int | None = knob(None, "grid points of the sampler, one more than its intervals", at_least=2)
     num_points: int | None = knob(None, "parallel network evaluations per interval, K", at_least=0)
+    lora: str | None = knob(None, "LoRA weights to add: FILE or FILE:SCALE, several with commas between them")
+    vae: str | None = knob(None, "folder of another VAE, or of a pipeline whose VAE is to be used")
+    height: int | None = knob(None, "of the images, in pixels; null: the model's own", at_least=1)
+    width: int | None = knob(None, "of the images, in pixels; null: the model's own", at_least=1)
+    negative_prompt: str | None = knob(None, "what guidance leads away from; null: the empty prompt")
+    without_t5: bool = knob(False, "leave the text encoder T5 out, where the model can do without it")
+    offload_text: bool = knob(False, "keep the text encoders in main memory between encodings; changes no image")
     dtype: str = knob("float32", "precision of the frozen network", choices=("float32", "float16", "bfloat16"))
     compile: bool = knob(False, "have the network compiled by torch.compile: the first step takes minutes longer")
 
@@ -244,6 +252,19 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
                 f"{key}={ours}: {snapshot.where} was made with {theirs}: set the key to null, "
                 f"or insist with {OVERRIDE} {key}={ours}"
             )
+    for name, theirs in dataclasses.asdict(snapshot.model_options).items():
+        key, ours = f"model.{name}", getattr(model, name)
+        if name == "offload_text" or ours == theirs:
+            continue
+        if not ours:
+            chosen[name] = theirs
+        elif key in loaded.overridden:
+            notes.append(f"{key}={ours} by {OVERRIDE}; {snapshot.where} was made with {theirs}")
+        else:
+            faults.append(
+                f"{key}={ours}: {snapshot.where} was made with {theirs}: leave the key out, "
+                f"or insist with {OVERRIDE} {key}={ours}"
+            )
     if model.model_path is None and chosen.get("dataset_name") == fixed["dataset_name"]:
         chosen["model_path"] = metadata.get("model_path")
     config = with_usual(dataclasses.replace(loaded.config, model=dataclasses.replace(model, **chosen)))
@@ -254,6 +275,11 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
         )
     raise_all(faults)
     return config, notes
+
+
+def model_options(config: Config) -> ModelOptions:
+    """How the model is to be loaded. Raises InputError where a text of it is none."""
+    return ModelOptions(**{field.name: getattr(config.model, field.name) for field in dataclasses.fields(ModelOptions)})
 
 
 def with_usual(config: Config) -> Config:
@@ -286,6 +312,12 @@ FIXED = (
     "model.guidance_rate",
     "model.schedule_type",
     "model.schedule_rho",
+    "model.lora",
+    "model.vae",
+    "model.height",
+    "model.width",
+    "model.negative_prompt",
+    "model.without_t5",
     "reward.mix",
     "ppo.train",
     *(f"ppo.{key}" for key in dict.fromkeys(drawn.spread for drawn in DRAWN.values())),

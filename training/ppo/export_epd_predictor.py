@@ -30,10 +30,10 @@ from training.configuration import to_plain
 from training.diffusers_export import write_diffusers
 from training.ppo.assembly import Start, from_plain, guidance_scale, mean_of, policy_of
 from training.ppo.checkpoint import largest_difference, load_checkpoint, require_equal, table_to_plain
-from training.ppo.config import SNAPSHOT_KEYS, build_config
+from training.ppo.config import SNAPSHOT_KEYS, build_config, model_options
 from training.run_folder import RunFolder, read_metrics
 from training.snapshot import GRID, load_snapshot, private_parts, save_snapshot
-from training.solver import Solver, load_solver
+from training.solver import MODEL_OPTIONS, Solver, load_solver
 
 SNAPSHOT_TOLERANCE = 1e-6
 """How far the numbers read back from a .pkl may be from the exported ones: it holds float32 parameters."""
@@ -141,7 +141,9 @@ def snapshot_metadata(export: Export) -> dict[str, Any]:
     """The starting snapshot's metadata with the settings that the table was tuned for."""
     model = export.start.config.model
     settled = {name: getattr(model, name) for name in SNAPSHOT_KEYS}
-    named = {"model_path": model.model_path} if model.model_path else {}
+    named: dict[str, Any] = {"model_path": model.model_path} if model.model_path else {}
+    if changes := model_options(export.start.config).changes():
+        named[MODEL_OPTIONS] = changes
     guidance = {"guidance_rate": None if export.table.guidance is not None else guidance_scale(export.start.config)}
     own: dict[str, Any] = {}
     if export.sigmas is not None:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
+from models.options import ModelOptions
 from solvers import EPDTable
 from training.configuration import LoadedConfig, config_hash, to_plain, to_yaml, value_of
-from training.ppo.config import KNOBS, Config, apply_snapshot, build_config, load_config
+from training.ppo.config import KNOBS, Config, apply_snapshot, build_config, load_config, model_options
 from training.solver import Origin, Solver, solver_of
 
 CFGS = Path(__file__).resolve().parents[1] / "cfgs"
@@ -393,6 +394,20 @@ def test_contradicted_snapshot_is_an_error_unless_overridden():
     config, notes = apply_snapshot(least("model.guidance_rate=5"), snapshot(METADATA))
     assert config.model.guidance_rate == 5.0
     assert notes == ["model.guidance_rate=5.0 by --override; a.pkl says 7.5"]
+
+
+def test_how_the_model_was_loaded_comes_with_the_snapshot():
+    made = snapshot(METADATA | {"model_options": {"height": 24, "lora": "a.safetensors:0.5"}})
+    config, notes = apply_snapshot(least(), made)
+    assert model_options(config) == ModelOptions(lora="a.safetensors:0.5", height=24)
+    assert notes == []
+    with pytest.raises(InputError, match=r"model\.height=32: \S+ was made with 24: leave the key out, or insist with"):
+        apply_snapshot(least(model={"height": 32}), made)
+    config, notes = apply_snapshot(least("model.height=32", "model.offload_text=true"), made)
+    assert model_options(config) == ModelOptions(lora="a.safetensors:0.5", height=32, offload_text=True)
+    assert [note.partition(";")[0] for note in notes] == ["model.height=32 by --override"]
+    with pytest.raises(InputError, match=r"a\.pkl: model_options is \{'size': 3\}: these are no options of a model"):
+        snapshot(METADATA | {"model_options": {"size": 3}})
 
 
 def test_another_schedule_comes_with_its_own_exponent():
