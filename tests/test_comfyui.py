@@ -46,7 +46,8 @@ class ComfyModel:
         if GUIDANCE in model_options:
             scales, options = guided_by_row(model_options)
             self.guided.append(model_options[GUIDANCE])
-        estimates = [self._estimate(x, sigma, rows) for rows in (self.text.unconditional, self.text.embeddings)]
+        texts = (part["encoder_hidden_states"] for part in (self.text.unconditional, self.text.text))
+        estimates = [self._estimate(x, sigma, rows) for rows in texts]
         arguments = dict(zip(("uncond", "cond"), (x - estimate for estimate in estimates), strict=True))
         if "sampler_cfg_function" in options:  # on x - D, as ComfyUI has it
             return x - options["sampler_cfg_function"]({**arguments, "cond_scale": scales})
@@ -56,9 +57,9 @@ class ComfyModel:
         """D with the text of rows that are repeated as a whole."""
         levels = sigma.double()
         norm = (1 + levels**2).sqrt().float().view(-1, 1, 1, 1)
-        timesteps = self.denoiser._timesteps(levels, torch.float32)
+        timesteps = self.denoiser.process.network_time(levels).float()
         text = text.repeat(len(x) // len(text), 1, 1)
-        return x - sigma.view(-1, 1, 1, 1) * self.denoiser.unet(x / norm, timesteps, text, return_dict=False)[0]
+        return x - sigma.view(-1, 1, 1, 1) * self.denoiser.network(x / norm, timesteps, text, return_dict=False)[0]
 
 
 EXTRA = {"model_options": {"transformer_options": {}}, "seed": 5}

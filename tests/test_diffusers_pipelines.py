@@ -127,7 +127,7 @@ def test_xl_draws_what_the_sampler_draws(name: str) -> None:
 def test_the_shapes_model_draws_what_sample_py_draws() -> None:
     denoiser = load_denoiser("shapes", device=CPU, dtype=torch.float32)
     pipe = EPDStableDiffusionPipeline.from_pretrained("src/shapes", dtype=torch.float32)
-    pipe.unet = denoiser.unet  # laid out alike: other layouts sum in another order
+    pipe.unet = denoiser.network  # laid out alike: other layouts sum in another order
     pipe.set_progress_bar_config(disable=True)
     table = TABLES["all columns"]
     pipe.scheduler = scheduler_of(table)

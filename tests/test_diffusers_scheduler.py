@@ -88,7 +88,7 @@ def test_a_stock_pipeline_draws_what_the_sampler_draws(stable_diffusion, name: s
     pipe, denoiser = stable_diffusion
     table = TABLES[name]
     scale = 3.0 if table.guidance is None else None
-    scheduler = scheduler_of(table, guidance_scale=scale, prediction_type=denoiser.prediction_type)
+    scheduler = scheduler_of(table, guidance_scale=scale, prediction_type=denoiser.process.prediction)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         latents = played(pipe, scheduler)
@@ -100,7 +100,7 @@ def test_a_stock_pipeline_draws_what_the_sampler_draws(stable_diffusion, name: s
 def test_the_shapes_model_draws_the_same_in_a_stock_pipeline() -> None:
     denoiser = load_denoiser("shapes", device=CPU, dtype=torch.float32)
     pipe = StableDiffusionPipeline.from_pretrained("src/shapes", dtype=torch.float32)
-    pipe.unet = denoiser.unet  # laid out alike: other layouts sum in another order, which alone makes 5e-4
+    pipe.unet = denoiser.network  # laid out alike: other layouts sum in another order, which alone makes 5e-4
     pipe.set_progress_bar_config(disable=True)
     table = with_columns(2, *OPTIONAL, intervals=4)
     sigmas = SCALED_LINEAR.sigma_of_time(torch.linspace(1, 0.001, 5, dtype=torch.float64))
@@ -275,7 +275,7 @@ def test_an_image_is_changed_from_the_start_of_an_interval(stable_diffusion, nam
     pipe, denoiser = stable_diffusion
     table, begin = TABLES[name], 3 - int(3 * strength)
     scale = 3.0 if table.guidance is None else None
-    scheduler = scheduler_of(table, guidance_scale=scale, prediction_type=denoiser.prediction_type)
+    scheduler = scheduler_of(table, guidance_scale=scale, prediction_type=denoiser.process.prediction)
     image_pipe = StableDiffusionImg2ImgPipeline(
         **{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False
     )
@@ -328,7 +328,7 @@ def test_clean_latents_are_noised_to_the_level_of_the_timestep() -> None:
 
 def test_a_pipeline_that_plays_at_one_guidance_is_warned_of_once(stable_diffusion) -> None:
     pipe, denoiser = stable_diffusion
-    scheduler = scheduler_of(TABLES["guidance"], prediction_type=denoiser.prediction_type)
+    scheduler = scheduler_of(TABLES["guidance"], prediction_type=denoiser.process.prediction)
     arguments = {"callback_on_step_end": None, "guidance_scale": 3.0}
     with pytest.warns(UserWarning, match="a guidance scale for each evaluation.*pipeline_arguments"):
         played(pipe, scheduler, **arguments)
@@ -339,7 +339,7 @@ def test_a_pipeline_that_plays_at_one_guidance_is_warned_of_once(stable_diffusio
 
 def test_the_first_evaluation_must_have_the_solvers_guidance(stable_diffusion) -> None:
     pipe, denoiser = stable_diffusion
-    scheduler = scheduler_of(TABLES["guidance"], prediction_type=denoiser.prediction_type)
+    scheduler = scheduler_of(TABLES["guidance"], prediction_type=denoiser.process.prediction)
     with pytest.raises(ValueError, match=r"first evaluation had guidance 7\.5.*guidance_scales\(\)\[0\]"):
         played(pipe, scheduler, guidance_scale=7.5)
 
@@ -349,8 +349,8 @@ def test_guidance_of_1_everywhere_asks_without_text_nowhere(stable_diffusion) ->
     table = EPDTable(**{**TABLES["no points"].columns(), "guidance": torch.ones(3, 1, dtype=torch.float64)})
     rows: list[int] = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    played(pipe, scheduler_of(table, prediction_type=denoiser.prediction_type))
-    played(pipe, scheduler_of(TABLES["no points"], guidance_scale=1.0, prediction_type=denoiser.prediction_type))
+    played(pipe, scheduler_of(table, prediction_type=denoiser.process.prediction))
+    played(pipe, scheduler_of(TABLES["no points"], guidance_scale=1.0, prediction_type=denoiser.process.prediction))
     hook.remove()
     assert rows == [2] * 6
 

@@ -133,7 +133,7 @@ def export_for_diffusers(folder: RunFolder, solver: Solver, step: int) -> Path:
         InputError: the model cannot be loaded, diffusers cannot play the solver, or the files cannot be written.
     """
     base = pipeline_of(solver.model)
-    denoiser = load_denoiser(solver.model, device="cpu", dtype=torch.float32)
+    denoiser = load_denoiser(solver.model, device="cpu", dtype=torch.float32, options=solver.model_options)
     return write_diffusers(folder.export / DIFFUSERS, solver, denoiser, base, _heldout(folder, step))[0].parent
 
 
