@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import InputError, first_line, is_too_little_memory
 from models.checkpoints import read_weights
-from models.skeletons import skeleton
+from models.skeletons import require_counts, skeleton
 
 SHOWN_KEYS = 5
 LARGEST_SIDE = 2**14  # of what a network works on
@@ -92,9 +92,11 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
 
 
 def _described(kind: type[Module], folder: Path) -> Module:
+    settings = read_json(folder / "config.json")
+    require_counts(settings)
     if issubclass(kind, PreTrainedModel):
         return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-    return kind.from_config(read_json(folder / "config.json"))
+    return kind.from_config(settings)
 
 
 def _require_no_more(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

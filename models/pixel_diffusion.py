@@ -27,7 +27,7 @@ from models.checkpoints import read_state_dict
 from models.digests import record_weights
 from models.loading import check_keys, load_module, quiet_and_repeatable, read_json, require_size, weights_in
 from models.noise_levels import NoiseLevels
-from models.skeletons import skeleton
+from models.skeletons import require_counts, skeleton
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -131,8 +131,10 @@ def _scheduler_file(folder: Path) -> Path:
 
 def _with_weights(config_file: Path, path: Path) -> UNet2DModel:
     given = read_state_dict(path)
+    settings = read_json(config_file)
     try:
-        network = skeleton(lambda: UNet2DModel.from_config(read_json(config_file)), given)
+        require_counts(settings)
+        network = skeleton(lambda: UNet2DModel.from_config(settings), given)
     except InputError:
         raise
     except Exception as error:  # what a configuration makes the library trip over can be anything

@@ -9,9 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+LARGEST_COUNT = 2**20  # of layers, channels, words or whatever else a configuration counts
 SPARE_TENSORS = 5_000  # a module may have so many more than its weights, and is then told which of them are missing
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def require_counts(settings: object, name: str = "a setting") -> None:
+    """Raise ValueError for a whole number that no model counts to: some become lists that long before any layer is."""
+    if isinstance(settings, Mapping):
+        for key, value in settings.items():
+            require_counts(value, str(key))
+    elif isinstance(settings, list):
+        for value in settings:
+            require_counts(value, name)
+    elif type(settings) is int and abs(settings) > LARGEST_COUNT:
+        raise ValueError(f"{name} is {settings:,}, far more than a model has of anything")
 
 
 def skeleton(make: Callable[[], Module], weights: Mapping[str, Tensor]) -> Module:

@@ -47,7 +47,7 @@ def test_a_registered_model_is_the_files_that_are_loaded(tmp_path, monkeypatch):
     write(tmp_path, {"first": "1", "second": "2", "companion": "c", f"{registry.COMPVIS_CONFIGS}/config": "c"})
     assets = (Asset("absent", 1), Asset("first", 1), Asset("second", 1))
     model = RegisteredModel(
-        weights=assets, companions=(Asset("companion", 1),), remedy="", prompts="", unknown_words=None
+        weights=assets, companions=(Asset("companion", 1),), remedy="", prompts="", unknown_words=None, pipeline=""
     )
     monkeypatch.setitem(registry.REGISTERED, "toy", model)
     monkeypatch.setattr("models.fingerprints.SOURCE", tmp_path)
