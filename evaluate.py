@@ -27,7 +27,6 @@ from models.fingerprints import model_fingerprint
 from models.options import ModelOptions
 from models.pictures import to_pixels
 from models.prompts import first_prompts
-from training.command_line import Finite, require_one_process, takes_model_options
 from training.measuring.comparison import CLASSICAL_BASELINE, TOTAL, Comparison, Entry, parse_baseline
 from training.measuring.evaluation import (
     PREVIEWS,
@@ -43,6 +42,7 @@ from training.measuring.evaluation import (
 from training.measuring.report import Report
 from training.ppo.panels import SHAPES, judging_panel, true_images
 from training.ppo.rewards import find_reward_files
+from training.runs.command_line import Finite, require_one_process, takes_model_options
 from training.solver import (
     CLASSICAL,
     TRIED_SCHEDULES,

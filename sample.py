@@ -20,8 +20,8 @@ from models.devices import DTYPES, resolve_device, resolve_dtype
 from models.options import ModelOptions
 from models.prompts import parse_seeds, read_prompts
 from models.registry import traits_of
-from training.command_line import Finite, require_one_process, takes_model_options
 from training.image_folder import LOG_NAME, SHEET_NAME, ImageRequest, draw
+from training.runs.command_line import Finite, require_one_process, takes_model_options
 from training.solver import CLASSICAL, Schedule, Solver, classical_solver, load_solver, parse_classical, parse_schedule
 
 USUAL_SCHEDULE = "discrete"

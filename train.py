@@ -25,7 +25,6 @@ from models.prompts import read_prompts
 from models.registry import usual_prompts
 from schedules import SCHEDULES
 from solvers import SAMPLERS
-from training.command_line import Finite, require_one_process, takes_model_options
 from training.distillation import SEARCHED_POSITIONS
 from training.distillation_run import (
     OPTIONS,
@@ -38,6 +37,7 @@ from training.distillation_run import (
     prepare,
     write_start,
 )
+from training.runs.command_line import Finite, require_one_process, takes_model_options
 from training.snapshot import find_run
 from training.solver import MODEL_OF_DATASET, USUAL_RHO
 from training.starts import NEAR_EULER, check_start, needs_grid, start_table

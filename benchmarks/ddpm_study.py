@@ -30,15 +30,15 @@ from models.pictures import contact_sheet, to_pixels
 from models.shapes import verify
 from models.shapes.scenes import IMAGE_SIZE, SUPPORTED_NUMBERS_OF_OBJECTS
 from scripts.preference import preference_reward
-from training.checkpoint import list_checkpoints, read_tensors, write_tensors
-from training.command_line import SeveralPairs
-from training.configuration import to_yaml
 from training.ddpm.comparison import Judged
 from training.ddpm.config import RENDERED, SCHEMA, DDPMConfig, judge_file, reward_file
 from training.ddpm.jobs import FINETUNE, TRAIN_REWARD_MODEL, compare, finetune, load_start, train_reward_model
 from training.ddpm.run import Resumed, open_run
 from training.measuring.statistics import Interval, bootstrap_indices, frechet_distance, frechet_resamples
 from training.ppo.rewards import RewardHPS
+from training.runs.checkpoint import list_checkpoints, read_tensors, write_tensors
+from training.runs.command_line import SeveralPairs
+from training.runs.configuration import to_yaml
 
 SHAPES_CLIP = ROOT / "weights" / "shapes_reward.pt"
 VERIFIED = 128  # images of each kind that the verifier looks at

@@ -36,7 +36,7 @@ from models.asset_table import COCO_PROMPTS, HPS, ROOT, SD15_CKPT, TOKENIZER
 from models.clip import clip_config, to_open_clip
 from models.devices import gigabytes, resolve_device
 from models.loading import read_json
-from training.run_folder import RunFolder, read_metrics, seconds_by_phase
+from training.runs.run_folder import RunFolder, read_metrics, seconds_by_phase
 
 PIPELINE = "src/pipelines/sd15"
 CLIP_CONFIG = "src/pipelines/clip/ViT-H-14.json"

@@ -41,15 +41,15 @@ from torch import Tensor
 
 from errors import InputError, shows_input_errors
 from models.randomness import derived_seed
-from training.command_line import SeveralPairs
 from training.ppo import algorithm
 from training.ppo.assembly import Parts, Start, build, prepare
 from training.ppo.cold_start import DRAWN, trainable
 from training.ppo.config import PPOConfig, load_config
 from training.ppo.distributions import Dirichlet, Normal
-from training.ppo.launch import Job, resumed_job, train, with_options
+from training.ppo.launch import Launch, resumed_job, train, with_options
 from training.ppo.policy import HIDDEN_SIZE, EPDParamPolicy
 from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores
+from training.runs.command_line import SeveralPairs
 
 MODULE = "benchmarks.search_cma_es"
 SIGMA0 = 1.0
@@ -319,7 +319,7 @@ def main(
     if resume is None:
         if config_path is None:
             raise InputError("name the run's configuration with --config, or a search to go on with by --resume")
-        job = Job(prepared_for_search(prepare(load_config(config_path, pairs)), population), None, None)
+        job = Launch(prepared_for_search(prepare(load_config(config_path, pairs)), population), None, None)
     elif (config_path, population, sigma0, run_name) != (None, None, None, None):
         raise InputError("--resume goes on with a search's own settings: change them by --override only")
     else:

@@ -18,14 +18,14 @@ from models.devices import resolve_device, resolve_dtype
 from models.fingerprints import model_fingerprint
 from models.prompts import first_prompts, read_prompts
 from models.registry import load_denoiser
-from training.checkpoint import best_path, newest_checkpoint
 from training.measuring.comparison import Entry
 from training.measuring.evaluation import PREVIEWS, Evaluation, Setting, Store
 from training.measuring.statistics import Interval, bootstrap_indices, paired_difference_interval
 from training.ppo.assembly import guidance_scale, model_spec
 from training.ppo.export_epd_predictor import read_export, write_export
 from training.ppo.panels import judging_panel
-from training.run_folder import RunFolder, read_metrics
+from training.runs.checkpoint import best_path, newest_checkpoint
+from training.runs.run_folder import RunFolder, read_metrics
 from training.solver import Solver, classical_solvers, load_solver, parse_schedule
 
 FINAL, BEST = "final", "best"

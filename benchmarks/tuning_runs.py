@@ -16,12 +16,12 @@ from benchmarks import search_cma_es
 from errors import InputError
 from interrupts import Interrupted, Interrupts
 from models.asset_table import ROOT
-from training.checkpoint import NAME as CHECKPOINT_NAME
-from training.checkpoint import list_checkpoints
-from training.configuration import Disagreements, Schema, knob, to_plain
 from training.ppo.assembly import Start, prepare
 from training.ppo.config import Config, load_config
-from training.run_folder import RunFolder
+from training.runs.checkpoint import NAME as CHECKPOINT_NAME
+from training.runs.checkpoint import list_checkpoints
+from training.runs.configuration import Disagreements, Schema, knob, to_plain
+from training.runs.run_folder import RunFolder
 from training.solver import CLASSICAL, TRIED_SCHEDULES, load_solver, parse_classical, parse_schedule
 
 PPO, CMA_ES = "ppo", "cma_es"

@@ -46,10 +46,10 @@ from benchmarks.tuning_runs import SCHEMA, Outcome, PlannedRun, Study, begun, ca
 from errors import InputError, shows_input_errors
 from files import write_atomically
 from interrupts import goes_on_by
-from training.configuration import to_plain
 from training.measuring.evaluation import Store
 from training.measuring.statistics import Interval
 from training.ppo.figures import COLOURS, GRID
+from training.runs.configuration import to_plain
 
 NOT_REACHED = "not reached"
 EXPLAINED = """\

@@ -13,9 +13,9 @@ import click
 
 from errors import shows_input_errors
 from scripts.preference import preference_reward
-from training.command_line import SeveralPairs
 from training.ddpm.command import load_job, training_options
 from training.ddpm.jobs import FINETUNE, finetune
+from training.runs.command_line import SeveralPairs
 
 
 @click.command(cls=SeveralPairs, context_settings={"max_content_width": 110})

@@ -12,9 +12,9 @@ from pathlib import Path
 import click
 
 from errors import shows_input_errors
-from training.command_line import SeveralPairs
 from training.ddpm.command import load_job, training_options
 from training.ddpm.jobs import TRAIN_REWARD_MODEL, train_reward_model
+from training.runs.command_line import SeveralPairs
 
 
 @click.command(cls=SeveralPairs, context_settings={"max_content_width": 110})

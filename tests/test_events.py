@@ -10,9 +10,9 @@ import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import training.events
+import training.runs.events
 from errors import InputError
-from training.events import EventFile
+from training.runs.events import EventFile
 
 
 def read(folder):
@@ -49,7 +49,7 @@ def test_events_survive_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.events, "append_whole", full)
+        patch.setattr(training.runs.events, "append_whole", full)
         for step in (1, 2):
             with pytest.raises(InputError, match="No space left on device"):
                 events.scalars({"reward": 0.5}, step)

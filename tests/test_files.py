@@ -13,7 +13,7 @@ import pytest
 
 from errors import InputError
 from files import only_writer, replacing, sweep, write_atomically
-from training.run_folder import RunFolder
+from training.runs.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

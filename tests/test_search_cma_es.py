@@ -13,7 +13,6 @@ from click.testing import CliRunner, Result
 from benchmarks.search_cma_es import TableSearch, deviations, main, move_mean
 from errors import InputError
 from solvers import EPDTable
-from training.checkpoint import step_path
 from training.ppo.checkpoint import load_checkpoint, table_from_plain
 from training.ppo.cold_start import DRAWN, GRID, TRAINED, prepare_table
 from training.ppo.config import PPOConfig
@@ -23,7 +22,8 @@ from training.ppo.policy import EPDParamPolicy
 from training.ppo.rollout import DivergenceError, PromptStream, Scores
 from training.ppo.tests.analytic import PROMPTS, QuadraticSource, cold_start_table
 from training.ppo.tests.tiny_world import START, write_world
-from training.run_folder import RunFolder, read_metrics
+from training.runs.checkpoint import step_path
+from training.runs.run_folder import RunFolder, read_metrics
 from training.solver import load_solver
 
 POPULATION = 8

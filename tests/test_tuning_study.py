@@ -38,14 +38,14 @@ from errors import InputError
 from models import load_denoiser
 from solvers import epd_sampler
 from tests.by_hand import latents_by_hand
-from training.checkpoint import list_checkpoints, step_path
 from training.measuring.comparison import Entry
 from training.measuring.evaluation import Measured
 from training.measuring.statistics import bootstrap_indices, mean_interval, paired_difference_interval
 from training.ppo.launch import main as launch_command
 from training.ppo.rewards import RewardHPS
 from training.ppo.tests.tiny_world import START, write_world
-from training.run_folder import RunFolder
+from training.runs.checkpoint import list_checkpoints, step_path
+from training.runs.run_folder import RunFolder
 from training.solver import Schedule, classical_solver, load_solver
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "studies").glob("*.yaml"))

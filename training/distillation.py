@@ -48,8 +48,8 @@ from models.generate import conditioned, initial_noise
 from models.randomness import generator_of
 from schedules import get_schedule
 from solvers import SAMPLERS, Denoise, EPDTable, epd_sampler
-from training.checkpoint import load_optimizer
 from training.networks import EPD_predictor
+from training.runs.checkpoint import load_optimizer
 
 # The search looks at so many positions, evenly spaced between these two. Nearer to the interval's start a point repeats
 # the evaluation there; near its end it may fit the searched trajectories best, by a small weight on a large difference,

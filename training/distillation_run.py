@@ -34,8 +34,6 @@ from models.options import ModelOptions
 from models.randomness import generator_of
 from models.registry import traits_of
 from solvers import EPDTable, network_evaluations
-from training.checkpoint import fitting, read_tensors, write_tensors
-from training.configuration import SHOWN
 from training.distillation import (
     HELD_OUT_SHARE,
     SEARCHED_POSITIONS,
@@ -49,7 +47,9 @@ from training.distillation import (
     teacher_trajectories,
 )
 from training.networks import EPD_predictor, Plain
-from training.run_folder import MetricsLog
+from training.runs.checkpoint import fitting, read_tensors, write_tensors
+from training.runs.configuration import SHOWN
+from training.runs.run_folder import MetricsLog
 from training.snapshot import load_snapshot, save_snapshot
 from training.solver import MODEL_OF_DATASET, MODEL_OPTIONS
 

@@ -27,15 +27,15 @@ from models.shapes.data import render_scenes
 from scripts.preference import preference_reward
 from tests.ddpm.tiny_ddpm import tiny_overrides, write_tiny_ddpm
 from tests.plain_clip import write_letter_tokenizer
-from training.checkpoint import newest_checkpoint
-from training.configuration import to_plain
 from training.ddpm.config import SCHEMA, judge_file, reward_file
 from training.ddpm.jobs import heldout_real_images
 from training.ddpm.reward_model import load_classifier
 from training.ddpm.run import EpochRun
 from training.ddpm.trainer import DDPMTrainer
 from training.ppo.tests.tiny_world import CLIP
-from training.run_folder import read_metrics
+from training.runs.checkpoint import newest_checkpoint
+from training.runs.configuration import to_plain
+from training.runs.run_folder import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMOKE = str(REPOSITORY / "configs" / "smoke.yaml")

@@ -12,9 +12,9 @@ from typing import TypeVar
 import click
 
 from errors import InputError
-from training.command_line import require_one_process
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.ddpm.run import Resumed, open_run
+from training.runs.command_line import require_one_process
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from models.devices import device_fault
 from models.prompts import text_fault
-from training.configuration import Disagreements, Schema, knob, value_of
+from training.runs.configuration import Disagreements, Schema, knob, value_of
 
 RENDERED, SAMPLED = "rendered", "sampled"
 CLASSIFIER, PREFERENCE = "classifier", "preference"

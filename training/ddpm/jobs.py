@@ -16,7 +16,6 @@ from files import only_writer, write_atomically
 from models.devices import resolve_device
 from models.pictures import contact_sheet, to_pixels
 from models.pixel_diffusion import PixelDiffusion, load_pixel_diffusion, save_pixel_diffusion
-from training.configuration import to_yaml
 from training.ddpm.comparison import Comparison, Judged, comparison_lines, require_finite
 from training.ddpm.config import PREFERENCE, RENDERED, SAMPLED, DDPMConfig, judge_file, reward_file
 from training.ddpm.data import ImageSet, Shares, read_folder, render_images, shares, to_unit
@@ -27,7 +26,8 @@ from training.ddpm.reward_training import JUDGE, REWARD, RewardTrainer
 from training.ddpm.rollout import ImageReward, sample_images, seeds_of
 from training.ddpm.run import EpochRun, EpochTrainer, Observation, Plan, Resumed
 from training.ddpm.trainer import DDPMTrainer
-from training.run_folder import RunFolder
+from training.runs.configuration import to_yaml
+from training.runs.run_folder import RunFolder
 
 TRAIN_REWARD_MODEL, FINETUNE, EVALUATE = "train_reward_model", "finetune", "eval"
 FASTEST_LAYOUT = torch.channels_last  # of the networks' convolutions: on 2 cores a step of training takes 12% less

@@ -15,7 +15,7 @@ from errors import InputError, first_line
 from models.loading import check_keys
 from models.randomness import seed_globally
 from models.skeletons import skeleton
-from training.checkpoint import read_tensors, write_tensors
+from training.runs.checkpoint import read_tensors, write_tensors
 
 FORMAT = 2  # 1 saw the mean colour
 LARGEST_LOG_ODDS = 20.0  # of a frozen classifier: odds of 5e8, more than any number of images can tell

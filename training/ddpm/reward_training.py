@@ -11,7 +11,6 @@ from torch import Tensor
 
 from errors import InputError
 from models.randomness import derived_seed, generator_of
-from training.checkpoint import load_optimizer
 from training.ddpm.config import TrainRewardConfig
 from training.ddpm.data import Shares, augmented, faded, to_unit, under_noise
 from training.ddpm.reward_model import (
@@ -22,6 +21,7 @@ from training.ddpm.reward_model import (
     smoothed_loss,
 )
 from training.ddpm.rollout import seeds_of
+from training.runs.checkpoint import load_optimizer
 
 REWARD, JUDGE = "reward", "judge"
 REWARD_METRICS: Mapping[str, str] = {

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from errors import InputError
 from interrupts import Interrupted, Interrupts
-from training.checkpoint import CheckpointFormat, fitting, is_due, newest_checkpoint, set_aside, step_path
-from training.configuration import config_hash, refuse_changes, to_plain
 from training.ddpm.config import SCHEMA, DDPMConfig
-from training.events import EventFile
-from training.run_folder import MetricsLog, RunFolder
+from training.runs.checkpoint import CheckpointFormat, fitting, is_due, newest_checkpoint, set_aside, step_path
+from training.runs.configuration import config_hash, refuse_changes, to_plain
+from training.runs.events import EventFile
+from training.runs.run_folder import MetricsLog, RunFolder
 
 log = logging.getLogger(__name__)
 

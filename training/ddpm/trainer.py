@@ -17,11 +17,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from errors import InputError
 from models.randomness import derived_seed, generator_of
-from training.checkpoint import load_optimizer
 from training.ddpm.config import FinetuneConfig
 from training.ddpm.policy import DenoisingPolicy
 from training.ddpm.rollout import Episodes, ImageReward, roll_out, seeds_of
 from training.ppo import algorithm
+from training.runs.checkpoint import load_optimizer
 
 RUNNING_DECAY = 0.9  # of the running baseline, per epoch
 SMALLEST_DEVIATION = 1e-8  # of rewards that are not taken for equal

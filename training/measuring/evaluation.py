@@ -24,9 +24,9 @@ from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
 from models.generate import bounded, decode
 from models.pictures import to_pixels
-from training.checkpoint import read_tensors, write_tensors
 from training.measuring.scoring import scores_by
 from training.networks import Plain
+from training.runs.checkpoint import read_tensors, write_tensors
 from training.solver import Schedule, Solver, classical_solver
 
 # A solver of order 2 at 200 evaluations in steps that are uniform in the model's own time: what is left of its error is

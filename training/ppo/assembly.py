@@ -19,8 +19,6 @@ from models.prompts import read_prompts
 from models.registry import check_assets, load_denoiser, traits_of
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
-from training.command_line import started_processes
-from training.configuration import LoadedConfig
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
 from training.ppo.cold_start import GRID, ColdStart, prepare_table
 from training.ppo.config import Config, apply_snapshot, model_options, with_usual
@@ -31,6 +29,8 @@ from training.ppo.ppo_trainer import PPOTrainer, Trainer
 from training.ppo.rewards import Reward, build_reward, find_reward_files, load_reward
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptStream
+from training.runs.command_line import started_processes
+from training.runs.configuration import LoadedConfig
 from training.snapshot import is_plain
 from training.solver import MODEL_OF_DATASET, Origin, Schedule, Solver, load_solver, solver_of
 

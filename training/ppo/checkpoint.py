@@ -10,8 +10,8 @@ from torch import Tensor
 
 from errors import InputError
 from solvers import COLUMNS, EPDTable
-from training.checkpoint import CheckpointFormat
 from training.ppo.cold_start import GRID, TRAINED
+from training.runs.checkpoint import CheckpointFormat
 
 KEYS = frozenset({"format", "step", "trainer", "watch", "start", "table", "config", "config_hash"})
 """Of a checkpoint: the layout's number, completed steps, the states of trainer and held-out watch (None without one),

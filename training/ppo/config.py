@@ -16,9 +16,9 @@ from typing import Any
 from models.options import ModelOptions
 from models.registry import usual_prompts
 from schedules import SCHEDULES
-from training.configuration import OVERRIDE, Disagreements, LoadedConfig, Schema, knob, raise_all
 from training.ppo.cold_start import DRAWN, TRAINED
-from training.run_folder import name_fault
+from training.runs.configuration import OVERRIDE, Disagreements, LoadedConfig, Schema, knob, raise_all
+from training.runs.run_folder import name_fault
 from training.solver import MODEL_OF_DATASET, USUAL_RHO, Solver
 
 

@@ -25,13 +25,13 @@ from models.devices import resolve_device
 from models.fingerprints import file_sha256
 from models.registry import load_denoiser, pipeline_of
 from solvers import EPDTable
-from training.checkpoint import best_path, fitting, newest_checkpoint
-from training.configuration import to_plain
 from training.diffusers_export import write_diffusers
 from training.ppo.assembly import Start, from_plain, guidance_scale, mean_of, policy_of
 from training.ppo.checkpoint import largest_difference, load_checkpoint, require_equal, table_to_plain
 from training.ppo.config import SNAPSHOT_KEYS, build_config, model_options
-from training.run_folder import RunFolder, read_metrics
+from training.runs.checkpoint import best_path, fitting, newest_checkpoint
+from training.runs.configuration import to_plain
+from training.runs.run_folder import RunFolder, read_metrics
 from training.snapshot import GRID, load_snapshot, private_parts, save_snapshot
 from training.solver import MODEL_OPTIONS, Solver, load_solver
 

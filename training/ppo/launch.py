@@ -21,9 +21,6 @@ from lightning.fabric import Fabric
 from errors import InputError, shows_input_errors
 from files import only_writer, write_atomically
 from interrupts import Interrupted
-from training.checkpoint import fitting, newest_checkpoint
-from training.command_line import SeveralPairs
-from training.configuration import LoadedConfig, refuse_changes, to_plain, to_yaml
 from training.ppo.algorithm import learning_rate
 from training.ppo.assembly import (
     Parts,
@@ -43,13 +40,16 @@ from training.ppo.checkpoint import load_checkpoint
 from training.ppo.config import FIXED, FIXED_FILES, Config, build_config, load_config
 from training.ppo.report import write_report
 from training.ppo.training_run import INTERRUPTED, TrainingRun
-from training.run_folder import RunFolder, read_metrics, seconds_by_phase
+from training.runs.checkpoint import fitting, newest_checkpoint
+from training.runs.command_line import SeveralPairs
+from training.runs.configuration import LoadedConfig, refuse_changes, to_plain, to_yaml
+from training.runs.run_folder import RunFolder, read_metrics, seconds_by_phase
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "cfgs" / "sd15_base.yaml"
 
 
 @dataclass(frozen=True)
-class Job:
+class Launch:
     """What to train: a new run (`folder` and `state` are None) or one to go on with."""
 
     start: Start
@@ -98,7 +98,7 @@ def main(
         if dry_run:
             require_processes(loaded.config)
             preview(loaded)
-        job = Job(prepare(loaded), None, None)
+        job = Launch(prepare(loaded), None, None)
     elif config_path is not None or run_name is not None:
         raise InputError("--resume goes on with a run's own configuration and name: change it by --override only")
     else:
@@ -120,7 +120,7 @@ def preview(loaded: LoadedConfig) -> None:
         click.echo(to_yaml(loaded.config))
         return
     click.echo(to_yaml(start.config))
-    describe(Job(start, None, None))
+    describe(Launch(start, None, None))
 
 
 def with_options(overrides: Sequence[str], run_name: str | None, device: str | None) -> list[str]:
@@ -129,7 +129,7 @@ def with_options(overrides: Sequence[str], run_name: str | None, device: str | N
     return [*overrides, *(f"{key}={json.dumps(value)}" for key, value in options.items() if value)]
 
 
-def resumed_job(source: Path, overrides: Sequence[str]) -> Job:
+def resumed_job(source: Path, overrides: Sequence[str]) -> Launch:
     """A run to go on with: its folder's configuration, the overrides, and a checkpoint.
 
     Raises:
@@ -160,10 +160,10 @@ def resumed_job(source: Path, overrides: Sequence[str]) -> Job:
             f"--override ppo.steps={2 * config.ppo.steps}"
         )
     refuse(list(path_faults(config)), config)
-    return Job(start, folder, state)
+    return Launch(start, folder, state)
 
 
-def describe(job: Job) -> None:
+def describe(job: Launch) -> None:
     """Print what a run costs, what it starts from, and what was changed on the way to it."""
     start = job.start
     for line in costs(start).lines(start.config):
@@ -173,7 +173,7 @@ def describe(job: Job) -> None:
         click.echo(f"note: {line}")
 
 
-def changes(job: Job) -> list[str]:
+def changes(job: Launch) -> list[str]:
     """What differs from the configuration that the checkpoint was made with, one line a key."""
     if job.state is None:
         return []
@@ -203,7 +203,9 @@ def _learning_rate(step: int, ppo: Mapping[str, Any]) -> float:
     return learning_rate(step, ppo["steps"], ppo["learning_rate"], ppo["learning_rate_schedule"])
 
 
-def train(job: Job, assemble: Callable[[Start, Fabric], Parts] = build, command: str = "training.ppo.launch") -> None:
+def train(
+    job: Launch, assemble: Callable[[Start, Fabric], Parts] = build, command: str = "training.ppo.launch"
+) -> None:
     """Run the job.
 
     Args:
@@ -249,7 +251,7 @@ def _conclude(run: TrainingRun, folder: RunFolder, ending: str, command: str) ->
 
 
 @contextmanager
-def _held_folder(job: Job, config: Config, fabric: Fabric) -> Iterator[RunFolder]:
+def _held_folder(job: Launch, config: Config, fabric: Fabric) -> Iterator[RunFolder]:
     """The run's folder, with the configuration in it; the first process makes it, and holds it against other runs."""
     if not fabric.is_global_zero:
         yield RunFolder(Path(fabric.broadcast("")))

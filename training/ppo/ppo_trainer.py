@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from models.randomness import derived_seed, generator_of
-from training.checkpoint import load_optimizer
 from training.ppo import algorithm
 from training.ppo.config import PPOConfig
 from training.ppo.policy import EPDParamPolicy, TableDistribution, TableSample
 from training.ppo.rollout import DivergenceError, Outcome, PromptStream, RolloutSource, Scores
+from training.runs.checkpoint import load_optimizer
 
 METRICS: Mapping[str, str] = {
     "step": "number of this step, from 1",

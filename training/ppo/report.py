@@ -23,15 +23,15 @@ from torch import Tensor
 from errors import InputError, shows_input_errors
 from files import write_atomically
 from models.pictures import opened_picture
-from training.checkpoint import fitting, newest_checkpoint
-from training.configuration import to_yaml
 from training.ppo.checkpoint import Numbers, load_checkpoint, table_from_plain, table_to_plain
 from training.ppo.cold_start import GRID
 from training.ppo.config import build_config
 from training.ppo.figures import Curve, curves_figure, entry_names, movement_figure, solver_figure
 from training.ppo.ppo_trainer import METRICS
 from training.ppo.training_run import preview_name
-from training.run_folder import RunFolder, read_metrics, seconds_by_phase
+from training.runs.checkpoint import fitting, newest_checkpoint
+from training.runs.configuration import to_yaml
+from training.runs.run_folder import RunFolder, read_metrics, seconds_by_phase
 
 Row = Mapping[str, Any]
 

@@ -17,15 +17,15 @@ from files import replacing
 from interrupts import Interrupts
 from models.pictures import png_text, to_pixels
 from solvers import EPDTable
-from training.checkpoint import best_path, fitting, is_due, set_aside, step_path
-from training.configuration import config_hash
-from training.configuration import to_plain as config_to_plain
-from training.events import EventFile
 from training.ppo.assembly import Parts, Start, mean_of, to_plain
 from training.ppo.checkpoint import Numbers, save_checkpoint, table_to_plain
 from training.ppo.figures import solver_figure
 from training.ppo.heldout import HeldoutScores
-from training.run_folder import MetricsLog, RunFolder
+from training.runs.checkpoint import best_path, fitting, is_due, set_aside, step_path
+from training.runs.configuration import config_hash
+from training.runs.configuration import to_plain as config_to_plain
+from training.runs.events import EventFile
+from training.runs.run_folder import MetricsLog, RunFolder
 
 log = logging.getLogger(__name__)
 

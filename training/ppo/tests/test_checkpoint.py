@@ -10,9 +10,9 @@ import torch
 
 from errors import InputError
 from solvers import EPDTable
-from training.checkpoint import best_path, list_checkpoints, newest_checkpoint, step_path
 from training.ppo.checkpoint import KEYS, load_checkpoint, save_checkpoint, table_from_plain, table_to_plain
-from training.run_folder import MetricsLog, RunFolder, read_metrics, seconds_by_phase
+from training.runs.checkpoint import best_path, list_checkpoints, newest_checkpoint, step_path
+from training.runs.run_folder import MetricsLog, RunFolder, read_metrics, seconds_by_phase
 
 TABLE = EPDTable(torch.tensor([[0.3, 0.6]]).double(), torch.tensor([[0.5, 0.5]]).double())
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from errors import InputError
 from models.options import ModelOptions
 from solvers import EPDTable
-from training.configuration import LoadedConfig, config_hash, to_plain, to_yaml, value_of
 from training.ppo.config import KNOBS, Config, apply_snapshot, build_config, load_config, model_options
+from training.runs.configuration import LoadedConfig, config_hash, to_plain, to_yaml, value_of
 from training.solver import Origin, Solver, solver_of
 
 CFGS = Path(__file__).resolve().parents[1] / "cfgs"

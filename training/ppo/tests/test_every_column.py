@@ -13,7 +13,6 @@ from click.testing import CliRunner, Result
 from models.registry import load_denoiser
 from schedules import get_schedule
 from solvers import classical_table
-from training.checkpoint import newest_checkpoint, step_path
 from training.ppo.assembly import build, from_plain, make_fabric, mean_of, policy_of, prepare
 from training.ppo.checkpoint import load_checkpoint
 from training.ppo.cold_start import DRAWN, GRID
@@ -22,7 +21,8 @@ from training.ppo.export_epd_predictor import main as export_command
 from training.ppo.launch import main
 from training.ppo.tests.test_launch import assert_same, timeless
 from training.ppo.tests.tiny_world import METADATA, START, write_world
-from training.run_folder import RunFolder, read_metrics
+from training.runs.checkpoint import newest_checkpoint, step_path
+from training.runs.run_folder import RunFolder, read_metrics
 from training.snapshot import save_snapshot
 from training.solver import load_solver
 

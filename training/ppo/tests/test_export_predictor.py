@@ -15,9 +15,6 @@ from errors import InputError
 from integrations.diffusers.scheduling_epd import EPDScheduler
 from models.registry import load_denoiser
 from solvers import EPDTable
-from training.checkpoint import best_path, step_path
-from training.configuration import config_hash
-from training.configuration import to_plain as config_to_plain
 from training.ppo import export_epd_predictor
 from training.ppo.assembly import Start, make_policy, prepare, to_plain
 from training.ppo.checkpoint import save_checkpoint, table_to_plain
@@ -25,7 +22,10 @@ from training.ppo.config import load_config
 from training.ppo.export_epd_predictor import main, read_export, write_export
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.tests.tiny_world import METADATA, write_world
-from training.run_folder import MetricsLog, RunFolder
+from training.runs.checkpoint import best_path, step_path
+from training.runs.configuration import config_hash
+from training.runs.configuration import to_plain as config_to_plain
+from training.runs.run_folder import MetricsLog, RunFolder
 from training.snapshot import find_snapshot, load_snapshot, save_snapshot
 from training.solver import load_solver
 

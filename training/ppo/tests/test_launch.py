@@ -23,9 +23,6 @@ import training.ppo.training_run as training_run
 from errors import InputError
 from files import only_writer
 from models import clip, registry
-from training.checkpoint import best_path, newest_checkpoint, step_path
-from training.command_line import spread
-from training.configuration import config_hash
 from training.ppo import rewards
 from training.ppo.checkpoint import load_checkpoint
 from training.ppo.config import load_config
@@ -34,7 +31,10 @@ from training.ppo.heldout import HeldoutWatch
 from training.ppo.launch import main
 from training.ppo.ppo_trainer import METRICS, PPOTrainer
 from training.ppo.tests.tiny_world import CLIP, START, write_world
-from training.run_folder import RunFolder, read_metrics
+from training.runs.checkpoint import best_path, newest_checkpoint, step_path
+from training.runs.command_line import spread
+from training.runs.configuration import config_hash
+from training.runs.run_folder import RunFolder, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

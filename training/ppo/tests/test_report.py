@@ -10,7 +10,6 @@ from PIL import Image
 
 from errors import InputError
 from models.pictures import png_text
-from training.checkpoint import step_path
 from training.ppo.assembly import make_policy, prepare
 from training.ppo.checkpoint import save_checkpoint, table_to_plain
 from training.ppo.config import load_config
@@ -19,7 +18,8 @@ from training.ppo.report import DIAGNOSTICS, write_report
 from training.ppo.tests.test_export_predictor import state_of
 from training.ppo.tests.tiny_world import write_world
 from training.ppo.training_run import preview_name
-from training.run_folder import MetricsLog, RunFolder
+from training.runs.checkpoint import step_path
+from training.runs.run_folder import MetricsLog, RunFolder
 
 PROMPT = 'a <b>bold</b> "quote" & more'
 
