@@ -67,10 +67,12 @@ class Limits:
         """What is wrong with `value`, or None."""
         if value is None:
             return None
-        if isinstance(value, list):
+        if isinstance(value, list) and self.choices:
             return self._complaint_of_several(value)
         if self.required and not value:
             return "is not set"
+        if isinstance(value, list):
+            return None
         if self.choices and value not in self.choices:
             return f"must be one of {', '.join(self.choices)}"
         if isinstance(value, float) and not math.isfinite(value):
