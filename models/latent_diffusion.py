@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,9 +24,10 @@ from models.options import AS_IT_IS, ModelOptions
 from models.pictures import to_images
 from models.processes import Process
 from models.prompts import text_fault
+from models.recent import RecentTensors
 
 # A prompt takes 118 kB in half precision with Stable Diffusion 1.5, 2.7 MB with Stable Diffusion 3.
-CACHED_BYTES = 2**29
+CACHED_BYTES = 2**27
 SHOWN_FAULTS = 10
 
 
@@ -116,7 +116,7 @@ class LatentDiffusion(Backbone):
         height, width = (side * pixels_per_latent(self.vae) for side in self.latent_shape[1:])
         self.image_size = (height, width)
         self._unknown_words = unknown_words
-        self._texts: OrderedDict[str, Text] = OrderedDict()
+        self._texts: RecentTensors[Text] = RecentTensors(CACHED_BYTES)
 
     def validate_prompts(self, prompts: Sequence[str]) -> None:
         """Raise one `InputError` that lists the prompts that are empty, too long, or use words unknown to the model."""
@@ -197,17 +197,12 @@ class LatentDiffusion(Backbone):
     @torch.no_grad()
     def _text(self, prompt: str) -> Text:
         """`_read`, from the cache of the latest prompts."""
-        if prompt not in self._texts:
-            for fault in filter(None, (encoder.fault(prompt) for encoder in self.text_encoders)):
-                raise InputError(f"The prompt {_shortened(prompt)} is too long for model {self.name}: {fault}.")
-            self._place_encoders(self.device)
-            text = self._read(prompt)
-            size = sum(part.nbytes for part in text.values())  # of each prompt the same
-            while self._texts and (len(self._texts) + 1) * size > CACHED_BYTES:
-                self._texts.popitem(last=False)
-            self._texts[prompt] = text
-        self._texts.move_to_end(prompt)
-        return self._texts[prompt]
+        if (kept := self._texts.get(prompt)) is not None:
+            return kept
+        for fault in filter(None, (encoder.fault(prompt) for encoder in self.text_encoders)):
+            raise InputError(f"The prompt {_shortened(prompt)} is too long for model {self.name}: {fault}.")
+        self._place_encoders(self.device)
+        return self._texts.keep(prompt, self._read(prompt))
 
 
 def require_fit(pipeline: Pipeline, what: str, read: object, written: object) -> None:

@@ -21,6 +21,7 @@ from models import devices, load_denoiser
 from models.denoiser import Conditioning
 from models.families.stable_diffusion import StableDiffusion
 from models.pipelines import load_folder
+from models.recent import RecentTensors
 from schedules import get_schedule
 from solvers import EPDTable, epd_sampler
 from tests import golden
@@ -216,12 +217,27 @@ def test_each_prompt_is_encoded_once(folder):
     assert torch.equal(again.text[HIDDEN], first.text[HIDDEN][[1, 0]])
 
 
-def test_the_cache_forgets_the_prompt_longest_unused(folder, monkeypatch):
-    monkeypatch.setattr("models.latent_diffusion.CACHED_BYTES", 3 * 4 * TOKEN_LIMIT * TEXT_WIDTH)
+def test_the_tensors_longest_unused_are_forgotten():
+    recent = RecentTensors(most_bytes=12)
+    a, _, c = (recent.keep(text, torch.zeros(1)) for text in "abc")
+    assert recent.get("a") is a
+    recent.keep("d", {"of": torch.zeros(1)})
+    assert [recent.get(text) for text in "abc"] == [a, None, c]
+    assert recent.num_bytes == 12
+    whole = recent.keep("e", torch.zeros(4))  # more than there is room for
+    assert whole.shape == (4,)
+    assert (recent.get("e"), recent.num_bytes) == (None, 0)
+
+
+def test_however_many_prompts_are_encoded_little_memory_is_kept(folder, monkeypatch):
+    monkeypatch.setattr("models.latent_diffusion.CACHED_BYTES", 20_000)
     denoiser = load_denoiser(folder, device="cpu", dtype=torch.float32)
-    for prompt in ("a", "b", "a", "c"):
-        denoiser.encode([prompt], 1.0)
-    assert list(denoiser._texts) == ["a", "c", ""]
+    first = denoiser.encode(["red"], 1.0).text[HIDDEN]
+    for number in range(100):
+        denoiser.encode([f"red {number}"], 1.0)
+    size = first.nbytes
+    assert 20_000 - size < denoiser._texts.num_bytes <= 20_000
+    assert torch.equal(denoiser.encode(["red"], 1.0).text[HIDDEN], first)
 
 
 def test_v_prediction_and_epsilon_prediction_of_one_network_agree(tmp_path, exact):

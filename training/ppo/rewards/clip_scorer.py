@@ -13,6 +13,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from errors import InputError
 from models import clip
 from models.devices import check_memory, to_device
+from models.recent import RecentTensors
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class ClipScorer:
             check_memory(f"Reward {name}", size, self.device)
         self.model.to(self.device)
         self._context_length: int = model.config.text_config.max_position_embeddings
-        self._text_features: dict[str, Tensor] = {}
+        self._text_features = RecentTensors()
 
     def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosine similarity of each image's features with those of its own prompt, [N] float32 in [-1, 1].
@@ -116,14 +117,16 @@ class ClipScorer:
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Embed texts: [N, D] float32, projected but not normalised, on the reward's device."""
-        unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_features]
+        found = {prompt: self._text_features.get(prompt) for prompt in prompts}
+        unseen = [prompt for prompt, features in found.items() if features is None]
         for start in range(0, len(unseen), self.batch_size):
             chunk = unseen[start : start + self.batch_size]
             tokens = to_device(clip.tokenize(self.tokenizer, chunk, self._context_length), self.device)
             with self._autocast():
-                features = clip.text_features(self.model, tokens).float()
-            self._text_features |= dict(zip(chunk, features, strict=True))
-        return torch.stack([self._text_features[prompt] for prompt in prompts])
+                embedded = clip.text_features(self.model, tokens).float()
+            for prompt, features in zip(chunk, embedded, strict=True):
+                found[prompt] = self._text_features.keep(prompt, features.clone())
+        return torch.stack([found[prompt] for prompt in prompts])
 
     def _embed_if_it_fits(self, images: Tensor) -> Tensor | None:
         """Features of one batch, or None when the device ran out of memory: past the handler, what it held is free."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from errors import InputError
 from models import asset_table, clip, devices
 from models.asset_table import HPS, Bundle
+from models.recent import RecentTensors
 from tests.plain_clip import random_plain_clip, write_letter_tokenizer
 from training.ppo import reward_hps as second_path
 from training.ppo.rewards import RewardHPS, WeightedMix, build_reward, find_reward_files
@@ -70,6 +71,18 @@ def test_the_score_is_the_cosine_of_an_independent_clips_features(path, images):
 def test_a_score_does_not_depend_on_its_batch(path, images, order, batch_size):
     scores = RewardHPS(path, batch_size=batch_size).score(images[order], [PROMPTS[index] for index in order])
     torch.testing.assert_close(scores, expected_scores(images)[order], rtol=0, atol=1e-5)
+
+
+def test_however_many_prompts_are_scored_little_memory_is_kept(path, images, monkeypatch):
+    monkeypatch.setattr("training.ppo.rewards.clip_scorer.RecentTensors", lambda: RecentTensors(most_bytes=480))
+    reward = RewardHPS(path)
+    expected = expected_scores(images)
+    for number in range(20):
+        reward.text_features([f"a b {'c' * number}", "z"])
+    assert reward._text_features.num_bytes == 5 * 24 * 4  # of five prompts
+    kept = {tensor.untyped_storage().nbytes() for tensor in map(reward._text_features.get, ["z"])}
+    assert kept == {24 * 4}  # a row that is kept does not hold its batch
+    torch.testing.assert_close(reward.score(images, PROMPTS), expected, rtol=0, atol=1e-5)
 
 
 def let_memory_hold(reward: RewardHPS, images: int) -> list[int]:
