@@ -84,7 +84,7 @@ class LatentDiffusion(Backbone):
     """The machinery of all families of them; one says what its network reads, and how it is called."""
 
     known_options = frozenset({"lora", "vae", "height", "width", "negative_prompt"})
-    code = (*Backbone.code, *code_files("latent_diffusion"))
+    code = (*Backbone.code, *code_files("latent_diffusion", "recent"))
 
     def __init__(
         self,

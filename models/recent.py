@@ -15,7 +15,7 @@ MOST_BYTES = 2**25
 
 
 class RecentTensors(Generic[Kept]):
-    """Tensors, or named sets of them, by a text, of which the least recently used are forgotten where they come to too many bytes."""
+    """Tensors, or named sets of them, by a text; the least recently used are forgotten where they are too large."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         """Nothing is kept yet."""
