@@ -175,7 +175,7 @@ def _model(path: str | None, solver: Solver) -> str:
 def _options(asked: ModelOptions, solver: Solver) -> ModelOptions:
     """How the model is to be loaded: as the options say, else as the solver's was."""
     if not asked.changes():
-        return replace(solver.model_options, offload_text=asked.offload_text)
+        return replace(solver.model_options, text_on_cpu=asked.text_on_cpu)
     if solver.origin is not None and asked.changes() != solver.model_options.changes():
         click.echo(f"{asked} overrides how the predictor's model was loaded, {solver.model_options}")
     return asked

@@ -137,7 +137,7 @@ def main(
     Interrupt it at will: --resume goes on and ends in the same table.
     """
     require_one_process()
-    told |= {name: value for name, value in asdict(model_options).items() if name != "offload_text"}
+    told |= {name: value for name, value in asdict(model_options).items() if name != "text_on_cpu"}
     folder = None
     if resume is None:
         options = _options(told)
@@ -193,7 +193,7 @@ def _options(told: dict[str, object]) -> Options:
 
 
 def _denoiser(options: Options, device: str, asked: ModelOptions) -> Denoiser:
-    how = replace(options.model_options, offload_text=asked.offload_text)
+    how = replace(options.model_options, text_on_cpu=asked.text_on_cpu)
     return load_denoiser(options.model, device=resolve_device(device), dtype=torch.float32, options=how)
 
 

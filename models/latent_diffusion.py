@@ -44,6 +44,15 @@ class TextEncoder:
     limit: int
     reads_all: bool = True
 
+    @classmethod
+    def clip(
+        cls, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, reads_all: bool = True
+    ) -> TextEncoder:
+        """One of CLIP's kind, which reads what both of its parts can."""
+        # A tokenizer without a limit of its own reports an astronomic one.
+        limit = min(tokenizer.model_max_length, module.config.max_position_embeddings)
+        return cls(module, tokenizer, limit, reads_all)
+
     def fault(self, prompt: str) -> str | None:
         """Why the encoder would cut a prompt off; None where it would not, or may."""
         length = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
@@ -52,12 +61,12 @@ class TextEncoder:
         marks = self.tokenizer.num_special_tokens_to_add()
         return f"it is {length - marks} tokens long, the text encoder takes {self.limit - marks}"
 
-    def __call__(self, prompt: str, device: torch.device) -> ModelOutput:
+    def __call__(self, prompt: str) -> ModelOutput:
         """What the module says of one prompt, the hidden states of all its layers included."""
         tokens = self.tokenizer(
             prompt, padding="max_length", max_length=self.limit, truncation=True, return_tensors="pt"
         )
-        return self.module(to_device(tokens.input_ids, device), output_hidden_states=True)
+        return self.module(to_device(tokens.input_ids, self.module.device), output_hidden_states=True)
 
 
 @dataclass(frozen=True)
@@ -101,14 +110,13 @@ class LatentDiffusion(Backbone):
         """
         encoders = [encoder.module for encoder in parts.text_encoders]
         vae_dtype = torch.float32 if parts.wide_vae and dtype == torch.float16 else dtype
-        on_device = (parts.network, *(() if parts.options.offload_text else encoders))
+        on_device = (parts.network, *(() if parts.options.text_on_cpu else encoders))
         needed = sum(bytes_to_move(module, device, dtype) for module in on_device)
         check_memory(f"Model {name}", needed + bytes_to_move(parts.vae, device, vae_dtype), device)
         super().__init__(name, parts.network, parts.process, parts.guidance, device=device, dtype=dtype)
         self.vae = frozen(parts.vae, device, vae_dtype)
-        self._resting_place = self._encoders_at = torch.device("cpu") if parts.options.offload_text else device
         for encoder in encoders:
-            frozen(encoder, self._resting_place, dtype)
+            frozen(encoder, torch.device("cpu") if parts.options.text_on_cpu else device, dtype)
         self.text_encoders = parts.text_encoders
         self.latent_shape = parts.latent_shape
         self._zero_unconditional = parts.zero_unconditional
@@ -143,15 +151,11 @@ class LatentDiffusion(Backbone):
         if not prompts:
             raise InputError("No prompts to encode.")
         self.check_guidance(scale, negative_prompt)
-        try:
-            texts = [self._text(prompt) for prompt in prompts]
-            unconditional = self._unconditional(self._negative_prompt if negative_prompt is None else negative_prompt)
-        finally:
-            self._place_encoders(self._resting_place)
+        texts = [self._text(prompt) for prompt in prompts]
         return Conditioning(
             count=len(prompts),
             text={name: torch.stack([text[name] for text in texts]) for name in texts[0]},
-            unconditional=unconditional,
+            unconditional=self._unconditional(self._negative_prompt if negative_prompt is None else negative_prompt),
             guidance_scale=scale,
         )
 
@@ -178,13 +182,6 @@ class LatentDiffusion(Backbone):
         text = self._text(negative_prompt)
         return {name: (torch.zeros_like(part) if zeros else part)[None] for name, part in text.items()}
 
-    def _place_encoders(self, device: torch.device) -> None:
-        """Have the text encoders on a device: on their own to encode, otherwise where they rest."""
-        if device != self._encoders_at:
-            for encoder in self.text_encoders:
-                encoder.module.to(device)
-            self._encoders_at = device
-
     def _prompt_faults(self, prompt: str) -> list[str]:
         if fault := text_fault(prompt):
             return [fault]
@@ -201,8 +198,7 @@ class LatentDiffusion(Backbone):
             return kept
         for fault in filter(None, (encoder.fault(prompt) for encoder in self.text_encoders)):
             raise InputError(f"The prompt {_shortened(prompt)} is too long for model {self.name}: {fault}.")
-        self._place_encoders(self.device)
-        return self._texts.keep(prompt, self._read(prompt))
+        return self._texts.keep(prompt, {name: part.to(self.device) for name, part in self._read(prompt).items()})
 
 
 def require_fit(pipeline: Pipeline, what: str, read: object, written: object) -> None:

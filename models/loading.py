@@ -71,7 +71,7 @@ def load_module(
     """
     named = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
     try:
-        _require_no_more(skeleton(lambda: _described(kind, folder), weights), weights)
+        _require_no_more(skeleton(lambda: described(kind, folder), weights), weights)
         module, report = kind.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **{named: dtype}
         )
@@ -91,7 +91,8 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in read_weights(file).items()}
 
 
-def _described(kind: type[Module], folder: Path) -> Module:
+def described(kind: type[Module], folder: Path) -> Module:
+    """What the configuration in a folder describes, with new weights."""
     settings = read_json(folder / "config.json")
     require_counts(settings)
     if issubclass(kind, PreTrainedModel):

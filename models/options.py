@@ -21,7 +21,7 @@ class ModelOptions:
     lora: weights to add, FILE or FILE:SCALE, several with commas between them. vae: the folder of another VAE, or of a
     pipeline whose VAE it is. height, width: of the images, in pixels. negative_prompt: what guidance leads away from.
     without_t5: leave the text encoder T5 out, where the model can do without it.
-    offload_text: keep the text encoders in main memory between encodings; it changes no image.
+    text_on_cpu: run the text encoders on the CPU, out of the device's memory; an image changes by rounding alone.
     """
 
     lora: str | None = None
@@ -30,7 +30,7 @@ class ModelOptions:
     width: int | None = None
     negative_prompt: str | None = None
     without_t5: bool = False
-    offload_text: bool = False
+    text_on_cpu: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a text that is no prompt, and weights to add that are not named as they must be."""
@@ -44,7 +44,7 @@ class ModelOptions:
 
     def changes(self) -> dict[str, Any]:
         """What is asked for of all that changes an image."""
-        asked = dataclasses.asdict(dataclasses.replace(self, offload_text=False))
+        asked = dataclasses.asdict(dataclasses.replace(self, text_on_cpu=False))
         return {name: value for name, value in asked.items() if value not in (None, False)}
 
     def files(self) -> list[Path]:

@@ -386,6 +386,16 @@ def test_a_prompt_may_be_as_long_as_the_encoder_that_reads_the_whole(folder_of):
         load(folder_of("flux")).encode([long])
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_a_tokenizer_without_a_limit_of_its_own_has_the_encoders(name, copy_of):
+    folder = copy_of(name)
+    for part in ("tokenizer", "tokenizer_2"):
+        edit_json(folder / part / "tokenizer_config.json", model_max_length=10**30)
+    denoiser = load(folder)
+    assert denoiser.text_encoders[0].limit == TOKEN_LIMIT
+    denoiser.encode(PROMPTS)
+
+
 # --- what is refused
 
 
@@ -545,7 +555,7 @@ def test_options_that_change_an_image_change_the_models_fingerprint(folder_of, t
         ModelOptions(vae=str(folder / "vae")),
     ]
     assert len({model_fingerprint(folder, options) for options in asked}) == len(asked)
-    assert model_fingerprint(folder, ModelOptions(offload_text=True)) == model_fingerprint(folder)
+    assert model_fingerprint(folder, ModelOptions(text_on_cpu=True)) == model_fingerprint(folder)
     before = model_fingerprint(folder, asked[5])
     (tmp_path / "a.safetensors").write_bytes(b"b")
     assert model_fingerprint(folder, asked[5]) != before
@@ -569,19 +579,15 @@ def test_t5_can_be_left_out(folder_of):
     assert not zeros[:, TOKEN_LIMIT:].any()
 
 
-def test_text_encoders_come_to_the_device_to_encode_and_go_again(folder_of, monkeypatch):
-    denoiser = load(folder_of("flux"), options=replace(SIZE, offload_text=True))
-    moves = []
-    for encoder in denoiser.text_encoders:
-        monkeypatch.setattr(encoder.module, "to", lambda device: moves.append(str(device)))
-    denoiser.encode(PROMPTS)
-    assert moves == []  # the device is the main memory's
-    denoiser.device = torch.device("meta")
-    monkeypatch.setattr(denoiser, "_read", lambda _: {"rows": torch.zeros(1)})
-    denoiser.encode(PROMPTS)
-    assert moves == []
-    denoiser.encode(["another", "and another"])
-    assert moves == ["meta", "meta", "cpu", "cpu"]
+def test_text_encoders_can_stay_on_the_cpu(folder_of):
+    """The meta device stands for an accelerator."""
+    folder, meta = folder_of("flux"), torch.device("meta")
+    for on_cpu in (False, True):
+        options = replace(SIZE, text_on_cpu=on_cpu)
+        denoiser = load_denoiser(folder, device=meta, dtype=torch.float32, options=options)
+        assert {encoder.module.device.type for encoder in denoiser.text_encoders} == {"cpu" if on_cpu else "meta"}
+        text = denoiser.encode(PROMPTS).text
+        assert {part.device for part in (*text.values(), *denoiser.network.parameters())} == {meta}
 
 
 @pytest.mark.parametrize(
@@ -638,11 +644,11 @@ def test_options_that_are_none_are_refused(options, says):
 
 def test_options_are_read_back_from_what_they_change():
     asked = ModelOptions(
-        lora="C:/a.safetensors:-0.5", height=24, negative_prompt="x", without_t5=True, offload_text=True
+        lora="C:/a.safetensors:-0.5", height=24, negative_prompt="x", without_t5=True, text_on_cpu=True
     )
     assert asked.loras() == [(Path("C:/a.safetensors"), -0.5)]
     assert ModelOptions(lora="C:/a.safetensors").loras() == [(Path("C:/a.safetensors"), 1.0)]
-    assert ModelOptions.from_changes(asked.changes(), "x.json: model_options") == replace(asked, offload_text=False)
+    assert ModelOptions.from_changes(asked.changes(), "x.json: model_options") == replace(asked, text_on_cpu=False)
     assert AS_IT_IS.changes() == {}
     for told in ([], {"height": "24"}, {"size": 3}, {"height": True}, {"without_t5": 1}):
         with pytest.raises(InputError, match=r"^x\.json: model_options is .* no options of a model$"):

@@ -45,7 +45,6 @@ class Flux(LatentDiffusion):
         """See `Backbone.assembled`."""
         transformer, vae = pipeline.modules["transformer"], pipeline.modules["vae"]
         clip, t5 = (pipeline.modules[part] for part in ("text_encoder", "text_encoder_2"))
-        tokenizer = pipeline.tokenizers["tokenizer"]
         config = transformer.config
         channels = vae.config.latent_channels
         require_fit(pipeline, "numbers a patch", config.in_channels, channels * PATCH**2)
@@ -58,7 +57,7 @@ class Flux(LatentDiffusion):
             network=transformer,
             vae=vae,
             text_encoders=(
-                TextEncoder(clip, tokenizer, tokenizer.model_max_length, reads_all=False),
+                TextEncoder.clip(clip, pipeline.tokenizers["tokenizer"], reads_all=False),
                 TextEncoder(t5, pipeline.tokenizers["tokenizer_2"], T5_TOKENS[guidance]),
             ),
             process=FlowMatching.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file), tokens),
@@ -73,7 +72,7 @@ class Flux(LatentDiffusion):
         return DEV if read_json(folder / "transformer" / "config.json").get("guidance_embeds") else SCHNELL
 
     def _read(self, prompt: str) -> Text:
-        clip, t5 = (encoder(prompt, self.device) for encoder in self.text_encoders)
+        clip, t5 = (encoder(prompt) for encoder in self.text_encoders)
         return {"encoder_hidden_states": t5.last_hidden_state[0], "pooled_projections": clip.pooler_output[0]}
 
     def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:

@@ -43,12 +43,10 @@ class StableDiffusion(LatentDiffusion):
                 f"{source}: the UNet reads text of width {unet.config.cross_attention_dim}, "
                 f"the text encoder writes width {encoder.config.hidden_size}."
             )
-        # A tokenizer without a limit of its own reports an astronomic one.
-        limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         return Parts(
             network=unet,
             vae=vae,
-            text_encoders=(TextEncoder(encoder, tokenizer, limit),),
+            text_encoders=(TextEncoder.clip(encoder, tokenizer),),
             process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
             latent_shape=unet_latents(pipeline),
             guidance=cls.usual_guidance,
@@ -57,7 +55,7 @@ class StableDiffusion(LatentDiffusion):
 
     def _read(self, prompt: str) -> Text:
         (encoder,) = self.text_encoders
-        return {"encoder_hidden_states": encoder(prompt, self.device).last_hidden_state[0]}
+        return {"encoder_hidden_states": encoder(prompt).last_hidden_state[0]}
 
     def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
         return self.network(z, times, **text, return_dict=False)[0]

@@ -53,11 +53,11 @@ class StableDiffusion3(LatentDiffusion):
         projected = sum(clip.config.projection_dim for clip in clips)
         require_fit(pipeline, "latent channels", config.in_channels, vae.config.latent_channels)
         require_fit(pipeline, "numbers of pooled text", config.pooled_projection_dim, projected)
-        limit = pipeline.tokenizers["tokenizer"].model_max_length
         encoders = [
-            TextEncoder(clip, pipeline.tokenizers[part], limit, reads_all=t5 is None)
+            TextEncoder.clip(clip, pipeline.tokenizers[part], reads_all=t5 is None)
             for clip, part in zip(clips, ("tokenizer", "tokenizer_2"), strict=True)
         ]
+        require_fit(pipeline, "tokens", *(encoder.limit for encoder in encoders))
         if t5 is not None:
             require_fit(pipeline, "numbers a token of T5", config.joint_attention_dim, t5.config.d_model)
             encoders.append(TextEncoder(t5, pipeline.tokenizers["tokenizer_3"], T5_TOKENS))
@@ -73,7 +73,7 @@ class StableDiffusion3(LatentDiffusion):
         )
 
     def _read(self, prompt: str) -> Text:
-        first, second, *t5 = (encoder(prompt, self.device) for encoder in self.text_encoders)
+        first, second, *t5 = (encoder(prompt) for encoder in self.text_encoders)
         width = self.network.config.joint_attention_dim
         short = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)[0]
         long = t5[0].last_hidden_state[0] if t5 else short.new_zeros(T5_TOKENS, width)

@@ -48,15 +48,15 @@ class StableDiffusionXL(LatentDiffusion):
         added = SIZES * config.addition_time_embed_dim + second.config.projection_dim
         require_fit(pipeline, "numbers a token", config.cross_attention_dim, hidden)
         require_fit(pipeline, "numbers of sizes and pooled text", config.projection_class_embeddings_input_dim, added)
-        tokenizers = [pipeline.tokenizers[part] for part in ("tokenizer", "tokenizer_2")]
-        require_fit(pipeline, "tokens", *(tokenizer.model_max_length for tokenizer in tokenizers))
+        readers = tuple(
+            TextEncoder.clip(clip, pipeline.tokenizers[part])
+            for clip, part in zip((first, second), ("tokenizer", "tokenizer_2"), strict=True)
+        )
+        require_fit(pipeline, "tokens", *(reader.limit for reader in readers))
         return Parts(
             network=unet,
             vae=vae,
-            text_encoders=tuple(
-                TextEncoder(clip, tokenizer, tokenizer.model_max_length)
-                for clip, tokenizer in zip((first, second), tokenizers, strict=True)
-            ),
+            text_encoders=readers,
             process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
             latent_shape=unet_latents(pipeline),
             guidance=cls.usual_guidance,
@@ -66,7 +66,7 @@ class StableDiffusionXL(LatentDiffusion):
         )
 
     def _read(self, prompt: str) -> Text:
-        first, second = (encoder(prompt, self.device) for encoder in self.text_encoders)
+        first, second = (encoder(prompt) for encoder in self.text_encoders)
         return {
             "encoder_hidden_states": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)[0],
             "text_embeds": second.text_embeds[0],

@@ -67,7 +67,7 @@ class ModelConfig:
     width: int | None = knob(None, "of the images, in pixels; null: the model's own", at_least=1)
     negative_prompt: str | None = knob(None, "what guidance leads away from; null: the empty prompt")
     without_t5: bool = knob(False, "leave the text encoder T5 out, where the model can do without it")
-    offload_text: bool = knob(False, "keep the text encoders in main memory between encodings; changes no image")
+    text_on_cpu: bool = knob(False, "run the text encoders on the CPU: slower, and out of the device's memory")
     dtype: str = knob("float32", "precision of the frozen network", choices=("float32", "float16", "bfloat16"))
     compile: bool = knob(False, "have the network compiled by torch.compile: the first step takes minutes longer")
 
@@ -254,7 +254,7 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
             )
     for name, theirs in dataclasses.asdict(snapshot.model_options).items():
         key, ours = f"model.{name}", getattr(model, name)
-        if name == "offload_text" or ours == theirs:
+        if name == "text_on_cpu" or ours == theirs:
             continue
         if not ours:
             chosen[name] = theirs

@@ -46,7 +46,7 @@ def takes_model_options(command: Callable[..., Result]) -> Callable[..., Result]
 
     pixels = click.IntRange(1, 2**14)
     for option in (
-        click.option("--offload-text", is_flag=True, help="Keep the text encoders in main memory between encodings."),
+        click.option("--text-on-cpu", is_flag=True, help="Run the text encoders on the CPU: slower, less GPU memory."),
         click.option("--without-t5", is_flag=True, help="Leave T5 out, where the model can do without it (SD3)."),
         click.option("--negative-prompt", help="What guidance leads away from. [the empty prompt]"),
         click.option("--width", type=pixels, help="Of the images, in pixels. [the model's own]"),

@@ -403,8 +403,8 @@ def test_how_the_model_was_loaded_comes_with_the_snapshot():
     assert notes == []
     with pytest.raises(InputError, match=r"model\.height=32: \S+ was made with 24: leave the key out, or insist with"):
         apply_snapshot(least(model={"height": 32}), made)
-    config, notes = apply_snapshot(least("model.height=32", "model.offload_text=true"), made)
-    assert model_options(config) == ModelOptions(lora="a.safetensors:0.5", height=32, offload_text=True)
+    config, notes = apply_snapshot(least("model.height=32", "model.text_on_cpu=true"), made)
+    assert model_options(config) == ModelOptions(lora="a.safetensors:0.5", height=32, text_on_cpu=True)
     assert [note.partition(";")[0] for note in notes] == ["model.height=32 by --override"]
     with pytest.raises(InputError, match=r"a\.pkl: model_options is \{'size': 3\}: these are no options of a model"):
         snapshot(METADATA | {"model_options": {"size": 3}})
