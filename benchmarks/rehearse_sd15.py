@@ -41,7 +41,7 @@ from training.runs.run_folder import RunFolder, read_metrics, seconds_by_phase
 PIPELINE = "src/pipelines/sd15"
 CLIP_CONFIG = "src/pipelines/clip/ViT-H-14.json"
 NEEDED_DISK = 8 * 10**9
-LEFT_OUT = (".*", "__pycache__", "exps", "outputs", "runs", "scratch", "weights", "ms_coco", "*.safetensors")
+LEFT_OUT = (".*", "__pycache__", "exps", "outputs", "scratch", "weights", "ms_coco", "*.safetensors")
 LOG = "rehearsal.log"
 RESETS_PEAK = Path("/proc/self/clear_refs")
 CAPTIONS = (

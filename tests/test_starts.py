@@ -248,7 +248,7 @@ def test_a_grid_of_its_own_is_used_unless_a_schedule_is_named(pipeline, tmp_path
     assert not np.array_equal(pictures["named"][0], pictures["own"][0])
 
 
-def test_ppo_refuses_what_it_would_drop(tmp_path):
+def test_ppo_begins_at_every_column_of_its_start(tmp_path):
     file = save_snapshot(tmp_path / "table", full_table(), METADATA)
     loaded = SCHEMA.build(
         {
@@ -258,8 +258,11 @@ def test_ppo_refuses_what_it_would_drop(tmp_path):
         },
         "x.yaml",
     )
-    with pytest.raises(InputError, match=r"the column guidance, the column history.*which PPO does not tune yet"):
-        start_from_snapshot(loaded)
+    start = start_from_snapshot(loaded)
+    assert start.table.columns().keys() == full_table().columns().keys()
+    for name, entries in full_table().columns().items():
+        torch.testing.assert_close(start.table.columns()[name], entries, rtol=0, atol=1e-12)
+    assert start.notes == ()
 
 
 @pytest.mark.parametrize("own_grid", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -237,9 +238,10 @@ def guidance_scale(config: Config) -> float | None:
 
 
 def costs(start: Start) -> Costs:
-    """What a step costs; looks into the model's files, and loads none."""
-    config = start.config
-    solver = replace(start.solver, guidance_kind=traits_of(model_spec(config)).guidance.kind)
+    """What a step costs; looks into the model's files, if they are there, and loads none."""
+    config, solver = start.config, start.solver
+    with suppress(InputError):  # a dry run says the costs of a model that is still to be fetched
+        solver = replace(solver, guidance_kind=traits_of(model_spec(config)).guidance.kind)
     updates_a_pass = -(-config.ppo.rollout_batch_size // config.ppo.minibatch_size)
     return Costs(
         evaluations=solver.evaluations,

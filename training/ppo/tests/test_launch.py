@@ -705,7 +705,8 @@ def test_default_configuration_lacks_nothing_but_what_is_fetched(monkeypatch: py
     result = launch("--dry-run", "--device", "cpu")
     assert result.exit_code == 2
     assert "num_steps 11 (10 intervals), num_points 2" in result.output
-    missing = [line.removeprefix("  - ").partition(":")[0] for line in result.output.splitlines() if line[:4] == "  - "]
+    faults = result.output.partition("cannot start:")[2].splitlines()
+    missing = [line.removeprefix("  - ").partition(":")[0] for line in faults if line[:4] == "  - "]
     assert "model sd15" in missing
     assert set(missing) <= {
         "model sd15",
