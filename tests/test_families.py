@@ -326,6 +326,20 @@ def test_nothing_in_a_call_waits_for_the_device(name, folder_of):
     assert watched.found == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_the_network_is_one_graph_to_the_compiler(name, folder_of):
+    denoiser, calls = load(folder_of(name)), []
+    handle = denoiser.network.register_forward_pre_hook(
+        lambda _module, inputs, named: calls.append((inputs, named)), with_kwargs=True
+    )
+    denoiser.denoise(noise(denoiser), torch.tensor(0.5), denoiser.encode(PROMPTS, 1.0))
+    handle.remove()
+    ((inputs, named),) = calls
+    found = torch._dynamo.explain(denoiser.network)(*inputs, **named)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+
+
 # --- number types and files
 
 
