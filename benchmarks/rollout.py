@@ -34,7 +34,7 @@ from models.pictures import to_pixels
 from models.registry import load_denoiser
 from solvers import EPDTable, epd_sampler
 from training.ppo.assembly import Parts, Start, build, costs, make_fabric, model_spec, prepare
-from training.ppo.config import load_config
+from training.ppo.config import load_config, model_options
 from training.ppo.rewards import RewardHPS
 from training.ppo.rl_runner import RLRunner
 from training.ppo.rollout import PromptBatch
@@ -265,7 +265,9 @@ def main(config_path: Path, overrides: tuple[str, ...], images: int | None, repe
     runner: RLRunner = parts.trainer.source
     step = whole_steps(parts, repeats)
     fast_peak = peak_memory(fabric.device)
-    denoiser = load_denoiser(model_spec(config), device=fabric.device, dtype=torch.float32)
+    denoiser = load_denoiser(
+        model_spec(config), device=fabric.device, dtype=torch.float32, options=model_options(config)
+    )
     reward = RewardHPS(config.reward.weights_path, device=fabric.device, tokenizer_folder=config.reward.cache_dir)
     plain = PlainPath(runner, denoiser, reward, resolve_dtype(config.model.dtype))
     timings = compare(runner, plain, make_work(parts, config.ppo.rollout_batch_size), repeats)

@@ -22,6 +22,7 @@ from training.measuring.comparison import Entry
 from training.measuring.evaluation import PREVIEWS, Evaluation, Setting, Store
 from training.measuring.statistics import Interval, bootstrap_indices, paired_difference_interval
 from training.ppo.assembly import guidance_scale, model_spec
+from training.ppo.config import model_options
 from training.ppo.export_epd_predictor import read_export, write_export
 from training.ppo.panels import judging_panel
 from training.runs.checkpoint import best_path, newest_checkpoint
@@ -200,15 +201,16 @@ class Scorer:
             InputError: an asset is missing, or the prompts cannot be used.
         """
         config = runs[0].start.config  # the runs agree in all that is used of it
-        spec = model_spec(config)
+        spec, options = model_spec(config), model_options(config)
         dtype = resolve_dtype(config.model.dtype)
         prompts = heldout_prompts(study, runs)
-        self._denoiser = load_denoiser(spec, device=resolve_device(device or config.run.device), dtype=dtype)
+        on = resolve_device(device or config.run.device)
+        self._denoiser = load_denoiser(spec, device=on, dtype=dtype, options=options)
         self._denoiser.validate_prompts(prompts)
         setting = Setting(
             prompts=prompts,
             seeds=[study.heldout_seed + index for index in range(len(prompts))],
-            model_fingerprint=model_fingerprint(spec),
+            model_fingerprint=model_fingerprint(spec, options),
             batch_size=study.batch,
             dtype=torch.promote_types(dtype, torch.float32),
             previews=PREVIEWS,

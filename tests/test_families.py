@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 from dataclasses import dataclass, field, replace
@@ -16,19 +17,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from benchmarks.compvis_layout import compvis_state_dict
 from errors import InputError
 from models import load_denoiser
+from models.compvis import assemble_compvis, read_compvis
 from models.denoiser import Conditioning, GuidanceKind
-from models.fingerprints import model_fingerprint
+from models.fingerprints import file_sha256, model_fingerprint
 from models.generate import conditioned
 from models.latent_diffusion import LatentDiffusion
 from models.options import AS_IT_IS, ModelOptions
+from models.pipelines import contents_of, load_folder
 from models.registry import check_assets, traits_of
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable, classical_table, epd_sampler
 from tests.test_latent_diffusion import WaitsForTheDevice
 from tests.tiny_families import save_tiny_family, stock_pipeline
-from tests.tiny_pipeline import TOKEN_LIMIT, save_tiny_pipeline
+from tests.tiny_pipeline import TOKEN_LIMIT, modules_of, save_tiny_pipeline
 from training.solver import Solver, classical_solver, parse_schedule
 
 PROMPTS = ["red box", "a big cat", "blue"]
@@ -400,6 +404,29 @@ def test_a_prompt_may_be_as_long_as_the_encoder_that_reads_the_whole(folder_of):
         load(folder_of("flux")).encode([long])
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_weights_in_several_files_are_fetched_and_loaded(name, folder_of, copy_of, tmp_path):
+    """As the large parts are published, beside variants that nobody needs."""
+    offered = copy_of(name)
+    for part in ("transformer", "text_encoder_2"):
+        for file in (offered / part).glob("*.safetensors"):
+            file.rename(file.with_suffix(".fp16.safetensors"))
+        getattr(stock_pipeline(folder_of(name)), part).save_pretrained(offered / part, max_shard_size="20KB")
+        assert len(list((offered / part).glob("*-of-*.safetensors"))) > 1
+    (offered / "flux1-dev.safetensors").touch()
+    patterns = contents_of(offered).files()
+    for file in offered.rglob("*"):
+        name_in = file.relative_to(offered).as_posix()
+        if file.is_file() and any(fnmatch.fnmatch(name_in, pattern) for pattern in patterns):
+            (tmp_path / "fetched" / name_in).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "fetched" / name_in)
+    assert not list((tmp_path / "fetched").rglob("*fp16*"))
+    fetched, whole = load(tmp_path / "fetched"), load(folder_of(name))
+    for mine, other in ((fetched.network, whole.network), (fetched.text_encoders[1], whole.text_encoders[1])):
+        ours, theirs = (getattr(one, "module", one).state_dict() for one in (mine, other))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 def test_a_tokenizer_without_a_limit_of_its_own_has_the_encoders(name, copy_of):
     folder = copy_of(name)
@@ -540,6 +567,26 @@ def test_several_loras_are_added_and_the_files_of_the_model_stay_as_they_are(fol
     for name, weight in thrice.network.named_parameters():
         torch.testing.assert_close(twice.network.get_parameter(name), weight, rtol=1e-5, atol=1e-6)
     assert model_fingerprint(folder_of("flux")) == before
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_single_file_takes_a_lora_and_stays_as_it_is(suffix, tmp_path):
+    """Its tensors are mapped: what is added must not reach the file."""
+    folder = save_tiny_pipeline(tmp_path / "sd")
+    lora, _ = save_lora("sd", folder, tmp_path / "lora")
+    options = ModelOptions(lora=f"{lora}:0.5")
+    state = {name: tensor.clone() for name, tensor in compvis_state_dict(*modules_of(load_folder(folder)[1])).items()}
+    file = tmp_path / f"model{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    before = file_sha256(file)
+    single = assemble_compvis(read_compvis(file), file, folder, options)
+    expected = load_folder(folder, options=options)[1]
+    for mine, other in zip(modules_of(single), modules_of(expected), strict=True):
+        theirs = other.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.state_dict().items())
+    assert file_sha256(file) == before
+    with pytest.raises(InputError, match="a model of the family ldm takes no without_t5"):
+        assemble_compvis(read_compvis(file), file, folder, ModelOptions(without_t5=True))
 
 
 def test_the_vae_of_another_folder_decodes(folder_of, copy_of):
