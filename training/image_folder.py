@@ -33,15 +33,14 @@ LINE_BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85
 class ImageRecord:
     """One line of images.jsonl; evaluations are an image's, before guidance, which doubles them unless it is 1.
 
-    model_options: how the model was loaded; None where that was as it comes.
-    guidance: None where the table has a scale of its own for each evaluation.
+    guidance: None where the table has a scale of its own for each evaluation. model_options: how the model was loaded;
+    None where that was as it comes.
     """
 
     file: str
     prompt: str
     seed: int
     model: str
-    model_options: Mapping[str, Plain] | None
     solver: str
     schedule: str
     num_steps: int
@@ -51,6 +50,7 @@ class ImageRecord:
     predictor: str | None
     predictor_sha256: str | None
     finite: bool
+    model_options: Mapping[str, Plain] | None = None
 
 
 @dataclass(frozen=True)
