@@ -24,7 +24,7 @@ from training.ppo.checkpoint import require_equal, table_from_plain, table_to_pl
 from training.ppo.cold_start import GRID, ColdStart, prepare_table
 from training.ppo.config import Config, apply_snapshot, model_options, with_usual
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch
-from training.ppo.panels import SHAPES, VerifierPanel
+from training.ppo.panels import SHAPES, VerifierPanel, require_verifiable
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.ppo_trainer import PPOTrainer, Trainer
 from training.ppo.rewards import Reward, build_reward, find_reward_files, load_reward
@@ -326,7 +326,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
     trainer = PPOTrainer(make_policy(start), runner, stream, ppo, seed=config.run.seed)
     heldout = _heldout_prompts(config) if config.logging.eval_interval else []
     denoiser.validate_prompts(heldout)
-    panel = _panel(config, fabric.device) if heldout else None
+    panel = _panel(config, denoiser) if heldout else None
     if fabric.is_global_zero:
         reward.say_what_is_cut([*prompts, *heldout])
         if panel is not None:
@@ -391,16 +391,17 @@ def mean_of(policy: EPDParamPolicy) -> tuple[EPDTable, Tensor | None]:
     return distribution.mean_table().to(device="cpu"), None if sigmas is None else sigmas.cpu()
 
 
-def _panel(config: Config, device: torch.device) -> Reward | None:
+def _panel(config: Config, denoiser: Denoiser) -> Reward | None:
     if config.logging.panel is None:
         return None
     if config.logging.panel == VERIFIER:
+        require_verifiable(denoiser)
         return VerifierPanel()
     return load_reward(
         config.logging.panel,
-        device=device,
+        device=denoiser.device,
         batch_size=config.reward.batch_size,
-        amp_dtype=_amp_dtype(config, device),
+        amp_dtype=_amp_dtype(config, denoiser.device),
         tokenizer_folder=config.reward.cache_dir,
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errors import InputError
 from models import clip
 from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
@@ -36,15 +37,27 @@ class VerifierPanel:
         """Nothing is: a caption is judged whole."""
 
 
+def require_verifiable(denoiser: Denoiser) -> None:
+    """Raise InputError where the verifier cannot judge what the model draws."""
+    side = scenes.IMAGE_SIZE
+    if denoiser.image_size != (side, side):
+        height, width = denoiser.image_size
+        raise InputError(
+            f"the verifier judges images of {side} x {side} pixels, and model {denoiser.name} is to draw "
+            f"{height} x {width}: leave height and width out"
+        )
+
+
 def judging_panel(model: str, weights: Path, denoiser: Denoiser, prompts: Sequence[str], batch: int) -> Panel:
     """What judges the images of a model: the reward `weights` and, in the shapes world, the verifier.
 
     Raises:
-        InputError: the reward's files are missing or malformed, or the verifier cannot judge a prompt.
+        InputError: the reward's files are missing or malformed, or the verifier cannot judge a prompt or the images.
     """
     if model == SHAPES:
         for prompt in prompts:
             scenes.parse(prompt)
+        require_verifiable(denoiser)
     files = find_reward_files(weights)
     described = [files.weights, files.weights.with_suffix(".json"), files.tokenizer]
     judged_by = [path for path in described if path.exists()]

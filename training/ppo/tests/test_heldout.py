@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import schedules
+from errors import InputError
 from models.shapes.scenes import captions, parse, render
 from solvers import EPDTable
 from training.ppo.heldout import HELDOUT_METRICS, HeldoutJudge, HeldoutScores, HeldoutWatch
-from training.ppo.panels import VerifierPanel
+from training.ppo.panels import VerifierPanel, require_verifiable
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import DivergenceError
@@ -180,6 +181,11 @@ def test_verifier_panel_scores_the_share_of_the_caption_that_holds():
     graded = VerifierPanel().score(torch.stack([image, image]), [right, wrong])
     assert graded[0] == 1.0
     assert graded[1] < 1
+
+
+def test_images_of_a_size_that_the_verifier_does_not_know_are_refused_before_they_are_drawn():
+    with pytest.raises(InputError, match="judges images of 64 x 64 pixels, and model gaussian is to draw 2 x 2: leave"):
+        require_verifiable(GaussianDenoiser())
 
 
 if __name__ == "__main__":
