@@ -324,3 +324,19 @@ def test_a_start_is_guided_as_its_model_usually_is(workplace):
         assert result.exit_code == 0, result.output
         (folder,) = (workplace / "exps").glob(f"*-{name}-*")
         assert load_snapshot(folder / "network-snapshot-000000.pkl")[1]["guidance_rate"] == scale
+
+
+def test_a_table_of_another_family_is_refused_by_both_names(workplace):
+    models = {name: save_tiny_family(name, workplace / name) for name in ("sd3", "flux")}
+    shape = ("--num_steps", 3, "--num_points", 0, "--schedule_type", "flowmatch", "--height", 16, "--width", 16)
+    start = ("--init-only", "--start", "ipndm")
+    result = run("--dataset_name", "mine", "--model_path", models["sd3"], *shape, *start)
+    assert result.exit_code == 0, result.output
+    (folder,) = (workplace / "exps").iterdir()
+    drawing = ("--predictor_path", folder, "--prompt", "a dog", "--seeds", "0", "--outdir", workplace / "out")
+    for name, status in (("flux", 2), ("sd3", 0)):
+        result = CliRunner().invoke(sample.main, [str(word) for word in (*drawing, "--model_path", models[name])])
+        assert result.exit_code == status, result.output
+        assert ("was made for a model of the family sd3, and flux is of the family flux" in result.output) == bool(
+            status
+        )

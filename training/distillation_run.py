@@ -51,7 +51,7 @@ from training.runs.checkpoint import fitting, read_tensors, write_tensors
 from training.runs.configuration import SHOWN
 from training.runs.run_folder import MetricsLog
 from training.snapshot import load_snapshot, save_snapshot
-from training.solver import MODEL_OF_DATASET, MODEL_OPTIONS
+from training.solver import MODEL_OF_DATASET, MODEL_OPTIONS, USUAL_BACKEND
 
 OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teacher.pt", "training-state.pt"
 
@@ -158,6 +158,7 @@ class Options:
                 "sigma_min": denoiser.sigma_min,
                 "sigma_max": denoiser.sigma_max,
                 "img_resolution": denoiser.image_size[0],
+                **({} if denoiser.backend == USUAL_BACKEND else {"backend": denoiser.backend}),
             }
         )
         default = self._usual_guidance() if denoiser is None else denoiser.default_guidance_scale

@@ -374,7 +374,7 @@ class _Says(NamedTuple):
 
     def model(self) -> str | None:
         dataset, backend = self.text("dataset_name"), self.text("backend")
-        if backend not in (None, USUAL_BACKEND):
+        if backend not in (None, USUAL_BACKEND) and dataset in MODEL_OF_DATASET:
             dataset = backend  # what is called ms_coco there is another model's
         return self.text("model_path") or MODEL_OF_DATASET.get(dataset, dataset)
 
