@@ -100,13 +100,6 @@ def test_a_start_that_is_none_is_refused_and_leaves_no_folder(tmp_path, start, p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_distillation_has_points_and_its_own_start(tmp_path):
-    for arguments in (("--num_points", 0), ("--start", "ddim")):
-        result = run(train.main, "--dataset_name", "shapes", *arguments, "--outdir", tmp_path)
-        assert result.exit_code == 2
-        assert "are for --init-only" in result.output
-
-
 def test_the_plug_in_for_ipndm_has_points_and_a_history_of_directions(tmp_path):
     made = run(
         train.main,

@@ -1,4 +1,4 @@
-"""What the command lines that take `--override` share."""
+"""What the command lines share: kinds of options, and what they check at their start."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from errors import InputError
+from training.parameters import learnable_columns
 
 LAUNCHERS = {"WORLD_SIZE": "torchrun", "SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 """Where those that start a command several times write how many times."""
@@ -42,6 +43,19 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, context)
         return number
+
+
+class Columns(click.ParamType):
+    """Names of columns that can be learned, separated by commas."""
+
+    name = "columns"
+
+    def convert(self, value: str, param: click.Parameter | None, context: click.Context | None) -> str:
+        """The same columns in their usual order, or click's own error."""
+        try:
+            return ",".join(learnable_columns(value))
+        except InputError as error:
+            self.fail(str(error), param, context)
 
 
 class SeveralPairs(click.Command):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from solvers import EPDTable
+from training.parameters import POSITIONS, WEIGHTS, bounded_scale, scale_bound
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 """What the metadata of a snapshot may hold: values that JSON can say."""
@@ -35,16 +36,8 @@ PUBLIC_ATTRIBUTES: Mapping[str, Plain] = MappingProxyType(
     }
 )
 
-# At its bound a scale's parameter is infinite: a bound that from_table chooses leaves this factor of room, and is
-# never narrower than SMALLEST_SCALE_BOUND.
-SCALE_BOUND_ROOM = 1.5
-SMALLEST_SCALE_BOUND = 0.01
-
 # Of `near_euler_table`: the first position of an interval and its weight, and where the positions would end.
 FIRST_POSITION, FIRST_WEIGHT, POSITIONS_END = 0.05, 0.75, 0.75
-
-# exp of this is far below what a float32 weight can show beside others that sum to 1.
-SMALLEST_WEIGHT = 1e-30
 
 
 class EPD_predictor(nn.Module):
@@ -112,15 +105,20 @@ class EPD_predictor(nn.Module):
 
     def table(self) -> EPDTable:
         """The table that the parameters stand for: float64 tensors [S, K], differentiable in the parameters."""
-        scale_dir = _scale(self.scale_dir_params, self.scale_dir)
+        scale_dir = self._scale("scale_dir")
         if scale_dir is not None and self.fcn:
             scale_dir = torch.cat([scale_dir[:-1], torch.ones_like(scale_dir[-1:])])
         return EPDTable(
-            positions=self.r_params.double().sigmoid(),
-            weights=self.weight_s.double().softmax(dim=-1),
+            positions=POSITIONS.numbers(self.r_params.double()),
+            weights=WEIGHTS.numbers(self.weight_s.double()),
             scale_dir=scale_dir,
-            scale_time=_scale(self.scale_time_params, self.scale_time),
+            scale_time=self._scale("scale_time"),
         )
+
+    def _scale(self, name: str) -> Tensor | None:
+        """The scales [S, K] inside their bound, or None where that is 0."""
+        bound, parameters = getattr(self, name), getattr(self, f"{name}_params")
+        return bounded_scale(bound).numbers(parameters.double()) if bound else None
 
     @classmethod
     def from_table(cls, table: EPDTable, metadata: Mapping[str, Plain] = MappingProxyType({})) -> EPD_predictor:
@@ -139,22 +137,22 @@ class EPD_predictor(nn.Module):
         """
         if table.positions.ndim != 2:
             raise ValueError(f"a predictor holds one table [S, K], not {tuple(table.positions.shape)}")
+        scales = {"scale_dir": table.scale_dir, "scale_time": table.scale_time}
         described = {
             **metadata,
             "num_steps": table.positions.shape[0] + 1,
             "num_points": table.positions.shape[1],
-            "scale_dir": _scale_bound(table.scale_dir, metadata.get("scale_dir")),
-            "scale_time": _scale_bound(table.scale_time, metadata.get("scale_time")),
+            **{name: scale_bound(scale, metadata.get(name)) for name, scale in scales.items()},
             "fcn": False,
         }
         predictor = cls(**described)
         with torch.no_grad():
-            predictor.r_params.copy_(torch.logit(table.positions.double()))
-            predictor.weight_s.copy_(table.weights.double().clamp_min(SMALLEST_WEIGHT).log())
-            if table.scale_dir is not None:
-                predictor.scale_dir_params.copy_(_scale_logit(table.scale_dir, predictor.scale_dir))
-            if table.scale_time is not None:
-                predictor.scale_time_params.copy_(_scale_logit(table.scale_time, predictor.scale_time))
+            predictor.r_params.copy_(POSITIONS.free(table.positions.double()))
+            predictor.weight_s.copy_(WEIGHTS.free(table.weights.double()))
+            for name, scale in scales.items():
+                if scale is not None:
+                    free = bounded_scale(getattr(predictor, name)).free(scale.double())
+                    predictor.get_parameter(f"{name}_params").copy_(free)
         return predictor
 
 
@@ -170,23 +168,3 @@ def near_euler_table(num_intervals: int, num_points: int) -> EPDTable:
     weights[0] = FIRST_WEIGHT if num_points > 1 else 1.0
     positions = FIRST_POSITION + (POSITIONS_END - FIRST_POSITION) * places
     return EPDTable(positions.repeat(num_intervals, 1), weights.repeat(num_intervals, 1))
-
-
-def _scale(parameters: Tensor, bound: float) -> Tensor | None:
-    """2 sigmoid(p / 2) a + (1 - a): scales [S, K] in (1 - a, 1 + a), or None where the bound is 0."""
-    return 2 * torch.sigmoid(0.5 * parameters.double()) * bound + (1 - bound) if bound else None
-
-
-def _scale_logit(scale: Tensor, bound: float) -> Tensor:
-    """The parameters whose `_scale` is the given one."""
-    return 2 * torch.logit((scale.double() - (1 - bound)) / (2 * bound))
-
-
-def _scale_bound(scale: Tensor | None, wanted: Plain) -> float:
-    """The wanted bound if every scale lies well inside it, otherwise one that is wide enough; 0 without scales."""
-    if scale is None:
-        return 0.0
-    widest = float((scale.detach() - 1).abs().max())
-    if isinstance(wanted, (int, float)) and wanted > 0 and widest <= 0.999 * wanted:
-        return float(wanted)
-    return max(SCALE_BOUND_ROOM * widest, SMALLEST_SCALE_BOUND)
