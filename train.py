@@ -37,7 +37,7 @@ from training.distillation_run import (
     write_start,
 )
 from training.snapshot import find_run
-from training.solver import MODEL_OF_DATASET, USUAL_RHO
+from training.solver import USUAL_RHO
 from training.starts import NEAR_EULER, check_start, needs_grid, start_table
 
 USUAL_PROMPTS = {
@@ -185,8 +185,7 @@ def _options(told: dict[str, object]) -> Options:
 
 
 def _denoiser(options: Options, device: str) -> Denoiser:
-    spec = options.model_path or MODEL_OF_DATASET.get(options.dataset_name, options.dataset_name)
-    return load_denoiser(spec, device=resolve_device(device), dtype=torch.float32)
+    return load_denoiser(options.model, device=resolve_device(device), dtype=torch.float32)
 
 
 def _refuse_out_of_range(context: click.Context, options: Options, folder: Path) -> None:

@@ -184,6 +184,7 @@ PIPELINE_CONFIGS = [
 ]
 PIPELINE_FILES = [
     *PIPELINE_CONFIGS,
+    "generation_config.json",  # few have one: the guidance that a model is used at
     *(f"{part}/{form}" for part, (form, _) in PIPELINE_WEIGHTS.items()),
     "tokenizer/*",
 ]

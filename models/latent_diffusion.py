@@ -37,7 +37,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a pipeline as they come from its files: modules on the CPU, in the type they were stored in."""
+    """The parts of a pipeline as they come from its files: modules on the CPU, in the type they were stored in, and the
+    guidance scale that it is meant to be used at.
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -45,6 +47,7 @@ class Components:
     tokenizer: CLIPTokenizer
     noise_levels: NoiseLevels
     prediction_type: Literal["epsilon", "v_prediction"]
+    guidance_scale: float = USUAL_GUIDANCE_SCALE
 
 
 class LatentDiffusion:
@@ -75,7 +78,7 @@ class LatentDiffusion:
         self.name = name
         self.device = device
         self.dtype = dtype
-        self.default_guidance_scale = USUAL_GUIDANCE_SCALE
+        self.default_guidance_scale = components.guidance_scale
         parts = (components.unet, components.vae, components.text_encoder)
         check_memory(f"Model {name}", sum(_bytes_to_move(part, device, dtype) for part in parts), device)
         self.unet = _frozen(components.unet, device, dtype)

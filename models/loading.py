@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +27,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 from errors import InputError, first_line, is_too_little_memory
 from models.asset_table import PIPELINE_CONFIGS, PIPELINE_WEIGHTS
 from models.checkpoints import read_metadata, read_state_dict, read_weights
+from models.denoiser import USUAL_GUIDANCE_SCALE
 from models.latent_diffusion import Components
 from models.noise_levels import NoiseLevels
 from models.skeletons import skeleton
 
+GENERATION_CONFIG = "generation_config.json"  # as transformers calls it: how a model is meant to be used
 FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 SHOWN_KEYS = 5
@@ -56,7 +60,7 @@ def load_folder(folder: Path) -> Components:
     """
     check_pipeline_folder(folder)
     with quiet_and_repeatable():
-        return _fitting(
+        components = _fitting(
             folder,
             load_module(UNet2DConditionModel, folder / "unet"),
             load_module(AutoencoderKL, folder / "vae"),
@@ -64,6 +68,21 @@ def load_folder(folder: Path) -> Components:
             load_tokenizer(folder / "tokenizer"),
             folder / "scheduler" / "scheduler_config.json",
         )
+    return replace(components, guidance_scale=guidance_scale_of(folder))
+
+
+def guidance_scale_of(folder: Path) -> float:
+    """What generation_config.json in a pipeline folder calls `guidance_scale`; where it says nothing, the usual scale.
+
+    Raises `InputError` where it is no finite number of at least 0.
+    """
+    file = folder / GENERATION_CONFIG
+    scale = read_json(file).get("guidance_scale") if file.exists() else None
+    if scale is None:
+        return USUAL_GUIDANCE_SCALE
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale <= sys.float_info.max:
+        raise InputError(f"{file}: guidance_scale must be a finite number of at least 0, not {json.dumps(scale):.40}.")
+    return float(scale)
 
 
 def read_compvis(path: Path) -> dict[str, Tensor]:

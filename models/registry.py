@@ -16,7 +16,7 @@ from torch import Tensor
 from errors import InputError
 from models import asset_table
 from models.asset_table import AssetFile
-from models.denoiser import Denoiser
+from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
 
 if TYPE_CHECKING:
     from models.latent_diffusion import Components
@@ -126,6 +126,20 @@ def check_assets(spec: str) -> None:
         check_pipeline(path)
     else:
         _open_single_file(path)
+
+
+def default_guidance_scale(spec: str) -> float:
+    """The guidance scale of `load_denoiser(spec)`, without loading it; of a model that is not there, the usual one.
+
+    Raises `InputError` where its files say one that cannot be used.
+    """
+    from models.loading import guidance_scale_of  # with diffusers, which takes seconds to import
+
+    try:
+        path = _found(spec)
+    except InputError:
+        return USUAL_GUIDANCE_SCALE
+    return guidance_scale_of(path)
 
 
 def _found(spec: str) -> Path:

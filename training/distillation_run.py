@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from errors import InputError
 from files import only_writer, write_atomically
-from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
+from models.denoiser import Denoiser
 from models.randomness import generator_of
+from models.registry import default_guidance_scale
 from solvers import EPDTable, network_evaluations
 from training.checkpoint import fitting, read_tensors, write_tensors
 from training.configuration import SHOWN
@@ -49,6 +50,7 @@ from training.distillation import (
 from training.networks import EPD_predictor, Plain
 from training.run_folder import MetricsLog
 from training.snapshot import load_snapshot, save_snapshot
+from training.solver import MODEL_OF_DATASET
 
 OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teacher.pt", "training-state.pt"
 
@@ -101,6 +103,11 @@ class Options:
     start: str = "near_euler"
 
     @property
+    def model(self) -> str:
+        """What `load_denoiser` is asked for."""
+        return self.model_path or MODEL_OF_DATASET.get(self.dataset_name, self.dataset_name)
+
+    @property
     def nfe(self) -> int:
         """Evaluations in sequence, before guidance."""
         return network_evaluations("epd", self.num_steps, num_points=self.num_points, afs=self.afs).parallel
@@ -125,10 +132,7 @@ class Options:
         return max(1, round(HELD_OUT_SHARE * self.trajectories))
 
     def metadata(self, denoiser: Denoiser | None) -> dict[str, Plain]:
-        """What the snapshots say about their table; of a model that was not loaded, what only it knows is None.
-
-        Its guidance is then the scale that every model here has by default.
-        """
+        """What the snapshots say about their table; of a model that was not loaded, what only it knows is None."""
         known = (
             {"sigma_min": None, "sigma_max": None, "img_resolution": None}
             if denoiser is None
@@ -138,8 +142,8 @@ class Options:
                 "img_resolution": denoiser.image_size[0],
             }
         )
-        default = USUAL_GUIDANCE_SCALE if denoiser is None else denoiser.default_guidance_scale
-        guidance = default if self.guidance_rate is None else self.guidance_rate
+        own = default_guidance_scale(self.model) if denoiser is None else denoiser.default_guidance_scale
+        guidance = own if self.guidance_rate is None else self.guidance_rate
         keys = ("dataset_name", "sampler_stu", "sampler_tea", "M", "schedule_type", "schedule_rho", "afs")
         return {
             **{key: getattr(self, key) for key in (*keys, "scale_dir", "scale_time")},

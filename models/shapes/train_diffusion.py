@@ -22,7 +22,6 @@ from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from models.digests import record_weights
-from models.loading import load_module
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.layout import LayoutHead, layout_of
@@ -30,8 +29,9 @@ from models.shapes.scenes import to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import TrainingOptions, fit, read_scratch, step_generator, training_command
 
+LATENT_CHANNELS = 8
 TEXT_WIDTH = 128
-LAYOUT_STEPS = 1000
+LAYOUT_STEPS = 600
 LAYOUT_BATCH = 128
 LAYOUT_LEARNING_RATE = 1e-3
 LAYOUT_WEIGHT = 0.2  # of the layout beside the denoising, so that the text encoder does not forget it
@@ -57,11 +57,11 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_network() -> UNet2DConditionModel:
-    """An untrained denoising network for latents [N, 4, 16, 16]: 5.6 million parameters."""
+    """An untrained denoising network for latents [N, 8, 16, 16]: 5.6 million parameters."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(64, 96, 128),
@@ -87,7 +87,7 @@ def build_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def encode_images(autoencoder: AutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:
-    """Scaled latent means [N, 4, 16, 16] of images uint8 [N, 64, 64, 3]."""
+    """Scaled latent means [N, 8, 16, 16] of images uint8 [N, 64, 64, 3]."""
     latents = []
     for start in trange(0, len(images), batch, desc="encoding images", mininterval=10):
         pixels = 2 * to_tensor(images[start : start + batch].numpy()) - 1
@@ -136,28 +136,36 @@ def learn_layout(
     reader.load_state_dict(averaged.state_dict())
 
 
-@training_command(output="src/shapes", steps=12_000, images=80_000, batch=64, learning_rate=6e-4, seed=1)
-def main(
-    output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
-) -> None:
-    """Train text encoder and network on rendered scenes and write the pipeline as a diffusers folder."""
+def train(
+    captions: list[str], latents: Tensor, options: TrainingOptions, *, batch: int, seed: int, device: str
+) -> nn.ModuleDict:
+    """Train a network and its text encoder from fresh weights, or from where the checkpoints stopped.
+
+    Args:
+        captions: N of them.
+        latents: [N, 8, 16, 16], scaled.
+        options: of the second part; the layout's checkpoint lies beside its own.
+        batch: rows of a step.
+        seed: of every draw.
+        device: a torch device's name.
+
+    Returns:
+        The parts `network` and `text_encoder` (and the layout's head), their weights averaged.
+    """
     seed_globally(seed)
-    autoencoder = load_module(AutoencoderKL, output / "vae").float().to(device)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    rendered = cached_scenes(scratch, "train", images, seed)
-    latents = cached_latents(scratch / "latents.pt", autoencoder, torch.from_numpy(rendered.images))
-    tokens = tokenize(tokenizer, rendered.captions)
-    empty = tokenize(tokenizer, [""])
+    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     parts = {
         "network": build_network(),
         "text_encoder": build_text_encoder(tokenizer),
-        "layout": LayoutHead(TEXT_WIDTH, channels=4),
+        "layout": LayoutHead(TEXT_WIDTH, channels=LATENT_CHANNELS),
     }
     model = nn.ModuleDict(parts).to(device)
     # On a CPU the fused attention's backward pass takes longer than all convolutions together.
     model["network"].set_attn_processor(AttnProcessor())
     model["text_encoder"].set_attn_implementation("eager")
-    layout_options = TrainingOptions(LAYOUT_STEPS, LAYOUT_LEARNING_RATE, scratch / "layout.pt")
+    layout_checkpoint = options.checkpoint.with_name(f"{options.checkpoint.stem}-layout.pt")
+    layout_options = TrainingOptions(min(LAYOUT_STEPS, options.steps), LAYOUT_LEARNING_RATE, layout_checkpoint)
     learn_layout(model, tokens, latents, layout_options, seed=seed, device=device)
     signal = scheduler.alphas_cumprod.sqrt()
     spread = (1 - scheduler.alphas_cumprod).sqrt()
@@ -181,15 +189,27 @@ def main(
         weighted = (errors / signal[timesteps].to(device)).mean()
         return {"loss": weighted + LAYOUT_WEIGHT * layout, "epsilon": errors.mean(), "layout": layout}
 
-    averaged = fit(model, loss, TrainingOptions(steps, learning_rate, scratch / "diffusion.pt"))
-    save_pipeline(output, averaged, autoencoder, tokenizer, scheduler)
+    return fit(model, loss, options)
+
+
+@training_command(output="src/shapes", steps=20_000, images=80_000, batch=32, learning_rate=5e-4, seed=1)
+def main(
+    output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
+) -> None:
+    """Train text encoder and network on rendered scenes and write the pipeline as a diffusers folder."""
+    autoencoder = AutoencoderKL.from_pretrained(output / "vae", torch_dtype=torch.float32).to(device)
+    rendered = cached_scenes(scratch, "train", images, seed)
+    latents = cached_latents(scratch / "latents.pt", autoencoder, torch.from_numpy(rendered.images))
+    options = TrainingOptions(steps, learning_rate, scratch / "diffusion.pt")
+    averaged = train(rendered.captions, latents, options, batch=batch, seed=seed, device=device)
+    save_pipeline(output, averaged, autoencoder, build_tokenizer(), build_scheduler())
     click.echo(f"wrote {output}")
 
 
 def save_pipeline(
     output: Path, model: nn.ModuleDict, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
 ) -> None:
-    """Write the diffusers folder, weights in float16."""
+    """Write the diffusers folder, weights in float16; read without a type, all of it comes back in float32."""
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=model["text_encoder"],
@@ -202,14 +222,17 @@ def save_pipeline(
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     record_weights(output)
-    _forget_origin(output / "vae" / "config.json")
+    # diffusers writes down the folder that a module was read from; it means nothing to others.
+    _amend(output / "vae" / "config.json", _name_or_path=None)
+    # Where nobody asks for a type, diffusers takes float32, but transformers the one that it finds here.
+    _amend(output / "text_encoder" / "config.json", dtype="float32")
 
 
-def _forget_origin(file: Path) -> None:
-    """diffusers writes down the folder that a module was read from; it means nothing to others."""
-    described = json.loads(file.read_text())
-    described.pop("_name_or_path", None)
-    file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+def _amend(file: Path, **entries: str | None) -> None:
+    """Set entries of a JSON file; None removes one."""
+    described = {**json.loads(file.read_text()), **entries}
+    kept = {name: value for name, value in described.items() if name not in entries or value is not None}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

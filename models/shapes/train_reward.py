@@ -31,8 +31,8 @@ from models.loading import load_module
 from models.randomness import seed_globally
 from models.shapes.data import RenderedScenes, cached_scenes
 from models.shapes.layout import CELLS, layout_of
-from models.shapes.negatives import CHANGES, CORRUPTIONS, worse_images, wrong_scene
-from models.shapes.scenes import IMAGE_SIZE, parse, to_tensor
+from models.shapes.negatives import CHANGES, CORRUPTIONS, contradicts, worse_images, wrong_scene
+from models.shapes.scenes import IMAGE_SIZE, impossible, parse, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
 
@@ -161,8 +161,12 @@ def told_apart(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: RenderedScene
     shares: dict[str, float] = {}
     right = scores(scenes.captions)
     for change in dict.fromkeys(CHANGES):
-        wrong = [change(parse(caption), random).caption() for caption in scenes.captions]
-        differs = torch.tensor([a != b for a, b in zip(wrong, scenes.captions, strict=True)])
+        right_scenes = [parse(caption) for caption in scenes.captions]
+        changed = [change(scene, random) for scene in right_scenes]
+        differs = torch.tensor(
+            [contradicts(a, b) and not impossible(a) for a, b in zip(changed, right_scenes, strict=True)]
+        )
+        wrong = [scene.caption() for scene in changed]
         shares[change.__name__] = (right > scores(wrong))[differs].float().mean().item()
     return shares
 

@@ -15,7 +15,7 @@ from errors import InputError
 from models.denoiser import Denoiser
 from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.prompts import read_prompts
-from models.registry import check_assets, load_denoiser
+from models.registry import check_assets, default_guidance_scale, load_denoiser
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
 from training.command_line import started_processes
@@ -151,7 +151,7 @@ def refuse(faults: Sequence[str], config: Config) -> None:
 
 
 def start_from_snapshot(loaded: LoadedConfig) -> Start:
-    """Read the predictor and settle the configuration by it.
+    """Read the predictor and settle the configuration by it; a guidance that neither names is the model's own.
 
     Raises:
         InputError: there is no such predictor, or it and the configuration contradict each other.
@@ -160,6 +160,10 @@ def start_from_snapshot(loaded: LoadedConfig) -> Start:
     if untuned := private_parts(snapshot.table, {}):
         raise InputError(f"{snapshot.where}: has {', '.join(untuned)}, which PPO does not tune yet")
     config, notes = apply_snapshot(loaded, snapshot)
+    if guidance_scale(config) is None and not snapshot.has_guidance_column:
+        own = default_guidance_scale(model_spec(config))
+        config = replace(config, model=replace(config.model, guidance_type="cfg", guidance_rate=own))
+        notes.append(f"guidance {own:g}, the model's own: neither {snapshot.where} nor the configuration names one")
     cold_start = prepare_table(snapshot.table)
     return Start(config, snapshot, _settled(snapshot, config, cold_start.table), (*notes, *cold_start.repairs))
 
