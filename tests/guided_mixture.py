@@ -20,7 +20,7 @@ from tests.analytic import GaussianMixture
 class GuidedMixture:
     """Three classes of four Gaussians each, on latents [2, 4, 4]; follows models.denoiser.Denoiser."""
 
-    name = "guided-mixture"
+    name = backend = "guided-mixture"
     latent_shape = (2, 4, 4)
     image_size = (4, 4)
     guidance = GuidanceKind.CLASSIFIER_FREE
