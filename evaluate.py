@@ -129,7 +129,10 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
     "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First noise seed; bootstrap seed."
 )
 @click.option(
-    "--guidance", type=Finite(min=0), help="Guidance scale of the reference and of the classical solvers. [the model's]"
+    "--guidance",
+    type=Finite(min=0),
+    help="Guidance scale of the reference and of the classical solvers, a choice: what is best differs by model and by "
+    "solver. [the model's own]",
 )
 @click.option(
     "--reward",

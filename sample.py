@@ -45,7 +45,11 @@ Examples:
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A .txt (one a line) or .csv (column `text`).")
 @click.option("--seeds", default="0-3", show_default=True, help="Numbers and ranges; each is used with each prompt.")
 @click.option("--pair", is_flag=True, help="Prompt i with seed i only; as many seeds as prompts.")
-@click.option("--guidance", type=Finite(min=0), help="Guidance scale. [the predictor's, or the model's own]")
+@click.option(
+    "--guidance",
+    type=Finite(min=0),
+    help="Guidance scale, a choice: what is best differs by model and by solver. [the predictor's, or the model's own]",
+)
 @click.option("--model_path", help="Registered name, pipeline folder or single file. [what the predictor was made for]")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at once.")
 @click.option(

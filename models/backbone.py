@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from errors import InputError
 from models.denoiser import Conditioning, Guidance, GuidanceKind, Text
-from models.loading import LARGEST_SIDE
+from models.loading import LARGEST_SIDE, guidance_scale_in
 from models.options import AS_IT_IS, ModelOptions
 from models.processes import Process, per_row
 
@@ -114,7 +114,16 @@ class Backbone(ABC):
 
     @classmethod
     def guidance_of(cls, folder: Path) -> Guidance:
-        """The guidance of the model in a pipeline's folder, from its configurations."""
+        """The guidance of the model in a pipeline's folder, or single file: its family's, at the scale that it names.
+
+        Raises `InputError` where that is no finite number of at least 0.
+        """
+        usual, named = cls.usual_guidance_of(folder), guidance_scale_in(folder)
+        return usual if named is None else usual._replace(usual_scale=named)
+
+    @classmethod
+    def usual_guidance_of(cls, folder: Path) -> Guidance:
+        """The same where the folder names no scale of its own."""
         return cls.usual_guidance
 
     def compile_network(self, backend: str = "inductor") -> None:

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 USUAL_GUIDANCE_SCALE = 7.5
-"""The scale of classifier-free guidance that Stable Diffusion 1.x, and every model in its format, is used at."""
+"""The scale of classifier-free guidance that Stable Diffusion 1.x is used at, and models that name none of their own.
+
+Which one is best differs by model and by solver.
+"""
 
 Text = Mapping[str, Tensor]
 """What a network reads of prompts, by the names that it calls it: tensors with one row a prompt."""

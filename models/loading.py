@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,27 @@ from errors import InputError, first_line, is_too_little_memory
 from models.checkpoints import read_weights
 from models.skeletons import require_counts, skeleton
 
+GENERATION_CONFIG = "generation_config.json"  # as transformers calls it: how a model is meant to be used
 SHOWN_KEYS = 5
 LARGEST_SIDE = 2**14  # of what a network works on
 SPARE_NUMBERS = 10_000_000  # a module may have so many more weights than its files, and is then told which are missing
 
 Module = TypeVar("Module", bound=nn.Module)
 Tokenizer = TypeVar("Tokenizer", bound=PreTrainedTokenizerBase)
+
+
+def guidance_scale_in(folder: Path) -> float | None:
+    """What generation_config.json in a pipeline's folder calls `guidance_scale`; None where it says nothing.
+
+    Raises `InputError` where it is no finite number of at least 0.
+    """
+    file = folder / GENERATION_CONFIG
+    scale = read_json(file).get("guidance_scale") if file.is_file() else None
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale <= sys.float_info.max:
+        raise InputError(f"{file}: guidance_scale must be a finite number of at least 0, not {json.dumps(scale):.40}.")
+    return float(scale)
 
 
 def load_tokenizer(folder: Path, kind: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:

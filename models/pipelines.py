@@ -17,7 +17,15 @@ from models.additions import with_additions
 from models.backbone import Backbone, Pipeline
 from models.devices import check_memory
 from models.families import FAMILIES
-from models.loading import SHOWN_KEYS, load_module, load_tokenizer, quiet_and_repeatable, read_json, weights_in
+from models.loading import (
+    GENERATION_CONFIG,
+    SHOWN_KEYS,
+    load_module,
+    load_tokenizer,
+    quiet_and_repeatable,
+    read_json,
+    weights_in,
+)
 from models.options import AS_IT_IS, ModelOptions
 
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
@@ -57,6 +65,7 @@ class Contents:
         """
         return [
             *self.configs(),
+            GENERATION_CONFIG,  # few have one: the guidance that a model is used at
             *(f"{part}/{name}" for part, kind in self.modules.items() for name in newest_weights(kind)),
             *(f"{part}/*" for part in self.tokenizers),
         ]

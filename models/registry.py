@@ -148,6 +148,18 @@ def traits_of(spec: str) -> Traits:
     return Traits(family.takes_prompts, family.guidance_of(path))
 
 
+def default_guidance_scale(spec: str) -> float:
+    """The guidance scale of `load_denoiser(spec)`, without loading it; of a model that is not there, the usual one.
+
+    Raises `InputError` where its files say one that cannot be used.
+    """
+    try:
+        _found(spec)
+    except InputError:
+        return USUAL_GUIDANCE_SCALE
+    return traits_of(spec).guidance.usual_scale
+
+
 def check_assets(spec: str, options: ModelOptions = AS_IT_IS) -> None:
     """Load nothing; raise `InputError` where files of the registered model `spec`, or of the options, are missing.
 

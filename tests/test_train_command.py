@@ -18,6 +18,7 @@ import scripts.eval
 import scripts.finetune
 import train
 from files import only_writer
+from models.registry import default_guidance_scale
 from tests.tiny_families import save_tiny_family
 from tests.tiny_pipeline import save_tiny_pipeline
 from training.distillation import Refinement
@@ -106,7 +107,7 @@ def test_init_only_writes_the_cold_start_without_any_model(workplace):
     assert table.weights.flatten().tolist() == pytest.approx([0.75, 0.125, 0.125] * 4)
     assert table.scale_dir is table.scale_time is None
     assert metadata["schedule_type"] == "discrete"
-    assert (metadata["guidance_type"], metadata["guidance_rate"]) == ("cfg", 7.5)  # as the model's own would be
+    assert (metadata["guidance_type"], metadata["guidance_rate"]) == ("cfg", default_guidance_scale("shapes"))
     result = run("--dataset_name", "shapes", "--num_steps", 5, "--guidance_rate", 1, "--init-only")
     assert result.exit_code == 0, result.output
     _, unguided = load_snapshot(find_snapshot(2))

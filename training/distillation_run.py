@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from errors import InputError
 from files import only_writer, removed_if_it_fails, write_atomically
-from models.denoiser import USUAL_GUIDANCE_SCALE, Denoiser
+from models.denoiser import Denoiser
 from models.options import ModelOptions
 from models.randomness import generator_of
-from models.registry import traits_of
+from models.registry import default_guidance_scale
 from solvers import EPDTable, network_evaluations
 from training.distillation import (
     HELD_OUT_SHARE,
@@ -161,8 +161,8 @@ class Options:
                 **({} if denoiser.backend == USUAL_BACKEND else {"backend": denoiser.backend}),
             }
         )
-        default = self._usual_guidance() if denoiser is None else denoiser.default_guidance_scale
-        guidance = default if self.guidance_rate is None else self.guidance_rate
+        own = default_guidance_scale(self.model) if denoiser is None else denoiser.default_guidance_scale
+        guidance = own if self.guidance_rate is None else self.guidance_rate
         keys = ("dataset_name", "sampler_stu", "sampler_tea", "M", "schedule_type", "schedule_rho", "afs")
         return {
             **{key: getattr(self, key) for key in (*keys, "scale_dir", "scale_time")},
@@ -172,12 +172,6 @@ class Options:
             **({MODEL_OPTIONS: changes} if (changes := self.model_options.changes()) else {}),
             **known,
         }
-
-    def _usual_guidance(self) -> float:
-        try:
-            return traits_of(self.model).guidance.usual_scale
-        except InputError:  # a start can be written before its model is there
-            return USUAL_GUIDANCE_SCALE
 
     def evaluations(self) -> dict[str, int]:
         """Network evaluations of one latent, by phase, without the doubling by guidance and by a gradient."""

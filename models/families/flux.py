@@ -21,7 +21,7 @@ from models.loading import read_json
 from models.processes import FlowMatching
 
 DEV, SCHNELL = Guidance(GuidanceKind.EMBEDDED, 3.5), Guidance(GuidanceKind.NONE, 1.0)
-T5_TOKENS = {DEV: 512, SCHNELL: 256}  # that the transformer reads of T5
+T5_TOKENS = {DEV.kind: 512, SCHNELL.kind: 256}  # that the transformer reads of T5
 PATCH = 2  # latents a token along each side
 NATIVE_SIDE = 128  # latents; the transformer's configuration does not say it
 
@@ -52,13 +52,13 @@ class Flux(LatentDiffusion):
         require_fit(pipeline, "numbers of pooled text", config.pooled_projection_dim, clip.config.hidden_size)
         height, width = sides(pipeline, (NATIVE_SIDE, NATIVE_SIDE), pixels=pixels_per_latent(vae), patch=PATCH)
         tokens = height * width // PATCH**2
-        guidance = DEV if config.guidance_embeds else SCHNELL
+        guidance = cls.guidance_of(pipeline.source)
         return Parts(
             network=transformer,
             vae=vae,
             text_encoders=(
                 TextEncoder.clip(clip, pipeline.tokenizers["tokenizer"], reads_all=False),
-                TextEncoder(t5, pipeline.tokenizers["tokenizer_2"], T5_TOKENS[guidance]),
+                TextEncoder(t5, pipeline.tokenizers["tokenizer_2"], T5_TOKENS[guidance.kind]),
             ),
             process=FlowMatching.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file), tokens),
             latent_shape=(channels, height, width),
@@ -67,8 +67,8 @@ class Flux(LatentDiffusion):
         )
 
     @classmethod
-    def guidance_of(cls, folder: Path) -> Guidance:
-        """See `Backbone.guidance_of`."""
+    def usual_guidance_of(cls, folder: Path) -> Guidance:
+        """See `Backbone.usual_guidance_of`."""
         return DEV if read_json(folder / "transformer" / "config.json").get("guidance_embeds") else SCHNELL
 
     def _read(self, prompt: str) -> Text:

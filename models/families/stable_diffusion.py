@@ -49,7 +49,7 @@ class StableDiffusion(LatentDiffusion):
             text_encoders=(TextEncoder.clip(encoder, tokenizer),),
             process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
             latent_shape=unet_latents(pipeline),
-            guidance=cls.usual_guidance,
+            guidance=cls.guidance_of(pipeline.source),
             options=pipeline.options,
         )
 

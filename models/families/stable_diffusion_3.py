@@ -68,7 +68,7 @@ class StableDiffusion3(LatentDiffusion):
             text_encoders=tuple(encoders),
             process=FlowMatching.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file), tokens),
             latent_shape=(config.in_channels, height, width),
-            guidance=cls.usual_guidance,
+            guidance=cls.guidance_of(pipeline.source),
             options=pipeline.options,
         )
 

@@ -59,7 +59,7 @@ class StableDiffusionXL(LatentDiffusion):
             text_encoders=readers,
             process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
             latent_shape=unet_latents(pipeline),
-            guidance=cls.usual_guidance,
+            guidance=cls.guidance_of(pipeline.source),
             zero_unconditional=bool(pipeline.index.get("force_zeros_for_empty_prompt", True)),
             wide_vae=vae.config.force_upcast,
             options=pipeline.options,

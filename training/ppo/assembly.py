@@ -17,7 +17,7 @@ from errors import InputError
 from models.denoiser import Denoiser
 from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.prompts import read_prompts
-from models.registry import check_assets, load_denoiser, traits_of
+from models.registry import check_assets, default_guidance_scale, load_denoiser, traits_of
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
@@ -157,7 +157,7 @@ def refuse(faults: Sequence[str], config: Config) -> None:
 
 
 def start_from_snapshot(loaded: LoadedConfig) -> Start:
-    """Read the predictor and settle the configuration by it.
+    """Read the predictor and settle the configuration by it; a guidance that neither names is the model's own.
 
     Raises:
         InputError: there is no such predictor, or it and the configuration contradict each other.
@@ -167,6 +167,10 @@ def start_from_snapshot(loaded: LoadedConfig) -> Start:
     except InputError as error:
         raise InputError(f"{error}\n{MAKE_ONE}") from None
     config, notes = apply_snapshot(loaded, snapshot)
+    if guidance_scale(config) is None and not snapshot.has_guidance_column:
+        own = default_guidance_scale(model_spec(config))
+        config = replace(config, model=replace(config.model, guidance_type="cfg", guidance_rate=own))
+        notes.append(f"guidance {own:g}, the model's own: neither {snapshot.where} nor the configuration names one")
     cold_start = _cold_start(snapshot.table, config)
     return Start(config, snapshot, _settled(snapshot, config, cold_start.table), (*notes, *cold_start.repairs))
 

@@ -200,11 +200,13 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
     """Fill what the configuration leaves null from the predictor snapshot, and hold the rest against it.
 
     Returns:
-        The configuration without nulls in what the solver needs, and a line per override that beat the snapshot. What
-        the snapshot's own numbers say in place of a key (noise levels for the schedule, a guidance column) stays null.
+        The configuration without nulls in what the solver needs, except a guidance that neither gives (which is then
+        the model's own), and a line per override that beat the snapshot. What the snapshot's own numbers say in place
+        of a key (noise levels for the schedule, a guidance column) stays null.
 
     Raises:
-        InputError: lists every value that the snapshot fixes and the configuration contradicts, and what neither gives.
+        InputError: lists every value that the snapshot fixes and the configuration contradicts, and what else neither
+            gives.
     """
     metadata, table, model = snapshot.origin.metadata, snapshot.table, loaded.config.model
     sizes = {"num_steps": table.num_steps, "num_points": table.num_points}  # no override changes them
@@ -234,7 +236,7 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
                 f"{key}={ours}: the table in {snapshot.where} has a guidance scale of its own for each evaluation: "
                 f"set the key to null"
             )
-        elif ours is None and theirs is None:
+        elif ours is None and theirs is None and name not in GUIDANCE_KEYS:
             meaning = KNOBS[key].metadata["meaning"]
             faults.append(f"{key} is null and {snapshot.where} does not say it: set it ({meaning})")
         elif ours is None or theirs is None or ours == theirs:

@@ -433,8 +433,10 @@ def test_no_override_changes_the_table_s_shape():
 
 def test_silent_snapshot_needs_the_configuration_to_speak():
     silent = dict.fromkeys(METADATA)
-    with pytest.raises(InputError, match="4 faults"):
+    with pytest.raises(InputError, match="2 faults") as caught:
         apply_snapshot(least(), snapshot(silent))
+    assert "dataset_name is null" in str(caught.value)
+    assert "schedule_type is null" in str(caught.value)  # guidance then is the model's own
     assert apply_snapshot(least(model=METADATA), snapshot(silent))[0].model.schedule_type == "discrete"
 
 
