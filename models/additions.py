@@ -12,7 +12,7 @@ from torch import nn
 
 from errors import InputError, first_line, is_too_little_memory
 from models.checkpoints import check_checkpoint, read_state_dict
-from models.loading import load_module, weights_in
+from models.loading import load_module
 from models.options import ModelOptions
 
 
@@ -37,7 +37,7 @@ def with_additions(
     modules = dict(modules)
     if options.vae is not None:
         folder = _vae_folder(options.vae)
-        modules["vae"] = load_module(AutoencoderKL, folder, weights_in(folder), dtype)
+        modules["vae"] = load_module(AutoencoderKL, folder, dtype=dtype)
     for file, scale in options.loras():
         _add(file, scale, pipeline_class, modules)
     return modules

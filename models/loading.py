@@ -79,12 +79,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_module(
-    kind: type[Module], folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    kind: type[Module],
+    folder: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Module:
-    """The component in a folder, on the CPU, in `dtype`, with exactly its own weights, which `weights_in` found there.
+    """The component in a folder, on the CPU, in `dtype`, with exactly its own weights.
 
-    Raises `InputError`, which lists what is missing or too much.
+    weights: what `weights_in` found there, where that was asked before. Raises `InputError`, which lists what is
+    missing or too much.
     """
+    weights = weights_in(folder) if weights is None else weights
     named = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
     try:
         _require_no_more(skeleton(lambda: described(kind, folder), weights), weights)

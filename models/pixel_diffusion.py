@@ -25,7 +25,7 @@ from errors import InputError, first_line
 from files import replacing
 from models.checkpoints import read_state_dict
 from models.digests import record_weights
-from models.loading import check_keys, load_module, quiet_and_repeatable, read_json, require_size, weights_in
+from models.loading import check_keys, load_module, quiet_and_repeatable, read_json, require_size
 from models.noise_levels import NoiseLevels
 from models.skeletons import require_counts, skeleton
 
@@ -78,7 +78,7 @@ def load_pixel_diffusion(spec: str, architecture: str | None = None) -> PixelDif
         folder = _folder(spec)
         with quiet_and_repeatable():
             inner = _network_folder(folder)
-            return checked(load_module(UNet2DModel, inner, weights_in(inner)), _scheduler_file(folder), spec)
+            return checked(load_module(UNet2DModel, inner), _scheduler_file(folder), spec)
     folder = _folder(architecture) if architecture else path.parent
     config_file = _network_folder(folder) / "config.json"
     if not config_file.is_file():
