@@ -1,4 +1,4 @@
-"""Distil an EPD table from a teacher solver, for a frozen model."""
+"""Distil a few-step solver from a teacher solver, for a frozen model."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from models.registry import usual_prompts
 from schedules import SCHEDULES
 from solvers import SAMPLERS
 from training.distillation import SEARCHED_POSITIONS
+from training.distillation_options import DISTILLABLE, OPTIONS, Options, load_options, settled
 from training.distillation_run import (
-    OPTIONS,
-    Options,
     claim_folder,
     distil,
     is_finished,
-    load_options,
     next_folder,
     prepare,
+    untrained_table,
     write_start,
 )
-from training.runs.command_line import Finite, require_one_process, takes_model_options
+from training.runs.command_line import Finite, Parts, require_one_process, takes_model_options
 from training.snapshot import find_run
 from training.solver import MODEL_OF_DATASET, USUAL_RHO
-from training.starts import NEAR_EULER, check_start, needs_grid, start_table
+from training.starts import needs_grid
 
 EXAMPLES = """
 \b
 Examples:
   python train.py --dataset_name shapes --num_steps 3 --num_points 2
+  python train.py --dataset_name shapes --num_steps 7 --num_points 0 --train grid,history
   python train.py --dataset_name shapes --num_steps 4 --init-only
   python train.py --dataset_name shapes --num_steps 7 --num_points 0 --init-only --start dpmpp:2
   python train.py --resume 3
@@ -62,7 +62,7 @@ Examples:
     type=click.IntRange(0, SEARCHED_POSITIONS),
     default=2,
     show_default=True,
-    help="Points an interval, K; 0 with --init-only and a classical --start.",
+    help="Points an interval, K; 0 for a multistep solver, one evaluation an interval.",
 )
 @click.option("--sampler_stu", type=click.Choice(["epd"]), default="epd", show_default=True, help="The student.")
 @click.option(
@@ -107,14 +107,18 @@ Examples:
     help="What the last states are compared as.",
 )
 @click.option("--recompute", is_flag=True, help="Less memory for a third more time: for large models.")
+@click.option(
+    "--train",
+    type=Parts(),
+    help=f"What is learned, of {', '.join(DISTILLABLE)}. [positions,weights; history,grid without points]",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
 @click.option("--init-only", is_flag=True, help="Write a table to start from; train nothing.")
 @click.option(
     "--start",
-    default=NEAR_EULER,
-    show_default=True,
-    help="Which, with --init-only: near_euler, or a classical sampler as a table: ddim, ipndm, dpmpp:2 (no points), "
-    "dpm2 (one point); ipndm with points is EPD's plug-in.",
+    help="What learning starts from: search (found from the teacher; not with --init-only), near_euler, or a classical "
+    "sampler as a table: ddim, ipndm, dpmpp:2 (no points), dpm2 (one point); ipndm with points is EPD's plug-in. "
+    "[search where it can; with --init-only near_euler, without points ddim]",
 )
 @click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("exps"), show_default=True)
 @click.option("--resume", help="Go on with an interrupted run: its folder or its number in --outdir.")
@@ -132,7 +136,7 @@ def main(
     model_options: ModelOptions,
     **told: object,
 ) -> None:
-    """Distil an EPD table into a new folder of --outdir: snapshots (.pkl, .json), training_options.json, stats.jsonl.
+    """Distil a solver into a new folder of --outdir: snapshots (.pkl, .json), training_options.json, stats.jsonl.
 
     Interrupt it at will: --resume goes on and ends in the same table.
     """
@@ -143,8 +147,9 @@ def main(
         options = _options(told)
     else:
         folder = find_run(resume, outdir)
-        options = _options(asdict(load_options(folder)))
-        _refuse_out_of_range(context, options, folder)
+        loaded = load_options(folder)
+        _refuse_out_of_range(context, loaded, folder)
+        options = _options(asdict(loaded))
         _refuse_contradictions(context, options, told, folder)
         if is_finished(folder, options):
             raise InputError(f"{folder}: this run is finished; nothing to resume")
@@ -153,10 +158,10 @@ def main(
         f"{folder or next_folder(outdir, options)}: {options.nfe} evaluations in sequence an image, before guidance"
     )
     if options.init_only:
-        check_start(options)
         if not dry_run:
-            denoiser = _denoiser(options, device, model_options) if needs_grid(options) else None
-            table = start_table(options, denoiser)
+            grid_counts = needs_grid(options.start, options.num_points)
+            denoiser = _denoiser(options, device, model_options) if grid_counts else None
+            table = untrained_table(options, denoiser)
             click.echo(f"wrote {write_start(folder or claim_folder(outdir, options), options, table, denoiser)}")
         return
     prompts = read_prompts(options.prompt_file)
@@ -183,13 +188,8 @@ def _options(told: dict[str, object]) -> Options:
     prompt_file = told["prompt_file"] or usual_prompts(told["model_path"], MODEL_OF_DATASET.get(name, name))
     if prompt_file is None and not told["init_only"]:
         raise InputError(f"--prompt-file is missing: {name} has no prompts of its own")
-    if not told["init_only"] and (told["num_points"] == 0 or told["start"] != NEAR_EULER):
-        raise InputError(
-            f"--num_points {told['num_points']} and --start {told['start']} are for --init-only: what is distilled has "
-            "points, and makes its own start"
-        )
     rho = USUAL_RHO.get(told["schedule_type"], 1.0) if rho is None else rho
-    return Options(**{**told, "schedule_rho": rho, "prompt_file": prompt_file})
+    return Options(**{**told, **settled(told), "schedule_rho": rho, "prompt_file": prompt_file})
 
 
 def _denoiser(options: Options, device: str, asked: ModelOptions) -> Denoiser:

@@ -13,10 +13,12 @@ iPNDM is nearest to the solution, then DPM-Solver++ 2M, DPM-2, Heun's method and
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from models.denoiser import Conditioning, GuidanceKind
 from models.randomness import generator_of
 
 _FAR = 1e3  # no solution lies beyond
@@ -26,8 +28,8 @@ class MixtureWorld:
     """Data whose every coordinate n is an independent mixture x0_n ~ mean over j of N(μ_nj, s_n²), J modes each.
 
     The scales of the coordinates are evenly spaced in their logarithm; μ_nj ~ scale_n · N(0, 1) by `seed`, and
-    s_n = spread · scale_n. Its interface is that of `models.denoiser.Denoiser` without text and pictures: latents are
-    [B, N, 1, 1] = x0 + sigma · noise.
+    s_n = spread · scale_n. Its interface is that of `models.denoiser.Denoiser` without pictures: latents are
+    [B, N, 1, 1] = x0 + sigma · noise, and it answers every prompt alike.
 
     Args:
         coordinates: N.
@@ -37,9 +39,14 @@ class MixtureWorld:
         seed: of the modes' means.
     """
 
-    name = "mixture"
+    name = backend = "mixture"
     sigma_min, sigma_max = 0.01, 50.0
+    image_size = (1, 1)
+    guidance = GuidanceKind.NONE
+    takes_prompts = False
+    default_guidance_scale = 1.0
     device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(
         self,
@@ -56,7 +63,19 @@ class MixtureWorld:
         drawn = torch.randn(coordinates, modes, generator=generator_of(seed), dtype=torch.float64)
         self.means, self.stds = scale * drawn, spread * scale  # [N, J], [N, 1]
 
-    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def validate_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse none."""
+
+    def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
+        """Take any: it changes nothing."""
+
+    def encode(
+        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
+    ) -> Conditioning:
+        """So many prompts: there is nothing to say, and nothing to guide."""
+        return Conditioning(len(prompts), {}, None, self.default_guidance_scale)
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning | None = None) -> Tensor:
         """E[x0 | x] for x [B, N, 1, 1] = x0 + sigma · noise, exactly; sigma 0-dim or [B]. Differentiable in both.
 
         With v = s² + σ²: the posterior of mode j is softmax_j(-(x - μ_j)² / 2v), its mean μ_j + (s²/v)(x - μ_j).

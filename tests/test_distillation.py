@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from errors import InputError
 from models.generate import initial_noise
 from schedules import get_schedule
-from solvers import SAMPLERS, EPDTable, epd_sampler, num_steps_for
+from solvers import SAMPLERS, EPDTable, classical_table, epd_sampler, num_steps_for
 from tests.guided_mixture import GuidedMixture
 from training import distillation_run
 from training.distillation import (
@@ -33,21 +33,21 @@ from training.distillation import (
     loss_scales,
     search,
     simplex_least_squares,
-    teacher_schedule,
     teacher_trajectories,
     trajectory_loss,
 )
+from training.distillation_options import Options, load_options
 from training.distillation_run import (
-    Options,
     claim_folder,
     distil,
     is_finished,
-    load_options,
     next_folder,
     prepare,
 )
 from training.networks import EPD_predictor
+from training.parameters import SolverParameters
 from training.snapshot import load_snapshot
+from training.starts import start_table
 
 OPTIONS = Options(
     dataset_name="mixture",
@@ -74,6 +74,8 @@ OPTIONS = Options(
     seed=0,
     prompt_file=None,
     init_only=False,
+    start="search",
+    train="positions,weights",
 )
 PROMPTS = ["0", "1", "2"]
 
@@ -88,7 +90,7 @@ def _grid(denoiser, num_steps, schedule_type="discrete", rho=1.0):
 
 def _taught(num_steps=3, count=6, extra=9, **task):
     denoiser = GuidedMixture()
-    sigmas = teacher_schedule("discrete", num_steps, extra, denoiser.sigma_min, denoiser.sigma_max, 1.0, denoiser)
+    sigmas = dataclasses.replace(OPTIONS, num_steps=num_steps).sigmas(denoiser, extra)
     task = Task(denoiser, 7.5, sigmas[:: extra + 1], **task)
     prompts = [PROMPTS[number % 3] for number in range(count)]
     return task, teacher_trajectories(task, "dpm2", sigmas, prompts, range(count))
@@ -101,9 +103,9 @@ def _taught(num_steps=3, count=6, extra=9, **task):
 @pytest.mark.parametrize("extra", [1, 4])
 def test_the_teacher_stops_at_every_point_of_the_student(schedule_type, extra):
     denoiser = GuidedMixture()
-    span = denoiser.sigma_min, denoiser.sigma_max
-    teacher = teacher_schedule(schedule_type, 4, extra, *span, 2.0, denoiser)
-    student = get_schedule(schedule_type, 4, *span, rho=2.0, denoiser=denoiser)
+    options = dataclasses.replace(OPTIONS, num_steps=4, schedule_type=schedule_type, schedule_rho=2.0)
+    teacher = options.sigmas(denoiser, extra)
+    student = _grid(denoiser, 4, schedule_type, 2.0)
     assert len(teacher) == 3 * (extra + 1) + 1
     torch.testing.assert_close(teacher[:: extra + 1], student, rtol=1e-12, atol=0)
 
@@ -191,12 +193,56 @@ def test_each_interval_is_searched_from_where_the_student_really_is():
     torch.testing.assert_close(again.weights, found.weights[1:], rtol=1e-5, atol=1e-5)
 
 
-def test_the_search_costs_what_was_said():
-    task, trajectories = _taught()
+@pytest.mark.parametrize(("num_points", "afs"), [(2, False), (0, False), (0, True)])
+def test_the_search_costs_what_was_said(num_points, afs):
+    task, trajectories = _taught(afs=afs)
     task.denoiser.evaluations = 0
-    search(task, trajectories, 2)
-    options = dataclasses.replace(OPTIONS, trajectories=8)  # two of them held out
+    search(task, trajectories, num_points)
+    options = dataclasses.replace(OPTIONS, num_points=num_points, afs=afs, trajectories=8)  # two of them held out
     assert task.denoiser.evaluations == options.evaluations()["search"]
+
+
+@pytest.mark.parametrize("sampler", ["ipndm", "dpmpp"])
+def test_a_planted_history_is_found_again(sampler):
+    task, trajectories = _taught(num_steps=6, count=12, micro_batch=5)
+    planted = classical_table(sampler, task.sigmas)
+    states, start = [], trajectories.states[0]
+    denoise = task.bind(trajectories.prompts)
+    epd_sampler(denoise, start, task.sigmas, planted, callback=lambda _, x: states.append(x))
+    found = search(task, Trajectories(trajectories.prompts, torch.stack(states)), 0)
+    assert found.num_points == 0
+    torch.testing.assert_close(found.history, planted.history, rtol=0, atol=0.02)
+    end = epd_sampler(denoise, start, task.sigmas, found)
+    torch.testing.assert_close(end, states[-1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("afs", [False, True])
+def test_no_row_of_history_nearby_ends_nearer_to_the_teacher(afs):
+    task, trajectories = _taught(num_steps=4, afs=afs, micro_batch=4)
+    history = search(task, trajectories, 0).history
+
+    def squares(history, i):
+        states = []
+        table = EPDTable(_none(3), _none(3), history=history)
+        denoise = task.bind(trajectories.prompts)
+        epd_sampler(
+            denoise, trajectories.states[0], task.sigmas, table, afs=afs, callback=lambda _, x: states.append(x)
+        )
+        return (states[i + 1] - trajectories.states[i + 1]).double().square().sum().item()
+
+    for i, j in ((1, 0), (2, 0), (2, 1)):
+        least = squares(history, i)
+        for step in (-0.02, 0.02):
+            moved = history.clone()
+            moved[i, j] += step
+            assert squares(moved, i) > least
+
+
+def test_estimates_that_say_the_same_share_a_factor():
+    """Were the network's answer always the same, history would change nothing, and none is found."""
+    task, trajectories = _taught(num_steps=4)
+    task.denoiser.denoise = lambda x, sigma, conditioning: torch.ones_like(x)
+    assert search(task, trajectories, 0).history.abs().max() < 1
 
 
 # -------------------------------------------------------------------------------------------------------- refine
@@ -261,6 +307,42 @@ def test_the_gradient_goes_through_the_network_and_is_right(target):
             assert parameter.grad[index].item() == pytest.approx(numeric, rel=2e-3, abs=2e-5)
 
 
+@pytest.mark.parametrize("num_points", [0, 2])
+def test_the_gradient_goes_through_levels_and_history_and_is_right(num_points):
+    task, trajectories = _taught(num_steps=4)
+    precise = Trajectories(trajectories.prompts, trajectories.states.double())
+    points = _predictor(4).table().columns() if num_points else dict.fromkeys(("positions", "weights"), _none(3))
+    student = SolverParameters(EPDTable(**points), task.sigmas, ["grid", "history", "direction_history"])
+    scales = loss_scales(task, precise)
+
+    def loss():
+        return trajectory_loss(task, student.table(), precise, scales, student.sigmas()).mean()
+
+    loss().backward()
+    for parameter in student.parameters():
+        index = (0, 1)
+        with torch.no_grad():
+            kept = parameter[index].item()
+            parameter[index] = kept + 1e-4
+            above = loss()
+            parameter[index] = kept - 1e-4
+            below = loss()
+            parameter[index] = kept
+        numeric = ((above - below) / 2e-4).item()
+        assert abs(numeric) > 1e-4
+        assert parameter.grad[index].item() == pytest.approx(numeric, rel=2e-3)
+
+
+def test_on_other_levels_the_last_states_alone_are_compared():
+    task, trajectories = _taught(num_steps=4)
+    scales, table = loss_scales(task, trajectories), _predictor(4).table().detach()
+    sigmas = task.sigmas * torch.tensor([1.0, 0.8, 1.1, 1.0], dtype=torch.float64)
+    end = epd_sampler(task.bind(trajectories.prompts), trajectories.states[0], sigmas, table)
+    expected = (end - trajectories.states[-1]).flatten(1).norm(dim=1) / scales[-1]
+    loss = trajectory_loss(task, table, trajectories, scales, sigmas)
+    torch.testing.assert_close(loss, expected.double(), rtol=1e-3, atol=3e-3)
+
+
 def test_a_student_that_is_the_teacher_has_no_loss_and_a_finite_gradient():
     denoiser = GuidedMixture()
     sigmas = _grid(denoiser, 3)
@@ -278,9 +360,14 @@ def test_a_student_that_is_the_teacher_has_no_loss_and_a_finite_gradient():
     assert predictor.r_params.grad.isfinite().all()
 
 
+def _none(num_intervals):
+    return torch.empty(num_intervals, 0, dtype=torch.float64)
+
+
 def _refinement(task, trajectories, **changes):
     settings = {"batch": 4, "updates": 6, "learning_rate": 0.1, "cosine": True, "seed": 0, **changes}
-    return Refinement(task, _predictor(), trajectories, trajectories.select([0]), **settings)
+    student = SolverParameters(_predictor().table(), task.sigmas, ["positions", "weights"])
+    return Refinement(task, student, trajectories, trajectories.select([0]), **settings)
 
 
 @pytest.mark.parametrize("change", [{"micro_batch": 1}, {"micro_batch": 3}, {"recompute": True}])
@@ -289,7 +376,7 @@ def test_neither_micro_batches_nor_recomputation_change_an_update(change):
     runs = [_refinement(variant, trajectories) for variant in (task, dataclasses.replace(task, **change))]
     losses = [[run.step().loss for _ in range(3)] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for one, other in zip(*(run.predictor.parameters() for run in runs), strict=True):
+    for one, other in zip(*(run.student.parameters() for run in runs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -302,6 +389,20 @@ def test_every_trajectory_is_seen_once_in_each_round():
     rounds = [drawn[start : start + 6] for start in range(0, 24, 6)]
     assert all(sorted(each) == list(range(6)) for each in rounds)
     assert len({tuple(each) for each in rounds}) > 1
+
+
+def test_neighbouring_seeds_share_no_order():
+    task, trajectories = _taught(count=12)
+
+    def orders(seed):
+        refinement = _refinement(task, trajectories, batch=12, seed=seed)
+        found = set()
+        for refinement.done in range(6):
+            found.add(tuple(refinement._drawn()))
+        return found
+
+    assert len(orders(3)) == 6
+    assert orders(3).isdisjoint(orders(4))
 
 
 def test_the_step_size_follows_the_cosine():
@@ -323,18 +424,36 @@ def test_a_restored_refinement_goes_on_bit_for_bit():
     second = _refinement(task, trajectories)
     second.load_state_dict(first.state_dict())
     assert [second.step() for _ in range(3)] == expected[3:]
-    for one, other in zip(whole.predictor.parameters(), second.predictor.parameters(), strict=True):
+    for one, other in zip(whole.student.parameters(), second.student.parameters(), strict=True):
         assert one.equal(other)
 
 
-def test_updates_that_lead_to_no_table_are_reported():
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("grid", "the noise levels no longer descend"), ("history", "EPDTable.history must be finite")],
+)
+def test_updates_that_lead_to_no_solver_are_reported(name, message):
     task, trajectories = _taught()
-    refinement = _refinement(task, trajectories, learning_rate=1e4)
+    student = SolverParameters(_predictor().table(), task.sigmas, [name])
+    with torch.no_grad():
+        student.free[name].fill_(torch.nan)
+    refinement = Refinement(
+        task, student, trajectories, trajectories, batch=4, updates=6, learning_rate=0.1, cosine=True, seed=0
+    )
+    for ask in (refinement.step, refinement.held_out_loss):
+        with pytest.raises(InputError, match=rf"diverged at update 0: {message}.* smaller --lr"):
+            ask()
+
+
+def test_a_step_too_wide_is_reported():
+    task, trajectories = _taught()
+    student = SolverParameters(_predictor().table(), task.sigmas, ["history"])
+    refinement = Refinement(
+        task, student, trajectories, trajectories, batch=4, updates=6, learning_rate=1e300, cosine=True, seed=0
+    )
     refinement.step()
-    with pytest.raises(InputError, match=r"distillation diverged at update 1: .* try a smaller --lr"):
+    with pytest.raises(InputError, match=r"diverged at update 1: the loss is (nan|inf); try a smaller --lr"):
         refinement.step()
-    with pytest.raises(InputError, match="distillation diverged at update 1"):
-        refinement.held_out_loss()
 
 
 def test_a_loss_that_is_no_number_is_reported():
@@ -368,6 +487,17 @@ def _distance(reference, solve, sigmas):
     return (found - end).square().flatten(1).mean(1).sqrt().mean().item()
 
 
+def _classical(reference, nfe):
+    """The distance of every classical solver on three schedules."""
+    return {
+        (name, schedule): _distance(
+            reference, SAMPLERS[name], _grid(reference[0], num_steps_for(name, nfe), schedule, rho)
+        )
+        for name in ("ddim", "heun", "dpm2", "dpmpp", "ipndm")
+        for schedule, rho in (("discrete", 1.0), ("polynomial", 7.0), ("logsnr", 7.0))
+    }
+
+
 @pytest.mark.parametrize("num_steps", [3, 4])
 def test_from_nothing_it_beats_every_classical_solver_of_equal_parallel_cost(tmp_path, reference, num_steps):
     denoiser = reference[0]
@@ -379,17 +509,49 @@ def test_from_nothing_it_beats_every_classical_solver_of_equal_parallel_cost(tmp
     def epd(table):
         return _distance(reference, lambda denoise, x, grid: epd_sampler(denoise, x, grid, table), sigmas)
 
-    classical = {}
-    for name in ("ddim", "heun", "dpm2", "dpmpp", "ipndm"):
-        for schedule, rho in (("discrete", 1.0), ("polynomial", 7.0), ("logsnr", 7.0)):
-            grid = _grid(denoiser, num_steps_for(name, options.nfe), schedule, rho)
-            classical[name, schedule] = _distance(reference, SAMPLERS[name], grid)
+    classical = _classical(reference, options.nfe)
     uniform = epd(EPD_predictor(num_steps).table().detach())
     assert uniform > 5  # the states themselves are of about unit size: it explodes
     assert epd(searched) < 0.75 * min(classical.values())
     assert epd(table) < 0.6 * min(classical.values())
     assert (table.positions.diff(dim=-1) > 0).all()
     assert metadata["num_steps"] == num_steps
+
+
+@pytest.mark.parametrize(("num_steps", "factor"), [(5, 0.6), (7, 0.45)])
+def test_without_points_it_beats_every_classical_solver_of_equal_cost(tmp_path, reference, num_steps, factor):
+    """By its grid and its history, from nothing; and at 4 evaluations in sequence the one with points and 6 in all."""
+    denoiser = reference[0]
+    changes = {"num_points": 0, "train": "history,grid", "trajectories": 256, "total_kimg": 3.2}
+    options = dataclasses.replace(OPTIONS, num_steps=num_steps, **changes)
+    file = carried_out(tmp_path / "run", options, denoiser, PROMPTS)
+    assert file.suffix == ".json"
+    table, metadata = load_snapshot(file)
+    sigmas = torch.tensor(metadata["sigmas"], dtype=torch.float64)
+    assert (table.num_points, metadata["learned"]) == (0, ["history", "grid"])
+    assert sigmas[[0, -1]].tolist() == pytest.approx([denoiser.sigma_max, denoiser.sigma_min])
+    found = _distance(reference, lambda denoise, x, grid: epd_sampler(denoise, x, grid, table), sigmas)
+    assert found < factor * min(_classical(reference, options.nfe).values())
+
+
+@pytest.mark.parametrize(
+    ("start", "num_points", "train"),
+    [("ipndm:2", 0, "grid"), ("dpm2", 1, "history,grid"), ("ipndm", 2, "positions,direction_history")],
+)
+def test_what_is_not_named_stays_as_the_start_has_it(tmp_path, start, num_points, train):
+    options = dataclasses.replace(OPTIONS, num_steps=4, num_points=num_points, start=start, train=train, M=2)
+    found, metadata = load_snapshot(carried_out(tmp_path, options, GuidedMixture(), PROMPTS))
+    first, described = load_snapshot(tmp_path / "network-snapshot-000000.json")
+    made = start_table(start, _grid(GuidedMixture(), 4), num_points)
+    assert metadata["learned"] == described["learned"] == train.split(",")
+    assert ("sigmas" in metadata) == ("grid" in train)
+    for name, entries in found.columns().items():
+        given = first.columns().get(name, torch.zeros_like(entries))
+        assert name not in first.columns() or first.columns()[name].equal(made.columns()[name])
+        assert entries.equal(given) == (name not in train.split(","))
+    last = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()][-1]
+    names = {"positions": "r", "grid": "sigmas"}
+    assert {names.get(name, name) for name in train.split(",")} < last.keys()
 
 
 def test_what_comes_out_is_the_best_of_the_checks(tmp_path):
@@ -428,9 +590,14 @@ class _Stopping(GuidedMixture):
         return super().denoise(x, sigma, conditioning)
 
 
-def test_interruptions_anywhere_do_not_change_the_result(tmp_path):
+WITH_POINTS = {"scale_dir": 0.05, "train": "positions,weights,scale_dir"}
+WITHOUT_POINTS = {"num_steps": 5, "num_points": 0, "train": "history,grid"}
+
+
+@pytest.mark.parametrize(("changes", "expected"), [(WITH_POINTS, 8), (WITHOUT_POINTS, 6)])
+def test_interruptions_anywhere_do_not_change_the_result(tmp_path, changes, expected):
     options = dataclasses.replace(
-        OPTIONS, trajectories=12, M=2, batch=3, batch_gpu=4, total_kimg=0.036, scale_dir=0.05, afs=True
+        OPTIONS, trajectories=12, M=2, batch=3, batch_gpu=4, total_kimg=0.036, afs=True, **changes
     )
     whole = carried_out(tmp_path / "whole", options, GuidedMixture(), PROMPTS)
     interruptions = 0
@@ -441,7 +608,7 @@ def test_interruptions_anywhere_do_not_change_the_result(tmp_path):
         except Interrupted:
             interruptions += 1
             assert not is_finished(folder, options)
-    assert interruptions == 8
+    assert interruptions == expected
     for number in {calls % 2 for calls in range(15, 150, 17)}:
         folder = tmp_path / f"stopped-{number}"
         if not is_finished(folder, options):
@@ -451,20 +618,27 @@ def test_interruptions_anywhere_do_not_change_the_result(tmp_path):
         assert is_finished(folder, options)
 
 
-def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [WITH_POINTS, WITHOUT_POINTS])
+def test_what_is_held_out_is_neither_searched_nor_trained_on(tmp_path, monkeypatch, changes):
     given = {}
-    make = distillation_run.Refinement
+    make, find = distillation_run.Refinement, distillation_run.search
 
-    def recorded(task, predictor, training, held_out, **settings):
+    def recorded(task, student, training, held_out, **settings):
         given.update(training=training.states, held_out=held_out.states)
-        return make(task, predictor, training, held_out, **settings)
+        return make(task, student, training, held_out, **settings)
+
+    def searched(task, trajectories, num_points):
+        given.update(searched=trajectories.states)
+        return find(task, trajectories, num_points)
 
     monkeypatch.setattr(distillation_run, "Refinement", recorded)
-    options = dataclasses.replace(OPTIONS, trajectories=8, M=1, total_kimg=0.008)
+    monkeypatch.setattr(distillation_run, "search", searched)
+    options = dataclasses.replace(OPTIONS, trajectories=8, M=1, total_kimg=0.008, **changes)
     carried_out(tmp_path, options, GuidedMixture(), PROMPTS)
     starts = {name: {tuple(state.flatten().tolist()) for state in states[0]} for name, states in given.items()}
     assert len(starts["held_out"]) == options.held_out
     assert len(starts["training"]) == options.trajectories - options.held_out
+    assert starts["searched"] <= starts["training"]
     assert starts["training"].isdisjoint(starts["held_out"])
 
 

@@ -18,12 +18,13 @@ from models.families.stable_diffusion import StableDiffusion
 from scripts import show_solver
 from solvers import EPDTable
 from tests.tiny_pipeline import save_tiny_pipeline
-from training.distillation_run import load_options
+from training.distillation_options import load_options
+from training.distillation_run import untrained_table
 from training.ppo.assembly import start_from_snapshot
 from training.ppo.config import SCHEMA
 from training.ppo.figures import solver_figure
 from training.snapshot import find_snapshot, load_snapshot, private_parts, save_snapshot
-from training.starts import needs_grid, start_table
+from training.starts import needs_grid
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STARTS = [("ddim", 0), ("ipndm", 0), ("ipndm:2", 0), ("dpmpp:2", 0), ("dpmpp", 0), ("dpm2", 1)]
@@ -87,8 +88,8 @@ def test_the_start_that_is_shipped_for_stable_diffusion_is_what_its_options_writ
     file = find_snapshot(REPOSITORY / "exps/00006-ms_coco-11-20-epd-near_euler-discrete")
     options = load_options(file.parent)
     table, metadata = load_snapshot(file)
-    assert needs_grid(options) is False
-    written = start_table(options, None)
+    assert needs_grid(options.start, options.num_points) is False
+    written = untrained_table(options, None)
     assert table.columns().keys() == written.columns().keys()
     assert all(torch.equal(table.columns()[name], written.columns()[name]) for name in table.columns())
     said = options.metadata(None)
@@ -116,13 +117,6 @@ def test_a_start_that_is_none_is_refused_and_leaves_no_folder(tmp_path, start, p
     assert result.exit_code == 2
     assert message in result.output
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_distillation_has_points_and_its_own_start(tmp_path):
-    for arguments in (("--num_points", 0), ("--start", "ddim")):
-        result = run(train.main, "--dataset_name", "shapes", *arguments, "--outdir", tmp_path)
-        assert result.exit_code == 2
-        assert "are for --init-only" in result.output
 
 
 def test_the_plug_in_for_ipndm_has_points_and_a_history_of_directions(tmp_path):

@@ -97,6 +97,66 @@ def test_a_run_writes_its_folder_and_its_table_draws_images(pipeline, workplace)
     assert len(list((workplace / "out").glob("*.png"))) == 1
 
 
+def test_a_multistep_solver_is_distilled_and_draws_images(pipeline, workplace):
+    """Without points: grid and history are learned, and what comes out is used as it stands."""
+    result = run(*small(pipeline, "--num_points", 0, "--num_steps", 4))
+    assert result.exit_code == 0, result.output
+    folder = workplace / "exps" / "00000-tiny-4-3-epd-dpm2-1-discrete"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "network-snapshot-000000.json",
+        "network-snapshot-000008.json",
+        "stats.jsonl",
+        "training_options.json",
+    ]
+    told = json.loads((folder / "training_options.json").read_text())
+    assert (told["train"], told["start"]) == ("history,grid", "search")
+    table, metadata = load_snapshot(find_snapshot(0))
+    assert (table.num_points, len(metadata["sigmas"]), metadata["learned"]) == (0, 4, ["history", "grid"])
+    drawn = CliRunner().invoke(
+        sample.main,
+        [*("--predictor_path", "0", "--model_path", str(pipeline), "--prompt", "a dog", "--outdir", "out")],
+    )
+    assert drawn.exit_code == 0, drawn.output
+    record = json.loads((workplace / "out" / "images.jsonl").read_text().splitlines()[0])
+    assert (record["schedule"], record["parallel_evaluations"]) == ("own", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start", "learned"),
+    [
+        ((), "search", "positions,weights"),
+        (("--scale_time", 0.1), "search", "positions,weights,scale_time"),
+        (("--train", "weights, positions,grid"), "search", "positions,weights,grid"),
+        (("--num_points", 1), "search", "positions"),
+        (("--train", "positions"), "near_euler", "positions"),
+        (("--start", "ipndm:2", "--train", "history"), "ipndm:2", "history"),
+        (("--num_points", 0), "search", "history,grid"),
+        (("--num_points", 0, "--train", "grid"), "ddim", "grid"),
+        (("--num_points", 0, "--start", "dpmpp:2"), "dpmpp:2", "history,grid"),
+        (("--num_points", 0, "--init-only"), "ddim", None),
+        (("--init-only",), "near_euler", None),
+    ],
+)
+def test_what_is_left_open_follows_from_the_rest(workplace, arguments, start, learned):
+    said = run("--dataset_name", "tiny", "--prompt-file", "prompts.txt", *arguments, "--dry-run").output
+    options = json.loads(said[: said.index("}") + 1])
+    assert (options["start"], options["train"]) == (start, learned)
+
+
+@pytest.mark.parametrize("init_only", [False, True])
+def test_a_run_of_before_there_was_a_choice_is_what_it_was(workplace, init_only):
+    """Its start was the search, or what --init-only wrote; and it learned what its bounds let it."""
+    told = run("--dataset_name", "tiny", "--prompt-file", "prompts.txt", "--scale_dir", 0.05, "--dry-run").output
+    options = {**json.loads(told[: told.index("}") + 1]), "init_only": init_only, "start": "near_euler"}
+    del options["train"]
+    for older in (options, {key: value for key, value in options.items() if key != "start"}):
+        (workplace / "training_options.json").write_text(json.dumps(older))
+        said = run("--resume", workplace, "--dry-run").output
+        settled = json.loads(said[: said.index("}") + 1])
+        assert settled["start"] == ("near_euler" if init_only else "search")
+        assert settled["train"] == (None if init_only else "positions,weights,scale_dir")
+
+
 def test_init_only_writes_the_cold_start_without_any_model(workplace):
     for number in range(2):
         result = run("--dataset_name", "shapes", "--num_steps", 5, "--num_points", 3, "--init-only")
@@ -237,9 +297,55 @@ def test_bad_input_is_refused_in_a_line(workplace, arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--train", "positions", "--num_points", 0),
+            "nothing of it can vary with --num_steps 4 and --num_points 0; history, d",
+        ),
+        (("--train", "guidance"), "whether another is better only a reward can say"),
+        (("--train", "grid", "--start", "search"), "search finds positions and weights, which --train grid leaves out"),
+        (
+            ("--num_points", 0, "--train", "grid", "--start", "search"),
+            "search finds history, which --train grid leaves",
+        ),
+        (
+            ("--train", "positions,weights", "--scale_dir", 0.1),
+            "give both, for example --scale_dir 0.05 and scale_dir in",
+        ),
+        (("--train", "positions,weights,scale_time"), "--scale_time 0: a scale is learned within its bound"),
+        (("--num_points", 0, "--scale_dir", 0.1), "--train history,grid and --scale_dir 0.1: a scale is learned"),
+        (
+            ("--num_points", 0, "--num_steps", 2),
+            "silent: nothing of it can vary with --num_steps 2 and --num_points 0; nothing",
+        ),
+        (("--init-only", "--train", "grid"), "--train grid: --init-only trains nothing"),
+        (("--init-only", "--start", "search"), "--start search"),
+        (("--start", "dpm2"), "--start dpm2 needs --num_points 1, not 2"),
+    ],
+)
+def test_what_cannot_be_learned_together_is_refused_in_a_line(workplace, arguments, message):
+    said = refusal(run("--dataset_name", "tiny", "--prompt-file", "prompts.txt", *arguments))
+    assert message in said
+    assert said.startswith("Error: ")
+    assert said.count("\n") == 1
+    assert [file.name for file in workplace.iterdir()] == ["prompts.txt"]
+
+
+@pytest.mark.parametrize("names", ["curvature", "grid,", ""])
+def test_unknown_columns_are_refused_with_the_known_ones(workplace, names):
+    said = refusal(run("--dataset_name", "tiny", "--prompt-file", "prompts.txt", "--train", names))
+    known = "positions, weights, scale_dir, scale_time, guidance, history, direction_history, grid"
+    assert f"unknown column {names.split(',')[-1]!r}; known are {known}" in said
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_points", 0, "--num_points 0 and --start near_euler are for --init-only"),
+        ("num_points", 0, "--train positions,weights: nothing of it can vary with --num_steps 3 and --num_points 0"),
+        ("train", "positions,curvature", "train: unknown column 'curvature'; known are positions, weights, scale_dir"),
+        ("train", ["grid"], "train is ['grid'], which it cannot be"),
+        ("start", "midpoint", "unknown solver 'midpoint'"),
         ("num_points", "2", "num_points is '2', which it cannot be"),
         ("num_points", 2.0, "num_points is 2.0, which it cannot be"),
         ("M", [[1, 2], [3]], "M is [[1, 2], [3]], which it cannot be"),

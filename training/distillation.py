@@ -1,4 +1,7 @@
-"""Distil an EPD table from a teacher solver that takes M extra steps inside each interval of the student's grid.
+"""Distil a solver from a teacher that takes M extra steps inside each interval of the student's first grid.
+
+What is learned of the student is named by column (`training.parameters`): positions and weights of its points, its
+grid, what it remembers. Guidance is not: the teacher follows one scale, and nothing in it says that another is better.
 
 Student and teacher start from the same noise; the student's state x_i at grid point i should be the teacher's x*_i.
 Gradient descent from an arbitrary table is a bad way to get there. With d_k = d_i + (D_i - D_k) / tau_k (section 3 of
@@ -11,18 +14,21 @@ the last interval. From evenly spaced points and equal weights a first interval 
 throws the state far away, the later intervals start where the network knows nothing, and the gradient there is flat or
 wrong. Three things mend it.
 
-1. SEARCH, interval by interval, without gradients (`search`). With x_i fixed, everything that an interval can do lies
-   on ONE curve, r -> d(r). It is evaluated at sixteen positions; the loss of every choice of K of them and its
-   best weights on the simplex is then a small quadratic problem in inner products of the curve's points, so all
-   choices are compared exactly. The interval is fixed and the student moves on, to fit the next one from where it
-   really is: errors are seen by the later intervals and never grow unseen. There is no start to explode from, and the
-   cost is known beforehand: seventeen evaluations an interval.
+1. SEARCH, interval by interval, without gradients (`search`). With x_i fixed, everything that the points of an interval
+   can do lies on ONE curve, r -> d(r). It is evaluated at sixteen positions; the loss of every choice of K of them and
+   its best weights on the simplex is then a small quadratic problem in inner products of the curve's points, so all
+   choices are compared exactly. Without points x_{i+1} is linear in the interval's row of history, and the best row is
+   a least-squares problem. The interval is fixed and the student moves on, to fit the next one from where it really
+   is: errors are seen by the later intervals and never grow unseen. There is no start to explode from, and the cost is
+   known beforehand: seventeen evaluations an interval, or one without points.
 2. REFINE, all intervals together (`Refinement`), with the gradient through the network. It is needed because an early
    interval is judged by the last state, and exact because positions act through the network's inputs. The network's
    weights ask for no gradients, so a backward pass costs about one forward pass.
 3. The loss is a mean DISTANCE, not a mean square, in units of the teacher's own movement (`trajectory_loss`). Under
    strong guidance a few trajectories fork: no table of few steps can follow them, and squared they would rule the
-   update. A distance gives each trajectory a pull of the same size.
+   update. A distance gives each trajectory a pull of the same size. It is that of the last states, through the whole
+   solver, and to a tenth that of the states in between. Where the grid is learned it is that of the last states alone:
+   the first and the last level stay, so their teacher is known whatever lies between, which for other levels it is not.
 
 The refinement's best parameters by the loss on trajectories that it was not trained on are what comes out: never worse,
 on those, than what the search found. Teacher trajectories are computed once and reused by every pass.
@@ -45,10 +51,9 @@ from torch.utils.checkpoint import checkpoint
 from errors import InputError
 from models.denoiser import Denoiser
 from models.generate import conditioned, initial_noise
-from models.randomness import generator_of
-from schedules import get_schedule
+from models.randomness import derived_seed, generator_of
 from solvers import SAMPLERS, Denoise, EPDTable, epd_sampler
-from training.networks import EPD_predictor
+from training.parameters import GRID, SolverParameters
 from training.runs.checkpoint import load_optimizer
 
 # The search looks at so many positions, evenly spaced between these two. Nearer to the interval's start a point repeats
@@ -58,8 +63,11 @@ SEARCHED_POSITIONS = 16
 SEARCHED_RANGE = (0.05, 0.80)
 # A weight of the search's result: with less a point would be wasted and its parameter hardly movable.
 SMALLEST_WEIGHT = 0.02
-# The table's two or three numbers an interval are known from few trajectories.
+# The table's few numbers an interval are known from few trajectories.
 SEARCHED_TRAJECTORIES = 64
+# Directions of the history's least squares that weigh less, beside the first or beside the estimate itself, are left
+# alone: they would take large factors of opposite signs to gain next to nothing.
+SMALLEST_CURVATURE = 1e-6
 
 # Of the loss at the inner grid points beside the loss at the last one.
 INNER_WEIGHT = 0.1
@@ -75,11 +83,11 @@ Target = Literal["latent", "image"]
 class Task:
     """What the student has to solve, and with what.
 
-    sigmas: the student's grid, float64 [S + 1]. afs: its first evaluation is estimated. target: where the last states
-    are compared, as latents or as decoded images. micro_batch: latents that go through the network at once, before
-    guidance and the K points multiply them. recompute: keep no activations of the network for the backward pass but
-    compute them again: about a third slower, and the memory of one evaluation instead of all. progress: told of each
-    evaluation of the network how many latents it takes.
+    sigmas: the student's grid at first, float64 [S + 1]. afs: its first evaluation is estimated. target: where the last
+    states are compared, as latents or as decoded images. micro_batch: latents that go through the network at once,
+    before guidance and the K points multiply them. recompute: keep no activations of the network for the backward pass
+    but compute them again: about a third slower, and the memory of one evaluation instead of all. progress: told of
+    each evaluation of the network how many latents it takes.
     """
 
     denoiser: Denoiser
@@ -116,7 +124,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """The teacher's states at the student's grid points, states [S + 1, N, C, H, W], one prompt for each of N."""
+    """The teacher's states at the levels of the task, states [S + 1, N, C, H, W], one prompt for each of N."""
 
     prompts: Sequence[str]
     states: Tensor
@@ -136,23 +144,6 @@ class Trajectories:
 
 
 # ------------------------------------------------------------------------------------------------------- teacher
-
-
-def teacher_schedule(
-    schedule_type: str,
-    num_steps: int,
-    extra_steps: int,
-    sigma_min: float,
-    sigma_max: float,
-    rho: float,
-    denoiser: Denoiser,
-) -> Tensor:
-    """The student's schedule with `extra_steps` = M more points in each interval, float64 [(num_steps-1) (M+1) + 1].
-
-    Every schedule spaces its points evenly in some variable of its own, so each (M + 1)-th point is the student's.
-    """
-    points = (num_steps - 1) * (extra_steps + 1) + 1
-    return get_schedule(schedule_type, points, sigma_min, sigma_max, rho=rho, denoiser=denoiser)
 
 
 @torch.no_grad()
@@ -188,8 +179,42 @@ def teacher_trajectories(
 def search(task: Task, trajectories: Trajectories, num_points: int) -> EPDTable:
     """The table whose intervals, one after the other, end nearest to the teacher's states; see the module, point 1.
 
-    Returns positions and weights, float64 [S, K] on the CPU, positions increasing.
+    Returns positions and weights, float64 [S, K] on the CPU, positions increasing; without points, K = 0, the history.
     """
+    return _search_points(task, trajectories, num_points) if num_points else _search_history(task, trajectories)
+
+
+def _search_history(task: Task, trajectories: Trajectories) -> EPDTable:
+    """x_{i+1} is where Euler's method goes, and sum_j h_ij (1 - b/a) (D_j - D_i); a, b the interval's ends."""
+    batches = list(trajectories.batches(task.micro_batch))
+    students = [batch.states[0] for batch in batches]
+    estimates: list[list[Tensor]] = [[] for _ in batches]
+    none = torch.empty(task.num_intervals, 0, dtype=torch.float64)
+    history = torch.zeros(task.num_intervals, task.num_intervals, dtype=torch.float64)
+    for i in range(task.num_intervals):
+        interval = task.sigmas[i : i + 2]
+        a, b = interval.tolist()
+        moves: list[Tensor] = []
+        products, projections, own = torch.zeros(i, i).double(), torch.zeros(i).double(), 0.0
+        for number, (batch, x) in enumerate(zip(batches, students, strict=True)):
+            euler = EPDTable(none[:1], none[:1])
+            students[number] = epd_sampler(task.bind(batch.prompts), x, interval, euler, afs=task.afs and i == 0)
+            estimates[number].append(x - a / (b - a) * (students[number] - x))
+            known = (1 - b / a) * torch.stack(estimates[number]).flatten(1).double()
+            moves.append(known[:-1] - known[-1])  # [i, n C H W]
+            own += known[-1].square().sum().item()
+            wanted = (batch.states[i + 1] - students[number]).flatten().double()
+            products += (moves[-1] @ moves[-1].T).cpu()
+            projections += (moves[-1] @ wanted).cpu()
+        least = SMALLEST_CURVATURE * own
+        history[i, :i] = torch.linalg.pinv(products, atol=least, rtol=SMALLEST_CURVATURE, hermitian=True) @ projections
+        for number, move in enumerate(moves):
+            x = students[number]
+            students[number] = x + (history[i, :i].to(move) @ move).view_as(x).to(x)
+    return EPDTable(none, none, history=history)
+
+
+def _search_points(task: Task, trajectories: Trajectories, num_points: int) -> EPDTable:
     positions = torch.linspace(*SEARCHED_RANGE, SEARCHED_POSITIONS, dtype=torch.float64)
     if num_points > len(positions):
         raise InputError(f"num_points={num_points}: the search knows at most {len(positions)} points an interval")
@@ -283,18 +308,21 @@ def loss_scales(task: Task, trajectories: Trajectories) -> Tensor:
     return scales.clamp_min(torch.finfo(scales.dtype).tiny)
 
 
-def trajectory_loss(task: Task, table: EPDTable, trajectories: Trajectories, scales: Tensor) -> Tensor:
-    """How far the student ends from the teacher, [N], differentiable in the table.
+def trajectory_loss(
+    task: Task, table: EPDTable, trajectories: Trajectories, scales: Tensor, sigmas: Tensor | None = None
+) -> Tensor:
+    """How far the student ends from the teacher, [N], differentiable in the table and in sigmas.
 
         loss_n = |F(x_S) - F(x*_S)| / m_S + INNER_WEIGHT / (S - 1) sum_{0 < i < S} |x_i - x*_i| / m_i
 
-    with F the identity or the decoder, m the `loss_scales`, and |.| rounded off below DISTANCE_FLOOR.
+    with F the identity or the decoder, m the `loss_scales`, and |.| rounded off below DISTANCE_FLOOR. `sigmas` are
+    other levels than the task's, where they are given; the teacher is not known there, and the sum is left out.
     """
     states: list[Tensor] = []
     epd_sampler(
         task.bind(trajectories.prompts),
         trajectories.states[0],
-        task.sigmas,
+        task.sigmas if sigmas is None else sigmas,
         table,
         afs=task.afs,
         callback=lambda _, x: states.append(x),
@@ -302,7 +330,7 @@ def trajectory_loss(task: Task, table: EPDTable, trajectories: Trajectories, sca
     with torch.no_grad():
         wanted = task.read_out(trajectories.states[-1])
     loss = _distance(task.read_out(states[-1]), wanted, scales[-1])
-    for i in range(1, task.num_intervals):
+    for i in range(1, task.num_intervals if sigmas is None else 1):
         inner = _distance(states[i], trajectories.states[i], scales[i - 1])
         loss = loss + INNER_WEIGHT / (task.num_intervals - 1) * inner
     return loss
@@ -324,16 +352,16 @@ class Update:
 
 
 class Refinement:
-    """Adam on a predictor's parameters, all intervals together; each update has its own batch of trajectories.
+    """Adam on a student's parameters, all intervals together; each update has its own batch of trajectories.
 
     Which trajectories an update sees, and its step size, follow from its number alone; so parameters, optimizer and
-    number (`state_dict`) are all that a resumed run needs to end in the same table.
+    number (`state_dict`) are all that a resumed run needs to end in the same solver.
     """
 
     def __init__(
         self,
         task: Task,
-        predictor: EPD_predictor,
+        student: SolverParameters,
         trajectories: Trajectories,
         held_out: Trajectories,
         *,
@@ -343,17 +371,17 @@ class Refinement:
         cosine: bool,
         seed: int,
     ) -> None:
-        """Train `predictor` for `updates` on `trajectories`, `batch` at a time; `held_out` is for choosing the best."""
-        self.task, self.predictor = task, predictor
+        """Train `student` for `updates` on `trajectories`, `batch` at a time; `held_out` is for choosing the best."""
+        self.task, self.student = task, student
         self.trajectories, self.held_out = trajectories, held_out
         self.batch, self.updates, self.seed = batch, updates, seed
         self.learning_rate, self.cosine = learning_rate, cosine
         self.scales = loss_scales(task, trajectories)
-        self.optimizer = torch.optim.Adam(predictor.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate, betas=(0.9, 0.99))
         self.done = 0
 
     def step(self) -> Update:
-        """One update. Raises InputError where the loss is no longer a number, or the table none."""
+        """One update. Raises InputError where the loss is no longer a number, or the solver none."""
         rate = self.learning_rate
         if self.cosine:
             rate *= 0.5 * (1 + math.cos(math.pi * self.done / self.updates))
@@ -362,42 +390,46 @@ class Refinement:
         batch = self.trajectories.select(self._drawn())
         loss = 0.0
         for part in batch.batches(self.task.micro_batch):
-            share = trajectory_loss(self.task, self.table(), part, self.scales).sum() / len(batch)
+            share = self._loss(part).sum() / len(batch)
             share.backward()
             loss += share.item()
-        torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), LARGEST_GRADIENT)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), LARGEST_GRADIENT)
         if not math.isfinite(loss):
             raise InputError(f"distillation diverged at update {self.done}: the loss is {loss}; try a smaller --lr")
         self.optimizer.step()
         self.done += 1
         return Update(self.done, loss, rate)
 
-    def table(self) -> EPDTable:
-        """The predictor's table. Raises InputError where the updates have led to what is none."""
+    def solver(self) -> tuple[EPDTable, Tensor]:
+        """The student's table and noise levels. Raises InputError where the updates have led to what is no solver."""
         try:
-            return self.predictor.table()
+            return self.student.table(), self.student.sigmas()
         except ValueError as error:
             raise InputError(f"distillation diverged at update {self.done}: {error}; try a smaller --lr") from error
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """The mean loss on the trajectories that no update sees."""
-        table = self.table()
         parts = self.held_out.batches(self.task.micro_batch)
-        return torch.cat([trajectory_loss(self.task, table, part, self.scales) for part in parts]).mean().item()
+        return torch.cat([self._loss(part) for part in parts]).mean().item()
+
+    def _loss(self, trajectories: Trajectories) -> Tensor:
+        table, sigmas = self.solver()
+        learned = sigmas if GRID in self.student.learned else None
+        return trajectory_loss(self.task, table, trajectories, self.scales, learned)
 
     def state_dict(self) -> dict[str, object]:
         """Tensors and plain values: what `load_state_dict` needs."""
         return {
             "done": self.done,
-            "parameters": {name: tensor.clone() for name, tensor in self.predictor.state_dict().items()},
+            "parameters": {name: tensor.clone() for name, tensor in self.student.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Go on from where `state_dict` was called."""
         self.done = operator.index(state["done"])
-        self.predictor.load_state_dict(state["parameters"])
+        self.student.load_state_dict(state["parameters"])
         load_optimizer(self.optimizer, state["optimizer"])
 
     def _drawn(self) -> list[int]:
@@ -408,5 +440,5 @@ class Refinement:
         return [orders[place // len(self.trajectories)][place % len(self.trajectories)] for place in places]
 
     def _order(self, number: int) -> list[int]:
-        generator = generator_of(self.seed + number)
+        generator = generator_of(derived_seed("distillation: order of trajectories", self.seed, number))
         return torch.randperm(len(self.trajectories), generator=generator).tolist()

@@ -3,11 +3,12 @@
 A run's folder `<number>-<dataset>-<num_steps>-<nfe>-<student>-<teacher>-<M>-<schedule>` holds
 
     training_options.json              everything it was told
-    network-snapshot-000000.{pkl,json} the table that the search found, or with --init-only the cold start
-    network-snapshot-<n>.{pkl,json}    the table at the end, n the number of trajectories that updates have seen
+    network-snapshot-000000.json       the solver that the search found, or another start
+    network-snapshot-<n>.json          the solver at the end, n the number of trajectories that updates have seen
     stats.jsonl                        a JSON object for the search, and one for each update, its held-out check in it
 
-and, until it is finished, teacher.pt (the teacher's states) and training-state.pt, from which `resume` goes on.
+beside each solver a .pkl where the public code base can hold it, and, until it is finished, teacher.pt (the teacher's
+states) and training-state.pt, from which `resume` goes on.
 """
 
 from __future__ import annotations
@@ -15,13 +16,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
-import types
-import typing
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,161 +28,30 @@ from tqdm import tqdm
 from errors import InputError
 from files import only_writer, removed_if_it_fails, write_atomically
 from models.denoiser import Denoiser
-from models.options import ModelOptions
 from models.randomness import generator_of
-from models.registry import default_guidance_scale
-from solvers import EPDTable, network_evaluations
+from solvers import EPDTable
 from training.distillation import (
-    HELD_OUT_SHARE,
-    SEARCHED_POSITIONS,
     SEARCHED_TRAJECTORIES,
     Refinement,
-    Target,
     Task,
     Trajectories,
     search,
-    teacher_schedule,
     teacher_trajectories,
 )
-from training.networks import EPD_predictor, Plain
+from training.distillation_options import OPTIONS, SCALES, SEARCH, UPDATES_PER_CHECK, Options
+from training.networks import Plain
+from training.parameters import GRID, SolverParameters
 from training.runs.checkpoint import fitting, read_tensors, write_tensors
-from training.runs.configuration import SHOWN
 from training.runs.run_folder import MetricsLog
-from training.snapshot import load_snapshot, save_snapshot
-from training.solver import MODEL_OF_DATASET, MODEL_OPTIONS, USUAL_BACKEND
+from training.snapshot import GRID as SIGMAS
+from training.snapshot import JSON_KEYS, load_snapshot, save_snapshot
+from training.starts import start_table
 
-OPTIONS, STATS, TEACHER, STATE = "training_options.json", "stats.jsonl", "teacher.pt", "training-state.pt"
+STATS, TEACHER, STATE = "stats.jsonl", "teacher.pt", "training-state.pt"
 
 STATE_KEYS, TEACHER_KEYS = frozenset({"refinement", "best_loss", "best"}), frozenset({"states", "prompts"})
 
 REMEDY = "remove it, and the run starts this part again"
-LARGEST_OPTIONS = 2**16  # bytes; a run's options have some hundred
-
-# Between two looks at the held-out trajectories.
-UPDATES_PER_CHECK = 10
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a distillation is told, by the public EPD code base's names where it has them.
-
-    dataset_name: the model's world. model_path: folder, file or registered name, None for what dataset_name stands for.
-    num_steps: grid points. num_points: K. sampler_tea, M: the teacher, and its extra steps in each interval. afs,
-    scale_dir, scale_time: the student's. guidance_rate: None for the model's own. schedule_type, schedule_rho: of the
-    grid. trajectories: how many the teacher is followed on; a quarter of them is held out. batch: trajectories an
-    update. batch_gpu: trajectories at once on the device. total_kimg: thousands of trajectories that all updates
-    together see. lr, coslr: Adam's step size, and whether it decays. target: what the last states are compared as.
-    prompt_file: None with init_only. init_only: write a start, train nothing. start: which (`training.starts`). What
-    follows it: see `models.options.ModelOptions`.
-    """
-
-    dataset_name: str
-    model_path: str | None
-    num_steps: int
-    num_points: int
-    sampler_stu: Literal["epd"]
-    sampler_tea: str
-    M: int
-    afs: bool
-    scale_dir: float
-    scale_time: float
-    guidance_rate: float | None
-    schedule_type: str
-    schedule_rho: float
-    trajectories: int
-    batch: int
-    batch_gpu: int
-    total_kimg: float
-    lr: float
-    coslr: bool
-    target: Target
-    recompute: bool
-    seed: int
-    prompt_file: str | None
-    init_only: bool
-    start: str = "near_euler"
-    lora: str | None = None
-    vae: str | None = None
-    height: int | None = None
-    width: int | None = None
-    negative_prompt: str | None = None
-    without_t5: bool = False
-
-    @property
-    def model(self) -> str:
-        """What `load_denoiser` is asked for."""
-        return self.model_path or MODEL_OF_DATASET.get(self.dataset_name, self.dataset_name)
-
-    @property
-    def model_options(self) -> ModelOptions:
-        """And how."""
-        return ModelOptions(
-            self.lora, self.vae, self.height, self.width, self.negative_prompt, without_t5=self.without_t5
-        )
-
-    @property
-    def nfe(self) -> int:
-        """Evaluations in sequence, before guidance."""
-        return network_evaluations("epd", self.num_steps, num_points=self.num_points, afs=self.afs).parallel
-
-    @property
-    def description(self) -> str:
-        """The run folder's name without its number."""
-        schedule = {"polynomial": f"poly{self.schedule_rho:g}", "time_uniform": f"uni{self.schedule_rho:g}"}
-        teacher = (self.start.replace(":", ""),) if self.init_only else (self.sampler_tea, self.M)
-        parts = (self.dataset_name, self.num_steps, self.nfe, self.sampler_stu, *teacher)
-        named = "-".join(map(str, (*parts, schedule.get(self.schedule_type, self.schedule_type))))
-        return named + ("-afs" if self.afs else "")
-
-    @property
-    def updates(self) -> int:
-        """How many updates the refinement makes."""
-        return round(1000 * self.total_kimg / self.batch)
-
-    @property
-    def held_out(self) -> int:
-        """How many trajectories no update sees."""
-        return max(1, round(HELD_OUT_SHARE * self.trajectories))
-
-    def metadata(self, denoiser: Denoiser | None) -> dict[str, Plain]:
-        """What the snapshots say about their table; of a model that was not loaded, what only it knows is None.
-
-        Its guidance is then the usual one of its family, and, where there is no model, of Stable Diffusion.
-        """
-        known = (
-            {"sigma_min": None, "sigma_max": None, "img_resolution": None}
-            if denoiser is None
-            else {
-                "sigma_min": denoiser.sigma_min,
-                "sigma_max": denoiser.sigma_max,
-                "img_resolution": denoiser.image_size[0],
-                **({} if denoiser.backend == USUAL_BACKEND else {"backend": denoiser.backend}),
-            }
-        )
-        own = default_guidance_scale(self.model) if denoiser is None else denoiser.default_guidance_scale
-        guidance = own if self.guidance_rate is None else self.guidance_rate
-        keys = ("dataset_name", "sampler_stu", "sampler_tea", "M", "schedule_type", "schedule_rho", "afs")
-        return {
-            **{key: getattr(self, key) for key in (*keys, "scale_dir", "scale_time")},
-            "guidance_type": "uncond" if guidance == 1 else "cfg",
-            "guidance_rate": guidance,
-            **({"model_path": self.model_path} if self.model_path else {}),
-            **({MODEL_OPTIONS: changes} if (changes := self.model_options.changes()) else {}),
-            **known,
-        }
-
-    def evaluations(self) -> dict[str, int]:
-        """Network evaluations of one latent, by phase, without the doubling by guidance and by a gradient."""
-        teacher = network_evaluations(self.sampler_tea, (self.num_steps - 1) * (self.M + 1) + 1).total
-        student = network_evaluations("epd", self.num_steps, num_points=self.num_points, afs=self.afs).total
-        searched = min(SEARCHED_TRAJECTORIES, self.trajectories - self.held_out)
-        checks = 1 + -(-self.updates // UPDATES_PER_CHECK)
-        return {
-            "teacher": self.trajectories * teacher,
-            "search": searched * ((self.num_steps - 1) * (1 + SEARCHED_POSITIONS) + student),
-            "refinement": self.updates * self.batch * student,
-            "held-out checks": checks * self.held_out * student,
-        }
 
 
 def next_folder(root: Path, options: Options) -> Path:
@@ -219,39 +86,20 @@ def claim_folder(root: Path, options: Options) -> Path:
         raise InputError(f"{error.filename}: cannot be made ({error.strerror})") from error
 
 
-def load_options(folder: Path) -> Options:
-    """What the run in `folder` was told; whether each value has its type is checked, not whether it is in range.
+def untrained_table(options: Options, denoiser: Denoiser | None) -> EPDTable:
+    """The table that `options.start` names, with scales 1 where the options ask for scales.
 
-    Raises:
-        InputError: there is no distillation, or its options are damaged.
+    `denoiser` gives the grid where the start depends on it (`training.starts.needs_grid`); otherwise it may be None.
+    Raises InputError for a schedule that does not suit the model.
     """
-    file = folder / OPTIONS
-    try:
-        with file.open("rb") as stream:
-            told = json.loads(stream.read(LARGEST_OPTIONS))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: no readable options of a distillation ({error})") from error
-    kinds = typing.get_type_hints(Options)
-    if isinstance(told, dict):
-        told = {field.name: field.default for field in fields(Options) if field.default is not MISSING} | told
-    if not isinstance(told, dict) or told.keys() != kinds.keys():
-        raise InputError(f"{file}: no options of a distillation: they are {', '.join(kinds)}, and no others")
-    for key, kind in kinds.items():
-        if not _has_kind(told[key], kind):
-            raise InputError(f"{file}: {key} is {SHOWN.repr(told[key])}, which it cannot be: the file is damaged")
-    return Options(**told)
+    any_grid = torch.linspace(2, 1, options.num_steps, dtype=torch.float64)
+    sigmas = any_grid if denoiser is None else options.sigmas(denoiser)
+    return _with_scales(start_table(options.start, sigmas, options.num_points), options)
 
 
-def _has_kind(value: object, kind: Any) -> bool:
-    """Whether a value that JSON gave is of the type of an option."""
-    members = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return any(_has_kind(value, member) for member in members)
-    if members:  # of a Literal
-        return value in members
-    if kind is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is kind and (kind is not str or value.isprintable())
+def _with_scales(table: EPDTable, options: Options) -> EPDTable:
+    ones = {name: torch.ones_like(table.positions) for name in SCALES if getattr(options, name) and table.num_points}
+    return replace(table, **ones)
 
 
 def write_start(folder: Path, options: Options, table: EPDTable, denoiser: Denoiser | None) -> Path:
@@ -276,7 +124,7 @@ def prepare(options: Options, denoiser: Denoiser, prompts: list[str]) -> Lesson:
     Raises:
         InputError: prompts that the model cannot take, or a schedule that does not suit it.
     """
-    lesson = Lesson(_teacher_sigmas(options, denoiser), *_drawn(options, prompts))
+    lesson = Lesson(options.sigmas(denoiser, options.M), *_drawn(options, prompts))
     denoiser.validate_prompts(lesson.prompts)
     return lesson
 
@@ -313,7 +161,7 @@ def _distil(folder: Path, options: Options, denoiser: Denoiser, lesson: Lesson) 
         bar.set_description("search")
         refinement = Refinement(
             task,
-            _searched(folder, options, task, training),
+            _started(folder, options, task, training),
             training,
             held_out,
             batch=options.batch,
@@ -324,9 +172,10 @@ def _distil(folder: Path, options: Options, denoiser: Denoiser, lesson: Lesson) 
         )
         bar.set_description("refinement")
         _refine(folder, refinement, bar)
-    refinement.predictor.load_state_dict(_load(folder / STATE, STATE_KEYS)["best"])
-    table, _ = refinement.predictor.table().detach().sorted_by_position()
-    snapshot = save_snapshot(_last_snapshot(folder, options), table, options.metadata(denoiser))
+    refinement.student.load_state_dict(_load(folder / STATE, STATE_KEYS)["best"])
+    table, sigmas = refinement.solver()
+    own = {SIGMAS: sigmas.tolist()} if GRID in options.learned else {}
+    snapshot = save_snapshot(_last_snapshot(folder, options), table, options.metadata(denoiser) | own)
     (folder / STATE).unlink()
     (folder / TEACHER).unlink()
     return snapshot
@@ -340,23 +189,7 @@ def is_finished(folder: Path, options: Options) -> bool:
 
 
 def _last_snapshot(folder: Path, options: Options) -> Path:
-    return folder / f"network-snapshot-{options.updates * options.batch:06d}.pkl"
-
-
-def _teacher_sigmas(options: Options, denoiser: Denoiser) -> Tensor:
-    """The teacher's grid; every (M + 1)-th point is the student's."""
-    try:
-        return teacher_schedule(
-            options.schedule_type,
-            options.num_steps,
-            options.M,
-            denoiser.sigma_min,
-            denoiser.sigma_max,
-            options.schedule_rho,
-            denoiser,
-        )
-    except ValueError as error:
-        raise InputError(f"schedule_type {options.schedule_type}: {error}") from error
+    return folder / f"network-snapshot-{options.updates * options.batch:06d}.json"
 
 
 def _drawn(options: Options, prompts: list[str]) -> tuple[list[str], list[int]]:
@@ -383,16 +216,18 @@ def _taught(file: Path, task: Task, sampler: str, lesson: Lesson) -> Trajectorie
     return trajectories
 
 
-def _searched(folder: Path, options: Options, task: Task, training: Trajectories) -> EPD_predictor:
-    """The predictor to refine: with the table that the search finds, or has found."""
-    file = folder / "network-snapshot-000000.pkl"
-    metadata = options.metadata(task.denoiser)
+def _started(folder: Path, options: Options, task: Task, training: Trajectories) -> SolverParameters:
+    """The student to refine: what the search finds, or has found, or the start that the options name."""
+    file = folder / "network-snapshot-000000.json"
     if not file.exists():
-        found = search(task, training.select(range(min(SEARCHED_TRAJECTORIES, len(training)))), options.num_points)
-        ones = torch.ones_like(found.weights)
-        scales = {key: ones if getattr(options, key) else None for key in ("scale_dir", "scale_time")}
-        save_snapshot(file, EPDTable(found.positions, found.weights, **scales), metadata)
-    return EPD_predictor.from_table(load_snapshot(file)[0], metadata)
+        if options.start == SEARCH:
+            shown = training.select(range(min(SEARCHED_TRAJECTORIES, len(training))))
+            table = _with_scales(search(task, shown, options.num_points), options)
+        else:
+            table = untrained_table(options, task.denoiser)
+        save_snapshot(file, table, options.metadata(task.denoiser))
+    bounds = {name: getattr(options, name) for name in SCALES}
+    return SolverParameters(load_snapshot(file)[0], task.sigmas, options.learned, bounds)
 
 
 def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
@@ -402,7 +237,7 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
         with fitting(folder / STATE, REMEDY):
             best_loss, best = float(state["best_loss"]), dict(state["best"])
             if best:
-                refinement.predictor.load_state_dict(best)  # as at the end
+                refinement.student.load_state_dict(best)  # as at the end
             refinement.load_state_dict(state["refinement"])
     else:
         best_loss, best = math.inf, {}
@@ -414,11 +249,11 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
             update = refinement.step()
             line = {"loss": update.loss, "lr": update.learning_rate}
         if refinement.done % UPDATES_PER_CHECK == 0 or refinement.done == refinement.updates:
-            table, loss = refinement.table(), refinement.held_out_loss()
-            line |= {"held_out": loss, "r": table.positions.tolist(), "w": table.weights.tolist()}
+            loss = refinement.held_out_loss()
+            line |= {"held_out": loss, **_learned_numbers(refinement)}
             if not best and not math.isfinite(loss):
                 raise InputError(
-                    f"{folder}: the held-out loss of the first table is {loss}: the teacher or the search diverged"
+                    f"{folder}: the held-out loss of the first table is {loss}: the teacher or the start diverged"
                 )
             if loss < best_loss:
                 best_loss, best = loss, refinement.state_dict()["parameters"]
@@ -426,6 +261,14 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
         line = {"update": refinement.done, "trajectories": refinement.done * refinement.batch, **line}
         stats.append(line)
         write_tensors(folder / STATE, {"refinement": refinement.state_dict(), "best_loss": best_loss, "best": best})
+
+
+def _learned_numbers(refinement: Refinement) -> dict[str, Plain]:
+    """The learned columns, by the names that they have in snapshots."""
+    table, sigmas = refinement.solver()
+    columns = {**table.columns(), GRID: sigmas}
+    names = {**JSON_KEYS, GRID: SIGMAS}
+    return {names[name]: columns[name].tolist() for name in refinement.student.learned}
 
 
 def _load(file: Path, keys: frozenset[str]) -> dict[str, Any]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
+from torch import Tensor
 
 from errors import InputError
-from models.denoiser import Denoiser
 from solvers import EPDTable, classical_table, with_ipndm_history
-from training.distillation_run import Options
 from training.networks import near_euler_table
-from training.solver import MULTISTEP_ORDERS, Schedule, parse_classical
+from training.solver import MULTISTEP_ORDERS, parse_classical
 
 NEAR_EULER = "near_euler"
 
@@ -26,47 +22,38 @@ _FITS = {
 }
 
 
-def check_start(options: Options) -> None:
+def check_start(start: str, num_points: int) -> None:
     """Raise InputError where there is no start of that name, or not with so many points."""
-    name = _name(options)
+    name, _ = _parsed(start)
     if name not in POINTS:
-        raise InputError(f"--start {options.start}: {name} is no table; {', '.join(POINTS)} are")
-    if not _FITS[name](options.num_points):
-        raise InputError(f"--start {options.start} needs --num_points {POINTS[name]}, not {options.num_points}")
+        raise InputError(f"--start {start}: {name} is no table; {', '.join(POINTS)} are")
+    if not _FITS[name](num_points):
+        raise InputError(f"--start {start} needs --num_points {POINTS[name]}, not {num_points}")
 
 
-def needs_grid(options: Options) -> bool:
+def needs_grid(start: str, num_points: int) -> bool:
     """Whether the start depends on the noise levels, and so on the model: a multistep sampler without points does."""
-    return options.num_points == 0 and _name(options) in MULTISTEP_ORDERS
+    return num_points == 0 and _parsed(start)[0] in MULTISTEP_ORDERS
 
 
-def start_table(options: Options, denoiser: Denoiser | None) -> EPDTable:
-    """The table that `options.start` names, with scales 1 where the options ask for scales.
+def start_table(start: str, sigmas: Tensor, num_points: int) -> EPDTable:
+    """The table of that name for this grid [S + 1], of which only the length counts unless `needs_grid`.
 
     near_euler        `near_euler_table`, K at least 1
     ddim, ipndm, dpmpp  the sampler itself (`solvers.classical_table`), K = 0; an order may follow a colon
     dpm2              the sampler itself, K = 1
     ipndm             with K at least 1: EPD's plug-in, the points of `near_euler_table` reached by iPNDM's direction
 
-    `denoiser` gives the grid, where `needs_grid`; otherwise it may be None.
-    Raises InputError as `check_start`, and for a schedule that does not suit the model.
+    The name and the number of points have passed `check_start`.
     """
-    check_start(options)
-    name, points, intervals = _name(options), options.num_points, options.num_steps - 1
-    order = None if name == NEAR_EULER else parse_classical(options.start)[1]
+    name, order = _parsed(start)
     ordered = {} if order is None else {"max_order": order}
-    if name == "dpm2" or points == 0:
-        levels = torch.linspace(2, 1, options.num_steps)  # any grid: the table does not depend on it
-        if denoiser is not None:
-            levels = Schedule(options.schedule_type, options.schedule_rho).sigmas(options.num_steps, denoiser)
-        table = classical_table(name, levels, **ordered)
-    else:
-        table = near_euler_table(intervals, points)
-        table = with_ipndm_history(table, **ordered) if name == "ipndm" else table
-    scales = ("scale_dir", "scale_time") if points else ()
-    ones = {key: torch.ones_like(table.positions) for key in scales if getattr(options, key)}
-    return replace(table, **ones)
+    if name == "dpm2" or num_points == 0:
+        return classical_table(name, sigmas, **ordered)
+    table = near_euler_table(len(sigmas) - 1, num_points)
+    return with_ipndm_history(table, **ordered) if name == "ipndm" else table
 
 
-def _name(options: Options) -> str:
-    return NEAR_EULER if options.start == NEAR_EULER else parse_classical(options.start)[0]
+def _parsed(start: str) -> tuple[str, int | None]:
+    """Name and order."""
+    return (NEAR_EULER, None) if start == NEAR_EULER else parse_classical(start)

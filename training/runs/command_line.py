@@ -1,4 +1,4 @@
-"""What the command lines that take `--override` share."""
+"""What the command lines share: kinds of options, and what they check at their start."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from errors import InputError
 from models.options import ModelOptions
+from training.parameters import named_parts
 
 Result = TypeVar("Result")
 
@@ -69,6 +70,19 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, context)
         return number
+
+
+class Parts(click.ParamType):
+    """Names of what can be learned of a solver, separated by commas."""
+
+    name = "columns"
+
+    def convert(self, value: str, param: click.Parameter | None, context: click.Context | None) -> str:
+        """The same names in their usual order, or click's own error."""
+        try:
+            return ",".join(named_parts(value))
+        except InputError as error:
+            self.fail(str(error), param, context)
 
 
 class SeveralPairs(click.Command):
