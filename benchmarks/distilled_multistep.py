@@ -97,7 +97,7 @@ def distilled(evaluations: int, train: str, schedule: Schedule, *, updates: int 
 def best(solvers: Sequence[Solver]) -> str:
     """The distance and the name of the one that is nearest on the noise for choosing."""
     nearest = min(solvers, key=lambda solver: distance(solver, "choose"))
-    name = nearest.label if nearest.schedule is None else f"{nearest.label} {nearest.schedule}"
+    name = nearest.label if nearest.origin else f"{nearest.label} {nearest.schedule}"
     return f"{distance(nearest):.4f} ({name})"
 
 

@@ -66,7 +66,7 @@ def deviations(policy: EPDParamPolicy) -> Tensor:
     cold_start = policy.cold_start().parts
     for name, block in policy.split(spread).items():
         part, moved = cold_start[name], block.chunk(cold_start[name].blocks, dim=-1)[0]  # [S, n]: what moves the mean
-        places = DRAWN[name].rows(torch.arange(moved.numel()).view(moved.shape)).flatten()
+        places = DRAWN[name].part.rows(torch.arange(moved.numel()).view(moved.shape)).flatten()
         moved[places // moved.shape[1], places % moved.shape[1]] = _deviations(part).flatten()
     return spread
 
@@ -260,7 +260,8 @@ def prepared_for_search(start: Start, population: int | None) -> Start:
     if population is None:
         table = start.table
         parameters = sum(
-            DRAWN[name].free(table.num_intervals, table.num_points) for name in trainable(table, start.config.ppo.train)
+            DRAWN[name].part.free(table.num_intervals, table.num_points)
+            for name in trainable(table, start.config.ppo.train)
         )
         largest = 4 + int(3 * math.log(max(parameters, 1)))
         population = max(size for size in range(1, largest + 1) if images % size == 0)

@@ -13,8 +13,9 @@ from click.testing import CliRunner, Result
 from benchmarks.search_cma_es import TableSearch, deviations, main, move_mean
 from errors import InputError
 from solvers import EPDTable
+from training.parameters import GRID
 from training.ppo.checkpoint import load_checkpoint, table_from_plain
-from training.ppo.cold_start import DRAWN, GRID, TRAINED, prepare_table
+from training.ppo.cold_start import DRAWN, TRAINED, prepare_table
 from training.ppo.config import PPOConfig
 from training.ppo.export_epd_predictor import main as export_command
 from training.ppo.launch import main as launch_command

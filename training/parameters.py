@@ -114,6 +114,18 @@ PARTS = {
 """All that can be learned of a solver, by name."""
 
 
+def neutral_entries(name: str, table: EPDTable, guidance_scale: float | None = None) -> Tensor:
+    """The entries of a column that change nothing in this table, float64; of guidance, the constant scale that holds.
+
+    Raises InputError where there are none.
+    """
+    column = _COLUMNS[name]
+    neutral = guidance_scale if column.neutral is None else column.neutral
+    if neutral is None:
+        raise InputError(f"{name} has no entry that changes nothing: say the constant scale that it begins at")
+    return torch.full(column.shape(table.num_intervals, table.num_points), neutral, dtype=torch.float64)
+
+
 def named_parts(text: str) -> tuple[str, ...]:
     """The parts that a text like `grid,history` names, in the order of `PARTS`, each once.
 
@@ -151,7 +163,9 @@ class SolverParameters(nn.Module):
         """
         super().__init__()
         self._start = table.detach().to(device="cpu", dtype=torch.float64).columns()
-        self._start |= {name: _neutral(table, name) for name in learned if name != GRID and name not in self._start}
+        self._start |= {
+            name: neutral_entries(name, table) for name in learned if name != GRID and name not in self._start
+        }
         self._start[GRID] = sigmas.detach().to(device="cpu", dtype=torch.float64)
         self._transforms: dict[str, Transform] = {}
         self.free = nn.ParameterDict()
@@ -198,10 +212,3 @@ def _raised(part: Part, rows: Tensor) -> Tensor:
         return rows
     raised = rows.clamp_min(LEAST_SHARE)
     return raised / raised.sum(-1, keepdim=True)
-
-
-def _neutral(table: EPDTable, name: str) -> Tensor:
-    """The entries of a column that change nothing."""
-    column = _COLUMNS[name]
-    shape = column.shape(table.num_intervals, table.num_points)
-    return torch.full(shape, column.neutral, dtype=torch.float64)

@@ -20,8 +20,9 @@ from models.prompts import read_prompts
 from models.registry import check_assets, default_guidance_scale, load_denoiser, traits_of
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
+from training.parameters import GRID
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
-from training.ppo.cold_start import GRID, ColdStart, prepare_table
+from training.ppo.cold_start import ColdStart, prepare_table
 from training.ppo.config import Config, apply_snapshot, model_options, with_usual
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch
 from training.ppo.panels import SHAPES, VerifierPanel, require_verifiable

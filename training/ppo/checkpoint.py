@@ -10,7 +10,8 @@ from torch import Tensor
 
 from errors import InputError
 from solvers import COLUMNS, EPDTable
-from training.ppo.cold_start import GRID, TRAINED
+from training.parameters import GRID
+from training.ppo.cold_start import TRAINED
 from training.runs.checkpoint import CheckpointFormat
 
 KEYS = frozenset({"format", "step", "trainer", "watch", "start", "table", "config", "config_hash"})

@@ -1,65 +1,61 @@
 """From a solver to the parameters of the policy around it, and back (design.md, section 3).
 
-What the policy can draw, and from what, is declared once, in `DRAWN`. The K positions of an interval cut (0, 1) into
-K+1 segments: segments, weights, and the gaps of the grid in log sigma lie on a simplex, so a row of them is the mean of
-a Dirichlet distribution, whose concentrations are c times it.
+What the policy can draw is what can be learned (`training.parameters.PARTS`); from what, and how widely, says `DRAWN`.
+A row of shares is the mean of a Dirichlet distribution, whose concentrations are c times it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
 
 from errors import InputError
-from schedules import from_log_gaps, log_gaps
-from solvers import COLUMNS, EPDTable
+from solvers import EPDTable
+from training.parameters import GRID, PARTS, Part, neutral_entries
 from training.ppo.distributions import Dirichlet, LogNormal, Normal
 
 MINIMUM_SHARE = 1e-6
 """Least segment and least weight of a row: a Dirichlet distribution cannot have a mean with a component of 0."""
 
-GRID = "grid"
-"""What `ppo.train` calls the noise levels."""
-
 Family = type[Dirichlet] | type[Normal]
 
-
-def _same(numbers: Tensor) -> Tensor:
-    return numbers
+_FAMILIES: dict[Constraint, Family] = {
+    constraints.simplex: Dirichlet,
+    constraints.positive: LogNormal,
+    constraints.real: Normal,
+}
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """How the policy draws a part of the solver: a column of the table, or the grid.
+    """How the policy draws a part of the solver.
 
     Attributes:
-        name: as `ppo.train` calls it: the column's, or `GRID`.
-        family: what its numbers are drawn from.
+        part: what can be learned of it (`training.parameters.PARTS`); `rows` of it are drawn.
         spread: the key in `ppo` that says how widely at first: a total concentration, or a standard deviation.
-        by_interval: entries -> [S, n], the numbers that belong to each interval, as the policy's network sorts them.
-        rows: [..., S, n] -> [..., R, M], those of them that are drawn, as the family takes them.
-        entries: (values [..., R, M], the start's entries) -> entries.
     """
 
-    name: str
-    family: Family
+    part: Part
     spread: str
-    by_interval: Callable[[Tensor], Tensor] = _same
-    rows: Callable[[Tensor], Tensor] = _same
-    entries: Callable[[Tensor, Tensor], Tensor] = lambda values, start: values
 
-    def free(self, num_intervals: int, num_points: int) -> int:
-        """How many of its numbers can vary in a table of this shape: of one weight, which is always 1, none."""
-        shape = (num_intervals + 1,) if self.name == GRID else _COLUMNS[self.name].shape(num_intervals, num_points)
-        rows, numbers = self.rows(self.by_interval(torch.ones(shape))).shape[-2:]
-        return rows * max(0, numbers - self.family.bound)
+    @property
+    def name(self) -> str:
+        """As `ppo.train` calls it."""
+        return self.part.name
+
+    @property
+    def family(self) -> Family:
+        """What its numbers are drawn from."""
+        return _FAMILIES[self.part.support]
 
     def check(self, entries: Tensor) -> None:
         """Raise InputError where the family has no such mean."""
-        numbers = self.by_interval(entries)
+        numbers = self.part.by_interval(entries)
         if self.family.positive and (numbers <= 0).any():
             interval, number = (numbers <= 0).nonzero()[0].tolist()
             raise InputError(
@@ -75,7 +71,7 @@ class Drawn:
         """
         self.check(entries)
         try:
-            return torch.cat(self.family.start(self.by_interval(entries), spread), dim=-1)
+            return torch.cat(self.family.start(self.part.by_interval(entries), spread), dim=-1)
         except ValueError as error:
             raise InputError(f"ppo.{self.spread}={spread:g} is out of range for {self.name}: {error}") from None
 
@@ -87,62 +83,21 @@ class Drawn:
         starts, moves = (blocks.chunk(self.family.blocks, dim=-1) for blocks in (base, residual))
         units = self.family.units(*starts)
         moved = (start + unit * move for start, unit, move in zip(starts, units, moves, strict=True))
-        return self.family.bounded(*(self.rows(block) for block in moved))
+        return self.family.bounded(*(self.part.rows(block) for block in moved))
 
 
-def segments_from_positions(positions: Tensor) -> Tensor:
-    """Lengths [..., K+1] of the pieces into which the increasing positions [..., K] cut (0, 1)."""
-    zero, one = torch.zeros_like(positions[..., :1]), torch.ones_like(positions[..., :1])
-    return torch.diff(positions, prepend=zero, append=one)
-
-
-def positions_from_segments(segments: Tensor) -> Tensor:
-    """Positions [..., K]: the running sum of the segments [..., K+1] without the last, which is 1."""
-    return segments[..., :-1].cumsum(-1)
-
-
-def _lower(square: Tensor) -> Tensor:
-    """The entries below the diagonal of [..., S, S] as one row [..., 1, S (S - 1) / 2]."""
-    row, column = torch.tril_indices(*square.shape[-2:], offset=-1)
-    return square[..., row, column].unsqueeze(-2)
-
-
-def _from_lower(values: Tensor, start: Tensor) -> Tensor:
-    """The inverse of `_lower`, zero elsewhere."""
-    square = values.new_zeros(*values.shape[:-2], *start.shape[-2:])
-    row, column = torch.tril_indices(*start.shape[-2:], offset=-1)
-    square[..., row, column] = values.squeeze(-2)
-    return square
-
-
-_COLUMNS = {column.name: column for column in COLUMNS}
-
-DRAWN = {
-    drawn.name: drawn
-    for drawn in (
-        Drawn(
-            "positions",
-            Dirichlet,
-            "dirichlet_concentration",
-            by_interval=segments_from_positions,
-            entries=lambda segments, _: positions_from_segments(segments),
-        ),
-        Drawn("weights", Dirichlet, "dirichlet_concentration", by_interval=lambda w: w / w.sum(-1, keepdim=True)),
-        Drawn("scale_dir", LogNormal, "scale_std"),
-        Drawn("scale_time", LogNormal, "scale_std"),
-        Drawn("guidance", LogNormal, "guidance_std"),
-        Drawn("history", Normal, "history_std", rows=_lower, entries=_from_lower),
-        Drawn("direction_history", Normal, "history_std", rows=_lower, entries=_from_lower),
-        Drawn(
-            GRID,
-            Dirichlet,
-            "grid_concentration",
-            by_interval=lambda sigmas: log_gaps(sigmas).unsqueeze(-1),
-            rows=lambda gaps: gaps.transpose(-1, -2),
-            entries=lambda gaps, sigmas: from_log_gaps(gaps.squeeze(-2), sigmas[-1].item(), sigmas[0].item()),
-        ),
-    )
+_SPREADS = {
+    "positions": "dirichlet_concentration",
+    "weights": "dirichlet_concentration",
+    "scale_dir": "scale_std",
+    "scale_time": "scale_std",
+    "guidance": "guidance_std",
+    "history": "history_std",
+    "direction_history": "history_std",
+    GRID: "grid_concentration",
 }
+
+DRAWN = {name: Drawn(part, _SPREADS[name]) for name, part in PARTS.items()}
 """All that the policy can draw, by name, in the order in which it is drawn. The first and the last noise level stay."""
 
 
@@ -187,13 +142,12 @@ def prepare_table(
         for name in DRAWN
         if name in train and name not in names
     ]
-    added = {
-        name: table.positions.new_full(
-            _COLUMNS[name].shape(table.num_intervals, table.num_points), _neutral(name, guidance_scale)
+    missing = [name for name in names if name != GRID and name not in table.columns()]
+    if "guidance" in missing and guidance_scale is None:
+        raise InputError(
+            "ppo.train names guidance, and the start says no scale for it to begin at: set model.guidance_rate"
         )
-        for name in names
-        if name != GRID and name not in table.columns()
-    }
+    added = {name: neutral_entries(name, table, guidance_scale) for name in missing}
     repairs += [
         f"{name} is new in the table and begins at {new[0, 0].item():g} everywhere" for name, new in added.items()
     ]
@@ -228,23 +182,13 @@ def trainable(table: EPDTable, train: Collection[str]) -> tuple[str, ...]:
     if unknown:
         raise InputError(f"ppo.train names {unknown[0]!r}; known are {', '.join(DRAWN)}")
     size = table.num_intervals, table.num_points
-    able = [name for name, drawn in DRAWN.items() if drawn.free(*size)]
+    able = [name for name, drawn in DRAWN.items() if drawn.part.free(*size)]
     names = tuple(name for name in able if name in train)
     if not names:
         raise InputError(
             f"ppo.train=[{', '.join(train)}]: nothing of it can vary {_size_of(table)}; name some of {', '.join(able)}"
         )
     return names
-
-
-def _neutral(name: str, guidance_scale: float | None) -> float:
-    """The entry of a column that changes nothing."""
-    neutral = _COLUMNS[name].neutral if _COLUMNS[name].neutral is not None else guidance_scale
-    if neutral is None:
-        raise InputError(
-            "ppo.train names guidance, and the start says no scale for it to begin at: set model.guidance_rate"
-        )
-    return neutral
 
 
 def _size_of(table: EPDTable) -> str:

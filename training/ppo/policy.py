@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from errors import InputError
 from models.randomness import generator_of
 from solvers import EPDTable
-from training.ppo.cold_start import DRAWN, GRID, TRAINED, trainable
+from training.parameters import GRID
+from training.ppo.cold_start import DRAWN, TRAINED, trainable
 from training.ppo.distributions import Dirichlet, Normal
 
 HIDDEN_SIZE = 64
@@ -227,7 +228,7 @@ class EPDParamPolicy(nn.Module):
 
 def _entries(values: Entries, start: Entries) -> dict[str, Tensor]:
     """The cold start with the trained parts' numbers [..., R, M] in their places."""
-    return {**start, **{name: DRAWN[name].entries(part, start[name]) for name, part in values.items()}}
+    return {**start, **{name: DRAWN[name].part.entries(part, start[name]) for name, part in values.items()}}
 
 
 def _table(values: Entries, start: Entries) -> EPDTable:

@@ -23,8 +23,8 @@ from torch import Tensor
 from errors import InputError, shows_input_errors
 from files import write_atomically
 from models.pictures import opened_picture
+from training.parameters import GRID
 from training.ppo.checkpoint import Numbers, load_checkpoint, table_from_plain, table_to_plain
-from training.ppo.cold_start import GRID
 from training.ppo.config import build_config
 from training.ppo.figures import Curve, curves_figure, entry_names, movement_figure, solver_figure
 from training.ppo.ppo_trainer import METRICS

@@ -12,13 +12,12 @@ from errors import InputError
 from schedules import log_gaps
 from solvers import COLUMNS, EPDTable, classical_table, epd_sampler
 from tests import golden
+from training.parameters import GRID, segments_from_positions
 from training.ppo.cold_start import (
     DRAWN,
-    GRID,
     MINIMUM_SHARE,
     TRAINED,
     prepare_table,
-    segments_from_positions,
     trainable,
 )
 
@@ -41,7 +40,7 @@ def distribution_of(name: str, entries: torch.Tensor, spread: float):
 
 def back(name: str, entries: torch.Tensor, spread: float) -> torch.Tensor:
     """The entries that the mean of that distribution is."""
-    return DRAWN[name].entries(distribution_of(name, entries, spread).mean(), entries)
+    return DRAWN[name].part.entries(distribution_of(name, entries, spread).mean(), entries)
 
 
 def test_every_column_and_the_grid_are_declared():

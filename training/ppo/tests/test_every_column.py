@@ -13,9 +13,10 @@ from click.testing import CliRunner, Result
 from models.registry import load_denoiser
 from schedules import get_schedule
 from solvers import classical_table
+from training.parameters import GRID
 from training.ppo.assembly import build, from_plain, make_fabric, mean_of, policy_of, prepare
 from training.ppo.checkpoint import load_checkpoint
-from training.ppo.cold_start import DRAWN, GRID
+from training.ppo.cold_start import DRAWN
 from training.ppo.config import build_config, load_config
 from training.ppo.export_epd_predictor import main as export_command
 from training.ppo.launch import main

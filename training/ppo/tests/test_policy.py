@@ -15,8 +15,9 @@ from errors import InputError
 from schedules import get_schedule, log_gaps
 from solvers import EPDTable, classical_table
 from tests import golden
+from training.parameters import GRID, segments_from_positions
 from training.ppo import algorithm
-from training.ppo.cold_start import DRAWN, GRID, TRAINED, prepare_table, segments_from_positions
+from training.ppo.cold_start import DRAWN, TRAINED, prepare_table
 from training.ppo.distributions import (
     MINIMUM_ALPHA,
     dirichlet_entropy,
