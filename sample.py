@@ -104,7 +104,7 @@ def main(
     if grid and count > LARGEST_SHEET:
         raise InputError(f"--grid shows at most {LARGEST_SHEET} images, not {count}; leave it out")
     number_type = resolve_dtype(dtype)
-    options = _options(model_options, asked)
+    options = _options(model_options, asked, spec)
     denoiser = load_denoiser(spec, device=resolve_device(device), dtype=number_type, options=options)
     denoiser.validate_prompts(wanted)
     settled = asked.on(denoiser)
@@ -176,10 +176,13 @@ def _model(path: str | None, solver: Solver) -> str:
     return path or solver.model
 
 
-def _options(asked: ModelOptions, solver: Solver) -> ModelOptions:
+def _options(asked: ModelOptions, solver: Solver, spec: str) -> ModelOptions:
     """How the model is to be loaded: as the options say, else as the solver's was."""
     if not asked.changes():
-        return replace(solver.model_options, text_on_cpu=asked.text_on_cpu)
+        own = solver.options_for(spec)
+        if own != solver.model_options:
+            click.echo(f"{spec} draws images of its own size; the predictor was made at {solver.model_options}")
+        return replace(own, text_on_cpu=asked.text_on_cpu)
     if solver.origin is not None and asked.changes() != solver.model_options.changes():
         click.echo(f"{asked} overrides how the predictor's model was loaded, {solver.model_options}")
     return asked

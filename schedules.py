@@ -27,6 +27,27 @@ class HasModelTime(Protocol):
         """Noise levels, float64, ascending, of float64 times in [time_min, 1]."""
 
 
+class FlowTime:
+    """The time of flow matching, and the range of its noise levels.
+
+    The level of a time t in (0, 1] is shift t / (1 + (shift - 1) t)  (arXiv 2403.03206, equation 23); it is 1 at 1.
+    """
+
+    sigma_max = 1.0
+
+    def __init__(self, shift: float, time_min: float) -> None:
+        """`shift`: positive. time_min: the smallest time that is asked for, in (0, 1)."""
+        if not (0 < shift < math.inf and 0 < time_min < 1):
+            raise ValueError(f"the shift is {shift} and the smallest time {time_min}; they must be positive")
+        self.shift, self.time_min = shift, time_min
+        self.sigma_min = float(self.sigma_of_time(torch.tensor(time_min, dtype=torch.float64)))
+
+    def sigma_of_time(self, time: Tensor) -> Tensor:
+        """The noise level at `time` (any shape), as float64; exactly 1 at 1."""
+        time = time.to(torch.float64)
+        return self.shift * time / (self.shift * time + (1 - time))
+
+
 def get_schedule(
     schedule_type: str,
     num_steps: int,
@@ -60,7 +81,7 @@ def get_schedule(
     if not (rho > 0 and math.isfinite(rho)):
         raise ValueError(f"rho must be positive; got {rho}")
     u = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    if schedule_type in _MODEL_TIMES:
+    if schedule_type in MODEL_TIMES:
         sigmas = _model_grid(schedule_type, u, sigma_min, sigma_max, rho, denoiser)
     else:
         sigmas = _FORMULAS[schedule_type](u, sigma_min, sigma_max, rho)
@@ -122,7 +143,7 @@ def _model_grid(
 ) -> Tensor:
     if denoiser is None:
         raise ValueError(f"the {schedule_type} schedule follows a model's own time: it needs a denoiser")
-    time = _power_interpolation(u, 1.0, denoiser.time_min, rho if _MODEL_TIMES[schedule_type] else 1.0)
+    time = _power_interpolation(u, 1.0, denoiser.time_min, rho if MODEL_TIMES[schedule_type] else 1.0)
     sigmas = denoiser.sigma_of_time(time)
     for name, given, own in (("sigma_max", sigma_max, sigmas[0]), ("sigma_min", sigma_min, sigmas[-1])):
         if not math.isclose(given, own, rel_tol=_RANGE_TOLERANCE):
@@ -135,7 +156,7 @@ _FORMULAS: dict[str, Callable[[Tensor, float, float, float], Tensor]] = {
     "logsnr": _logsnr,
     "time_uniform": _time_uniform,
 }
-# Schedules of a model's own time; whether rho bends it.
-_MODEL_TIMES = {"discrete": True, "flowmatch": False}
-SCHEDULES = (*_FORMULAS, *_MODEL_TIMES)
+MODEL_TIMES = {"discrete": True, "flowmatch": False}
+"""The schedules of a model's own time, which span its whole range; whether rho bends it."""
+SCHEDULES = (*_FORMULAS, *MODEL_TIMES)
 """The names that `get_schedule` knows."""

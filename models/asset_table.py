@@ -71,6 +71,14 @@ class Bundle:
 
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+PIPELINES = {
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "flux": "black-forest-labs/FLUX.1-dev",
+}
+"""Whole pipelines of a hub, by the name that each model has here; of the last two the terms must be accepted first."""
+
 _HPS_REVISION = "697403c78157020a1ae59d23f111aa58ced35b0a"
 _PICKSCORE = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
 _CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
@@ -142,6 +150,23 @@ AESTHETIC = AssetFile(
     3_714_759,
     "sha256:21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
 )
+_EPD = "https://raw.githubusercontent.com/BeierZhu/EPD/88a91f0914069afd700bfee1b590c7b61ceae240"
+EPD_TABLES = tuple(
+    AssetFile(f"exps/{path}", f"{_EPD}/exps/{path}", size, f"sha256:{digest}")
+    for path, size, digest in (
+        ("sd15/sd15-start.pkl", 7028, "d4100761bd11deb2f4d831dc147d088a39c52a6df13675b979deaa9a3b0aead3"),
+        ("sd15/sd15-distilled.pkl", 7177, "f0852617b62481a94de4b85d3db4a1ae3cb9d74c4f2ae86260296b0902415f9d"),
+        ("sd15/sd15-best.pkl", 7177, "2e14a48e6b28944091b49d7cb3f0aa009bafad8668888fa584b09da5205ba227"),
+        ("sd3-512/sd3-512-start.pkl", 7166, "9f53994ff9428690792650c64c96009d4c1c668652d16dd6fa26658f4d78caab"),
+        ("sd3-512/sd3-512-distilled.pkl", 7319, "c315cb5a1f8548228d08a8e8be4f2c4da6e9b95fd71bc50e5bfbcec1f9033527"),
+        ("sd3-512/sd3-512-best.pkl", 7319, "fd088ef6d9b6c4156c5abe20b303bb626329edcbf00e655c749c2a33a28f0344"),
+        ("sd3-1024/sd3-1024-start.pkl", 7166, "81d0c0df1d7a5d58d8535337ca50ed90623c5216dbed53cd4dd6995711d0d867"),
+        ("sd3-1024/sd3-1024-distilled.pkl", 7319, "d4d0657122cbac4e31a2d4c1170dc6b078e79caeab622463a2e6e76781b99173"),
+        ("sd3-1024/sd3-1024-best.pkl", 7319, "ef67ea4f157a3dc119276e9427e5a32389a18072e32afce846f700b75639edd3"),
+        ("flux/flux-start.pkl", 7255, "f9fc1e997d8e8e0bc673add9511daca5a8cb28a644e5f9f7fd4c1bb0c7ad8a2a"),
+        ("flux/flux-best.pkl", 7622, "f96cc971995114a31bfb0e9edf16d48ffdd5191e40a247714ca6834843815198"),
+    )
+)
 
 BUNDLES = {
     "sd15": Bundle(
@@ -168,6 +193,7 @@ BUNDLES = {
         "Apache 2.0; CLIP and tokenizer MIT",
         (AESTHETIC, *CLIP, *TOKENIZER),
     ),
+    "epd-tables": Bundle("the published EPD tables, from github.com/BeierZhu/EPD", "it states none", EPD_TABLES),
 }
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

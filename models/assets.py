@@ -35,7 +35,9 @@ from models import asset_table
 from models.asset_table import (
     BUNDLES,
     HUB_ID,
+    PIPELINES,
     AssetFile,
+    HubFile,
     fault_of,
     pinned_digest,
 )
@@ -77,16 +79,16 @@ def fetch(asset: AssetFile, target: Path, note: Note) -> None:
             raise InputError(f"{target} is not {asset.name}: {fault}. Move it away and run the same command again.")
         note(f"{target}: is there, {_verified_by(asset, pinned)}")
         return
+    repository = asset.source.repository if isinstance(asset.source, HubFile) else None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remote = _locate(asset)
         part = target.with_name(f"{target.name}.{remote.version}.part")
         _check_space(remote, part, target)
         _download(remote, part, target.name)
-    except HTTPError as error:  # a refusal, or a server that cannot be reached
-        raise InputError(f"{asset.name} was not fetched from {asset.source}: {_reason(error)}{_kept(target)}") from None
-    except OSError as error:
-        raise InputError(f"{asset.name} was not fetched from {asset.source}: {_reason(error)}{_kept(target)}") from None
+    except (HTTPError, OSError) as error:  # a refusal, a server that cannot be reached, a disk
+        reason = f"{_reason(error, repository)}{_kept(target)}"
+        raise InputError(f"{asset.name} was not fetched from {asset.source}: {reason}") from None
     digest = _verify(asset, remote, part)
     if asset.digest is None:
         record_digest(target, digest)
@@ -112,7 +114,7 @@ def fetch_pipeline(hub_id: str, note: Note) -> Path:
             snapshot_download(hub_id, allow_patterns=older)
         check_pipeline(folder)
     except (HTTPError, OSError) as error:
-        raise InputError(f"{hub_id} was not fetched: {_reason(error)}") from None
+        raise InputError(f"{hub_id} was not fetched: {_reason(error, hub_id)}") from None
     except InputError as error:
         raise InputError(f"{hub_id} was fetched, as far as it can be read here, and is no use: {error}") from None
     note(f"{hub_id}: fetched to {folder}")
@@ -187,13 +189,14 @@ def _kept(target: Path) -> str:
     return f" {kept} bytes are kept: run the same command again to go on." if kept else ""
 
 
-def _reason(error: HTTPError | OSError) -> str:
-    """What went wrong and what to do about it."""
+def _reason(error: HTTPError | OSError, repository: str | None) -> str:
+    """What went wrong and what to do about it; `repository` is that of the hub, if any."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, OfflineModeIsEnabled) or constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set. Unset it, or put the file there by hand."
     if isinstance(error, GatedRepoError) or status == 403:
-        return "access is granted only to those who accept its terms on its page; then set HF_TOKEN."
+        page = f"at {constants.ENDPOINT}/{repository}" if repository else "on its page"
+        return f"access is granted only to those who accept its terms {page}; then hf auth login, or set HF_TOKEN."
     if status == 401:
         return "401, access denied: set HF_TOKEN to a valid token; a hub also says so of what it does not have."
     if status == 404 or (isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)):
@@ -248,19 +251,20 @@ def main() -> None:
 
 
 @main.command("fetch", epilog="Example:  python -m models.assets fetch sd15 hpsv2 coco-prompts")
-@click.argument("names", nargs=-1, required=True, metavar=f"{'|'.join(BUNDLES)}|OWNER/NAME...")
+@click.argument("names", nargs=-1, required=True, metavar=f"{'|'.join([*BUNDLES, *PIPELINES])}|OWNER/NAME...")
 @shows_input_errors
 def fetch_command(names: tuple[str, ...]) -> None:
     """Fetch all files of the named assets; whole ones are not fetched twice, broken downloads go on.
 
-    OWNER/NAME is a diffusers pipeline on a hub.
+    OWNER/NAME is a diffusers pipeline on a hub; sdxl, sd3 and flux are such by their short names. Before sd3 and flux
+    are fetched, accept the terms on their pages and log in with `hf auth login`.
     """
-    _check_names(names, hub_ids=True)
+    _check_names(names, pipelines=True)
     for name in names:
         if name in BUNDLES:
             fetch_bundle(name, click.echo)
         else:
-            fetch_pipeline(name, click.echo)
+            fetch_pipeline(PIPELINES.get(name, name), click.echo)
 
 
 def fetch_bundle(name: str, note: Note) -> None:
@@ -276,7 +280,7 @@ def fetch_bundle(name: str, note: Note) -> None:
 @shows_input_errors
 def doctor_command(names: tuple[str, ...]) -> None:
     """Check files, packages and memory. Ends with 1 where a file is wrong, or one of the named assets is missing."""
-    _check_names(names, hub_ids=False)
+    _check_names(names, pipelines=False)
     click.echo(f"hub: {constants.ENDPOINT}{' (offline)' if constants.is_offline_mode() else ''}")
     click.echo(f"token: {'set' if huggingface_hub.get_token() else 'none'}")
     for line in machine():
@@ -295,10 +299,11 @@ def _report(name: str) -> Iterator[str]:
         yield state
 
 
-def _check_names(names: Sequence[str], *, hub_ids: bool) -> None:
-    unknown = [name for name in names if name not in BUNDLES and not (hub_ids and HUB_ID.fullmatch(name))]
+def _check_names(names: Sequence[str], *, pipelines: bool) -> None:
+    known = [*BUNDLES, *PIPELINES] if pipelines else [*BUNDLES]
+    unknown = [name for name in names if name not in known and not (pipelines and HUB_ID.fullmatch(name))]
     if unknown:
-        raise InputError(f"Unknown asset {', '.join(unknown)}. Known: {', '.join(BUNDLES)}.")
+        raise InputError(f"Unknown asset {', '.join(unknown)}. Known: {', '.join(known)}.")
 
 
 if __name__ == "__main__":

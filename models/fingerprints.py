@@ -40,7 +40,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
 def model_fingerprint(spec: str | Path, options: ModelOptions = AS_IT_IS) -> str:
     """The fingerprint of what `models.load_denoiser(spec)` reads: another weight or option, another fingerprint."""
     model = REGISTERED.get(str(spec))
-    if model is None:
+    if model is None or not model.weights:
         weights, companions = locate(str(spec)), []
     else:
         weights = next(file for asset in model.weights if (file := SOURCE / asset.path).exists())

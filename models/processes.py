@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from errors import InputError, first_line
 from models.noise_levels import MOST_STEPS, NoiseLevels
+from schedules import FlowTime
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
@@ -96,22 +96,17 @@ class VariancePreserving(NoiseLevels):
         return per_row(inverse_norm**2, x) * x - per_row(sigma * inverse_norm, x) * prediction
 
 
-class FlowMatching:
+class FlowMatching(FlowTime):
     """x = (1 - sigma) x0 + sigma * noise, as the network knows it, at step T sigma; it predicts v = noise - x0.
 
-    D = x - sigma * v. The level sigma is in (0, 1]; at 1 x is noise alone. The level of a time t is
-    shift t / (1 + (shift - 1) t)  (arXiv 2403.03206, equation 23).
+    D = x - sigma * v. The level sigma is in (0, 1]; at 1 x is noise alone.
     """
 
-    sigma_max = 1.0
-
     def __init__(self, shift: float, num_steps: int, time_min: float) -> None:
-        """`shift`: positive. num_steps: T. time_min: the smallest time that is asked for, in (0, 1)."""
-        if not (0 < shift < math.inf and 0 < time_min < 1):
-            raise ValueError(f"the shift is {shift} and the smallest time {time_min}; they must be positive")
-        self.shift, self.num_steps, self.time_min = shift, num_steps, time_min
+        """`num_steps`: T; the others as `FlowTime` takes them."""
+        super().__init__(shift, time_min)
+        self.num_steps = num_steps
         self.scheduler_config = {"num_train_timesteps": num_steps, "prediction_type": "flow_prediction"}
-        self.sigma_min = float(self.sigma_of_time(torch.tensor(time_min, dtype=torch.float64)))
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], source: str, image_tokens: int) -> FlowMatching:
@@ -136,11 +131,6 @@ class FlowMatching:
             return cls(shift, steps, shift / steps / (1 + (shift - 1) / steps))
         except Exception as error:  # what a configuration makes the library trip over can be anything
             raise InputError(f"{source}: this is no usable {kind}: {first_line(error)}.") from error
-
-    def sigma_of_time(self, time: Tensor) -> Tensor:
-        """The noise level at `time` (any shape), as float64; exactly 1 at 1."""
-        time = time.to(torch.float64)
-        return self.shift * time / (self.shift * time + (1 - time))
 
     def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         """See the class: x."""

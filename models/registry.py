@@ -54,10 +54,10 @@ FETCH_SD15 = (
 class RegisteredModel:
     """A model with a name.
 
-    weights: alternatives, the first that is there is used. companions: all needed besides. remedy: what to do when
-    something is missing. prompts: those that it is trained on where nobody names others, a path below the repository's
-    root. unknown_words: see `LatentDiffusion`. pipeline: what diffusers loads it by: a repository of the hub, or a
-    folder.
+    weights: alternatives, the first that is there is used; none of what lies in a hub's cache. companions: all needed
+    besides. remedy: what to do when something is missing. prompts: those that it is trained on where nobody names
+    others, a path below the repository's root. unknown_words: see `LatentDiffusion`. pipeline: what diffusers loads it
+    by: a repository of the hub, or a folder.
     """
 
     weights: tuple[Asset, ...]
@@ -91,6 +91,17 @@ REGISTERED = {
         unknown_words=None,
         pipeline=asset_table.SD15,
     ),
+    **{
+        name: RegisteredModel(
+            weights=(),
+            companions=(),
+            remedy=f"python -m models.assets fetch {name}",
+            prompts=asset_table.COCO_PROMPTS.path,
+            unknown_words=None,
+            pipeline=hub_id,
+        )
+        for name, hub_id in asset_table.PIPELINES.items()
+    },
 }
 
 
@@ -183,9 +194,9 @@ def check_assets(spec: str, options: ModelOptions = AS_IT_IS) -> None:
 
 def _found(spec: str) -> Path:
     """The file or folder with the model's weights; `InputError` where anything that it needs is not there."""
-    if spec not in REGISTERED:
+    model = REGISTERED.get(spec)
+    if model is None or not model.weights:
         return locate(spec)
-    model = REGISTERED[spec]
     found = any((SOURCE / asset.path).exists() for asset in model.weights)
     weights = [] if found else [", or ".join(str(asset) for asset in model.weights)]
     _check_nothing_missing(f"Model {spec}", [*weights, *_missing(model.companions)], model.remedy)
@@ -197,13 +208,18 @@ def locate(spec: str) -> Path:
 
     Raises `InputError` where there is none.
     """
-    if Path(spec).exists():
+    hub_id = asset_table.PIPELINES.get(spec, spec)
+    if hub_id == spec and Path(spec).exists():
         return Path(spec)
-    if not asset_table.HUB_ID.fullmatch(spec):
+    if not asset_table.HUB_ID.fullmatch(hub_id):
         raise InputError(_unknown_message(spec))
     try:
-        return Path(snapshot_download(spec, local_files_only=True))
+        return Path(snapshot_download(hub_id, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
+        if spec in REGISTERED:
+            raise InputError(
+                f"Model {spec} ({hub_id}) was not fetched to this machine. Fetch it:  {REGISTERED[spec].remedy}"
+            ) from None
         raise InputError(
             f"Model {spec!r} is neither a registered name ({', '.join(REGISTERED)}) nor a file or folder that exists, "
             f"nor a hub's pipeline that was fetched. To fetch it:  python -m models.assets fetch {spec}"

@@ -41,7 +41,7 @@ def main(solver: str, outdir: Path, model_path: str | None, base: str | None) ->
     if spec is None:
         raise InputError(f"{read.where}: does not say its dataset_name; name the model with --model_path")
     named = base or pipeline_of(spec)
-    denoiser = load_denoiser(spec, device=torch.device("cpu"), dtype=torch.float32, options=read.model_options)
+    denoiser = load_denoiser(spec, device=torch.device("cpu"), dtype=torch.float32, options=read.options_for(spec))
     for path in write_diffusers(outdir, read, denoiser, named):
         click.echo(path)
 

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from errors import InputError, shows_input_errors
 from files import write_atomically
-from schedules import get_schedule
+from schedules import FlowTime, get_schedule
 from training.ppo.figures import solver_figure
 from training.snapshot import private_parts
-from training.solver import Solver, load_solver
+from training.solver import FLOW_MATCHING, Solver, load_solver
 
 # Of Stable Diffusion 1.x, for files that do not say the range of their model.
 USUAL_RANGE = (0.0292, 14.6146)
+# Of Stable Diffusion 3, for files of flow matching that do not say theirs.
+USUAL_FLOW = FlowTime(shift=3.0, time_min=0.002994)
 RESOLUTION = 150  # dots an inch
 
 EXAMPLES = """
@@ -42,6 +44,10 @@ def levels_of(solver: Solver) -> tuple[Tensor, str]:
     if solver.schedule is None:
         raise InputError(f"{solver.where}: does not say its schedule_type")
     name, rho = solver.schedule
+    if name == FLOW_MATCHING:
+        least, shift = solver.sigma_range[0] or USUAL_FLOW.time_min, solver.flow_shift
+        clock = USUAL_FLOW if shift is None else FlowTime(shift, least)
+        return solver.schedule.sigmas(solver.num_steps, clock), f"schedule {solver.schedule}, shift {clock.shift:.4g}"
     low, high = (told or usual for told, usual in zip(solver.sigma_range, USUAL_RANGE, strict=True))
     known = name if name in ("polynomial", "logsnr", "time_uniform") else "time_uniform"
     text = str(solver.schedule) if known == name else f"{solver.schedule}, drawn as {known}"

@@ -8,12 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from huggingface_hub import constants
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from safetensors.torch import load_file
 
 import download_hpsv2_weights
@@ -25,6 +26,8 @@ from models.pipelines import load_folder
 from models.registry import REGISTERED, SOURCE
 from tests.hub import Hub, running_hub
 from tests.tiny_pipeline import modules_of, save_tiny_pipeline
+from training.networks import near_euler_table
+from training.snapshot import load_snapshot, save_snapshot
 
 BODY = bytes(range(256)) * 400
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -356,6 +359,42 @@ def test_the_variables_of_the_hub_are_honoured(hub, tmp_path):
     online = run()
     assert online.returncode == 0, online.stderr
     assert (tmp_path / "thing.bin").read_bytes() == BODY
+
+
+def test_the_published_tables_are_fetched_verified_and_read(hub, tmp_path, monkeypatch):
+    """Of a pickle as the public code base writes it, from a server in the place of theirs."""
+    monkeypatch.setattr(asset_table, "ROOT", tmp_path)
+    pickled = save_snapshot(tmp_path / "made" / "table", near_euler_table(2, 2), {"backend": "sd3"}).read_bytes()
+    tables = [replace(table, source=f"{hub.address}/resolve/{table.path}") for table in asset_table.EPD_TABLES[3:5]]
+    fitting = replace(tables[0], size=len(pickled), digest=f"sha256:{hashlib.sha256(pickled).hexdigest()}")
+    hub.files |= {f"/resolve/{table.path}": pickled for table in tables}
+    foreign = replace(tables[1], size=len(pickled))
+    monkeypatch.setitem(BUNDLES, "epd-tables", Bundle("", "", (fitting, foreign)))
+    result = invoke("fetch", "epd-tables")
+    assert result.exit_code == 2  # the second has other sums
+    assert "What came as sd3-512-distilled.pkl" in result.output
+    assert "Nothing was kept" in result.output
+    table, metadata = load_snapshot(tmp_path / "exps" / "sd3-512" / "sd3-512-start.pkl")
+    assert (table.num_points, metadata["backend"]) == (2, "sd3")
+    assert not (tmp_path / "exps" / "sd3-512" / "sd3-512-distilled.pkl").exists()
+
+
+def test_a_models_short_name_is_its_pipeline_on_the_hub_and_a_gated_one_says_how_to_log_in(hub, monkeypatch):
+    asked: list[str] = []
+
+    def gated(hub_id: str, **_: object) -> None:
+        asked.append(hub_id)
+        hub.refused[f"/{hub_id}/resolve/main/model_index.json"] = 403
+        get_hf_file_metadata(hf_hub_url(hub_id, "model_index.json"))
+
+    monkeypatch.setattr(assets, "snapshot_download", gated)
+    for name, hub_id in asset_table.PIPELINES.items():
+        result = invoke("fetch", name)
+        assert result.exit_code == 2
+        assert f"those who accept its terms at {hub.address}/{hub_id}; then hf auth login" in result.output
+        assert result.output.count("\n") == 1
+    assert asked == list(asset_table.PIPELINES.values())
+    assert set(asked) < {model.pipeline for model in REGISTERED.values()}
 
 
 # --- the table

@@ -358,7 +358,7 @@ def test_what_contradicts_the_predictor_is_refused(pipeline, predictor, tmp_path
         ({"dataset_name": 3}, "dataset_name is 3; it must be a text"),
         ({"sampler_stu": "heun"}, "only tables of the solver epd"),
         ({"sampler_stu": "ipndm", "max_order": 5}, "the orders of ipndm are 1, 2, 3, 4"),
-        ({"backend": "sd3"}, "Model 'sd3' is neither"),
+        ({"backend": "sd3"}, "python -m models.assets fetch sd3"),
         ({"guidance_type": "uncond", "guidance_rate": 0.0}, "was made for an unconditional model"),
     ],
 )
@@ -463,7 +463,7 @@ def test_an_unconditional_model_is_drawn_without_a_prompt(tmp_path):
 def test_how_a_model_is_to_be_loaded_is_asked_for_or_taken_from_the_predictor(tmp_path):
     folder = save_tiny_family("sd3", tmp_path / "model")
     options = {"height": 24, "negative_prompt": "a cat", "without_t5": True}
-    metadata = {**METADATA, "schedule_type": "flowmatch", "model_options": options}
+    metadata = {**METADATA, "schedule_type": "flowmatch", "afs": False, "model_options": options}
     predictor = save_snapshot(tmp_path / "network-snapshot-000001", TABLE, metadata)
     drawing = ("--model_path", folder, "--prompt", "a dog", "--seeds", "0")
     table = ("--predictor_path", predictor)

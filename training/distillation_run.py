@@ -45,6 +45,7 @@ from training.runs.checkpoint import fitting, read_tensors, write_tensors
 from training.runs.run_folder import MetricsLog
 from training.snapshot import GRID as SIGMAS
 from training.snapshot import JSON_KEYS, load_snapshot, save_snapshot
+from training.solver import check_afs
 from training.starts import start_table
 
 STATS, TEACHER, STATE = "stats.jsonl", "teacher.pt", "training-state.pt"
@@ -122,8 +123,10 @@ def prepare(options: Options, denoiser: Denoiser, prompts: list[str]) -> Lesson:
     """Draw the trajectories' prompts and seeds from `prompts`.
 
     Raises:
-        InputError: prompts that the model cannot take, or a schedule that does not suit it.
+        InputError: prompts that the model cannot take, or a schedule or an AFS that does not suit it.
     """
+    if options.afs:
+        check_afs(denoiser)
     lesson = Lesson(options.sigmas(denoiser, options.M), *_drawn(options, prompts))
     denoiser.validate_prompts(lesson.prompts)
     return lesson

@@ -6,6 +6,7 @@ from a `Solver`; nothing else puts a table, a grid and a guidance scale together
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from models.denoiser import Denoiser, GuidanceKind
 from models.fingerprints import file_sha256
 from models.generate import Asked, Measure, conditioned, initial_noise
 from models.options import AS_IT_IS, ModelOptions
-from schedules import SCHEDULES, get_schedule
+from schedules import MODEL_TIMES, SCHEDULES, FlowTime, get_schedule
 from solvers import (
     COLUMNS,
     SAMPLERS,
@@ -34,7 +35,7 @@ from solvers import (
     with_ipndm_history,
 )
 from training.networks import Plain
-from training.snapshot import GRID, find_snapshot, load_snapshot
+from training.snapshot import GRID, SNAPSHOT_NAME, find_snapshot, load_snapshot
 
 # The exponent that a schedule is commonly used with; the others have none.
 USUAL_RHO = {"polynomial": 7.0, "time_uniform": 1.0, "discrete": 1.0}
@@ -58,6 +59,13 @@ MODEL_OF_DATASET = {"ms_coco": "sd15"}
 # The public code base's name of the family of Stable Diffusion 1.x, the one that files without a `backend` mean.
 USUAL_BACKEND = "ldm"
 
+RANGE_KEYS = frozenset({"sigma_min", "sigma_max", "flowmatch_mu", "flowmatch_shift"})
+"""The keys of a snapshot that say the range of its schedule."""
+
+# The schedule of flow matching; how near a time must be to a model's first, as both have been through float32.
+FLOW_MATCHING, SAME_TIME = "flowmatch", 1e-4
+LARGEST_MU = 50  # of a dynamic shift; FLUX.1 has 0.5 to 1.15
+
 MODEL_OPTIONS = "model_options"
 """The key of a snapshot that says how its model was loaded; not there where that was as it comes."""
 
@@ -77,8 +85,16 @@ class Schedule(NamedTuple):
         usual = self.rho == USUAL_RHO.get(self.schedule_type, 1.0)
         return self.schedule_type if usual else f"{self.schedule_type}:{self.rho:g}"
 
+    @property
+    def is_model_time(self) -> bool:
+        """Whether it follows a model's own time, and so spans the model's whole range."""
+        return self.schedule_type in MODEL_TIMES
+
     def sigmas(
-        self, num_steps: int, denoiser: Denoiser, sigma_range: tuple[float | None, float | None] = (None, None)
+        self,
+        num_steps: int,
+        denoiser: Denoiser | FlowTime,
+        sigma_range: tuple[float | None, float | None] = (None, None),
     ) -> Tensor:
         """Noise levels, float64 [num_steps]; least and largest are the model's where `sigma_range` is silent.
 
@@ -111,7 +127,8 @@ class Solver:
     others, `max_order`. afs: the first evaluation is estimated, not made.
     schedule: names its noise levels; None where they are its own. sigmas: float64 [num_steps], or [B, num_steps], one
     grid a sample; None until `on` a model where a schedule names them. sigma_range: least and largest noise level of
-    the schedule, None for the model's.
+    the schedule, None for the model's; of the public code base's flow matching the least is a time. flow_shift: that of
+    the schedule flowmatch, None for the model's.
     guidance_scale: the one scale of all evaluations, 1 for none; None where the table has a column of its own, and
     until `on` a model where its default is meant. guidance_kind: what a scale does to the model, taken for classifier-
     free guidance until `on` one.
@@ -128,6 +145,7 @@ class Solver:
     schedule: Schedule | None = None
     sigmas: Tensor | None = None
     sigma_range: tuple[float | None, float | None] = (None, None)
+    flow_shift: float | None = None
     guidance_scale: float | None = None
     guidance_kind: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
     model: str | None = None
@@ -174,7 +192,7 @@ class Solver:
         """The same solver with its noise levels and its guidance settled for a model.
 
         Raises InputError where nothing says the noise levels, the schedule does not suit the model, or the model is of
-        another family than the solver was made for, or has no guidance where the solver has.
+        another family than the solver was made for, has no guidance where the solver has, or is no place for AFS.
         """
         backend = None if self.origin is None else self.origin.metadata.get("backend")
         if backend is not None and backend != denoiser.backend:
@@ -183,17 +201,38 @@ class Solver:
                 f"{denoiser.backend}: choose a model of its family"
             )
         sigmas, scale = self.sigmas, self.guidance_scale
-        if sigmas is None:
-            if self.schedule is None:
-                raise InputError(f"{self.where}: does not say its schedule_type; name one with --schedule")
-            try:
-                sigmas = self.schedule.sigmas(self.num_steps, denoiser, self.sigma_range)
-            except InputError as error:
-                raise InputError(f"{self.where}: {error}") from None
+        try:
+            if self.afs:
+                check_afs(denoiser)
+            if sigmas is None:
+                sigmas = self._scheduled(denoiser)
+        except InputError as error:
+            raise InputError(f"{self.where}: {error}") from None
         if scale is None and not self.has_guidance_column:
             scale = denoiser.default_guidance_scale
         denoiser.check_guidance(self.table.guidance if self.has_guidance_column else scale)
         return replace(self, sigmas=sigmas, guidance_scale=scale, guidance_kind=denoiser.guidance)
+
+    def _scheduled(self, denoiser: Denoiser) -> Tensor:
+        """The noise levels that the schedule names."""
+        if self.schedule is None:
+            raise InputError("does not say its schedule_type; name one with --schedule")
+        low, high = self.sigma_range
+        clock = denoiser
+        if self.schedule.schedule_type == FLOW_MATCHING:
+            if self.flow_shift is not None:
+                clock = FlowTime(self.flow_shift, denoiser.time_min)
+            if low is not None and math.isclose(low, clock.time_min, rel_tol=SAME_TIME):
+                low = None  # the time of the least level, as schedulers of flow matching call it
+        return self.schedule.sigmas(self.num_steps, clock, (low, high))
+
+    def options_for(self, model: str) -> ModelOptions:
+        """How a model is to be loaded for it: as its own was, but that another model draws at a size of its own.
+
+        Where a file of ours says how its model was loaded, that holds for any: it may have been moved.
+        """
+        recorded = self.origin is None or MODEL_OPTIONS in self.origin.metadata
+        return self.model_options if recorded or model == self.model else AS_IT_IS
 
     def guided(self, scale: float) -> Solver:
         """The same with one guidance scale for all evaluations. Raises InputError where it has a column of its own."""
@@ -204,7 +243,9 @@ class Solver:
         return replace(self, guidance_scale=scale)
 
     def on_schedule(self, schedule: Schedule) -> Solver:
-        """The same at the noise levels of a named schedule."""
+        """The same at the noise levels of a named schedule; the range of a model's own time is left behind with it."""
+        if self.schedule is not None and self.schedule != schedule and self.schedule.is_model_time:
+            return replace(self, schedule=schedule, sigmas=None, sigma_range=(None, None), flow_shift=None)
         return replace(self, schedule=schedule, sigmas=None)
 
     def with_numbers(self, table: EPDTable, sigmas: Tensor | None) -> Solver:
@@ -281,6 +322,15 @@ class Solver:
         }
 
 
+def check_afs(denoiser: Denoiser) -> None:
+    """Raise InputError where a model's first direction cannot be estimated without asking it."""
+    if denoiser.sigma_max <= 1:
+        raise InputError(
+            f"AFS takes x / sqrt(1 + sigma^2) for the first direction, which presumes a noise level far above 1, and "
+            f"{denoiser.name} (flow matching) starts at 1: use a solver without AFS"
+        )
+
+
 def load_solver(source: str | Path, root: str | Path = "exps", *, guidance: float | None = None) -> Solver:
     """Read the solver that a person means; see `training.snapshot.find_snapshot` for what `source` can be.
 
@@ -319,6 +369,7 @@ def solver_of(table: EPDTable, origin: Origin) -> Solver:
         schedule=None if own is not None else says.schedule(),
         sigmas=None if own is None else torch.tensor(own, dtype=torch.float64),
         sigma_range=(says.number("sigma_min"), says.number("sigma_max")),
+        flow_shift=says.flow_shift(),
         guidance_scale=None if table.guidance is not None else says.guidance_scale(),
         model=says.model(),
         model_options=says.model_options(),
@@ -366,6 +417,16 @@ class _Says(NamedTuple):
             raise self.fault("schedule_type", name, f"known are {', '.join(SCHEDULES)}")
         return Schedule(name, rho if rho is not None and name in USUAL_RHO else USUAL_RHO.get(name, 1.0))
 
+    def flow_shift(self) -> float | None:
+        mu, shift = self.number("flowmatch_mu"), self.number("flowmatch_shift")
+        if mu is not None:  # a dynamic shift, which took the place of the scheduler's own
+            if not abs(mu) <= LARGEST_MU:
+                raise self.fault("flowmatch_mu", mu, f"its size must be at most {LARGEST_MU}: the shift is exp(mu)")
+            return math.exp(mu)
+        if shift is not None and not shift > 0:
+            raise self.fault("flowmatch_shift", shift, "it must be positive")
+        return shift
+
     def guidance_scale(self) -> float | None:
         scale = self.number("guidance_rate")
         if self.text("guidance_type") == "uncond":
@@ -380,18 +441,27 @@ class _Says(NamedTuple):
 
     def model_options(self) -> ModelOptions:
         told = self.origin.metadata.get(MODEL_OPTIONS)
+        if told is None and self.text("backend") not in (None, USUAL_BACKEND):
+            told = self._public_size()
         return ModelOptions.from_changes({} if told is None else told, f"{self.origin.file}: {MODEL_OPTIONS}")
+
+    def _public_size(self) -> dict[str, int]:
+        """The size of the images as the public code base says it, where it does; that of backend ldm is no size."""
+        config = self.origin.metadata.get("backend_config")
+        side = config.get("resolution") if isinstance(config, dict) else None
+        return {} if side is None else {"height": side, "width": side}
 
     def fault(self, key: str, value: Plain, remedy: str) -> InputError:
         return InputError(f"{self.origin.file}: {key} is {value!r}; {remedy}")
 
 
 def _label(file: Path) -> str:
-    """A short name: the run's number where it lies in a numbered folder, otherwise the folder's name."""
+    """A short name: the number of the run that it lies in, otherwise the run's name, or its own where it has one."""
     folder = file.resolve().parent
     run = folder.parent if folder.name == "export" else folder
     number = run.name.split("-")[0]
-    return f"epd-{number if number.isdecimal() and len(number) == 5 else run.name}"
+    name = run.name if SNAPSHOT_NAME.fullmatch(file.name) else file.stem
+    return f"epd-{number if number.isdecimal() and len(number) == 5 else name}"
 
 
 def classical_solver(name: str, num_steps: int, schedule: Schedule, *, afs: bool = False) -> Solver:

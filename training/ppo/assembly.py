@@ -179,12 +179,11 @@ def start_from_snapshot(loaded: LoadedConfig) -> Start:
 def _settled(snapshot: Solver, config: Config, table: EPDTable) -> Solver:
     """The snapshot's solver with the settings of a configuration in which nothing that it needs is null."""
     model = config.model
-    named = model.schedule_type is not None  # otherwise it goes by noise levels of its own
+    if model.schedule_type is not None:  # otherwise it goes by noise levels of its own
+        snapshot = snapshot.on_schedule(Schedule(model.schedule_type, model.schedule_rho))
     return replace(
         snapshot,
         table=table,
-        schedule=Schedule(model.schedule_type, model.schedule_rho) if named else None,
-        sigmas=None if named else snapshot.sigmas,
         guidance_scale=None if table.guidance is not None else guidance_scale(config),
         model=model_spec(config),
     )

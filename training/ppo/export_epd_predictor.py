@@ -33,7 +33,7 @@ from training.runs.checkpoint import best_path, fitting, newest_checkpoint
 from training.runs.configuration import to_plain
 from training.runs.run_folder import RunFolder, read_metrics
 from training.snapshot import GRID, load_snapshot, private_parts, save_snapshot
-from training.solver import MODEL_OPTIONS, Solver, load_solver
+from training.solver import MODEL_OPTIONS, RANGE_KEYS, Solver, load_solver
 
 SNAPSHOT_TOLERANCE = 1e-6
 """How far the numbers read back from a .pkl may be from the exported ones: it holds float32 parameters."""
@@ -146,11 +146,14 @@ def snapshot_metadata(export: Export) -> dict[str, Any]:
         named[MODEL_OPTIONS] = changes
     guidance = {"guidance_rate": None if export.table.guidance is not None else guidance_scale(export.start.config)}
     own: dict[str, Any] = {}
+    snapshot, tuned = export.start.snapshot, export.start.solver
+    if (snapshot.sigma_range, snapshot.flow_shift) != (tuned.sigma_range, tuned.flow_shift):  # of another schedule
+        own |= dict.fromkeys(RANGE_KEYS & snapshot.origin.metadata.keys())
     if export.sigmas is not None:
-        own = {GRID: export.sigmas.tolist(), "schedule_type": None, "schedule_rho": None}
+        own |= {GRID: export.sigmas.tolist(), "schedule_type": None, "schedule_rho": None}
     elif model.schedule_type is not None:
-        own = {GRID: None}  # levels that a schedule took the place of
-    return {**export.start.snapshot.origin.metadata, **settled, **named, **guidance, **own}
+        own |= {GRID: None}  # levels that a schedule took the place of
+    return {**snapshot.origin.metadata, **settled, **named, **guidance, **own}
 
 
 def _chosen(folder: RunFolder, checkpoint: Path | None, *, best: bool) -> Path:

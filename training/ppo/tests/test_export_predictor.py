@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from integrations.diffusers.scheduling_epd import EPDScheduler
 from models.registry import load_denoiser
 from solvers import EPDTable
 from training.ppo import export_epd_predictor
-from training.ppo.assembly import Start, make_policy, prepare, to_plain
+from training.ppo.assembly import Start, make_policy, prepare, start_from_snapshot, to_plain
 from training.ppo.checkpoint import save_checkpoint, table_to_plain
 from training.ppo.config import load_config
 from training.ppo.export_epd_predictor import main, read_export, write_export
 from training.ppo.policy import EPDParamPolicy
-from training.ppo.tests.tiny_world import METADATA, write_world
+from training.ppo.tests.tiny_world import METADATA, START, write_world
 from training.runs.checkpoint import best_path, step_path
 from training.runs.configuration import config_hash
 from training.runs.configuration import to_plain as config_to_plain
@@ -200,6 +201,24 @@ def test_export_says_the_settings_it_was_tuned_for_not_those_of_the_start(config
     exported = load_solver(paths[0])
     assert exported.guidance_scale == 4.5
     assert exported.schedule == ("polynomial", 7.0)
+
+
+def test_a_shift_of_flow_matching_is_tuned_and_exported_with_its_table_and_left_with_its_schedule(config, tmp_path):
+    told = {"flowmatch_mu": 1.15, "sigma_min": 0.001, "sigma_max": 1.0}
+    file = tmp_path / "network-snapshot-000001.pkl"
+    save_snapshot(file, START, {**METADATA, "schedule_type": "flowmatch", **told})
+    for overrides, shift, expected in (
+        ((), math.exp(1.15), told),
+        (("model.schedule_type=logsnr",), None, dict.fromkeys(told)),
+    ):
+        start = start_from_snapshot(load_config(config, (f"data.predictor_snapshot={file}", *overrides)))
+        assert start.solver.flow_shift == shift
+        save_checkpoint(tmp_path / "policy-step000001.pt", state_of(start, moved(start, 1), 1))
+        exported = read_export(tmp_path / "policy-step000001.pt", CPU)
+        assert exported.start.solver.flow_shift == shift
+        written = load_solver(write_export(RunFolder(tmp_path), exported, manifest=False)[0])
+        assert {key: written.origin.metadata[key] for key in told} == expected
+        assert written.flow_shift == shift
 
 
 def test_reordered_start_is_told_in_the_manifest(config: Path, tmp_path: Path):
