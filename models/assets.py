@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -87,7 +88,7 @@ def fetch(asset: AssetFile, target: Path, note: Note) -> None:
         _check_space(remote, part, target)
         _download(remote, part, target.name)
     except (HTTPError, OSError) as error:  # a refusal, a server that cannot be reached, a disk
-        reason = f"{_reason(error, repository)}{_kept(target)}"
+        reason = f"{reason_of(error, repository)}{_kept(target)}"
         raise InputError(f"{asset.name} was not fetched from {asset.source}: {reason}") from None
     digest = _verify(asset, remote, part)
     if asset.digest is None:
@@ -95,6 +96,17 @@ def fetch(asset: AssetFile, target: Path, note: Note) -> None:
     part.replace(target)
     recorded = f"; no published digest is known, recorded in {record_of(target).name}" if asset.digest is None else ""
     note(f"{target}: fetched, {target.stat().st_size} bytes, SHA-256 {digest}{recorded}")
+
+
+def fetch_files(hub_id: str, patterns: Sequence[str]) -> Path:
+    """Fetch a repository's files of these patterns to the hub's cache on this machine; returns the folder there.
+
+    Raises InputError where the server refuses, lacks or does not deliver them, and the cache has none.
+    """
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise InputError(f"{hub_id} was not fetched: {reason_of(error, hub_id)}") from None
 
 
 def fetch_pipeline(hub_id: str, note: Note) -> Path:
@@ -114,7 +126,7 @@ def fetch_pipeline(hub_id: str, note: Note) -> Path:
             snapshot_download(hub_id, allow_patterns=older)
         check_pipeline(folder)
     except (HTTPError, OSError) as error:
-        raise InputError(f"{hub_id} was not fetched: {_reason(error, hub_id)}") from None
+        raise InputError(f"{hub_id} was not fetched: {reason_of(error, hub_id)}") from None
     except InputError as error:
         raise InputError(f"{hub_id} was fetched, as far as it can be read here, and is no use: {error}") from None
     note(f"{hub_id}: fetched to {folder}")
@@ -189,8 +201,8 @@ def _kept(target: Path) -> str:
     return f" {kept} bytes are kept: run the same command again to go on." if kept else ""
 
 
-def _reason(error: HTTPError | OSError, repository: str | None) -> str:
-    """What went wrong and what to do about it; `repository` is that of the hub, if any."""
+def reason_of(error: HTTPError | OSError | HFValidationError, repository: str | None) -> str:
+    """What went wrong between here and a hub, and what to do about it; `repository` is that of the hub, if any."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, OfflineModeIsEnabled) or constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set. Unset it, or put the file there by hand."

@@ -1,8 +1,11 @@
-"""A Hugging Face hub on this machine's loopback, which can misbehave."""
+"""A Hugging Face hub on this machine's loopback, which takes commits, and can misbehave."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "c" * 40
+ASKED = re.compile(r"/api/models/(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<what>revision|tree)/\w+)?(?:\?.*)?")
+SENT = re.compile(r"/api/models/(?P<repository>[\w.-]+/[\w.-]+)/(?P<what>preupload|commit)/main(?:\?.*)?")
 
 
 @dataclass
@@ -32,6 +37,43 @@ class Hub:
     refused: dict[str, int] = field(default_factory=dict)
     token: str | None = None
     requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
+
+    def repository(self, name: str) -> dict[str, bytes]:
+        """The files of a repository by name; empty where there is none."""
+        root = f"/{name}/resolve/main/"
+        return {path.removeprefix(root): body for path, body in self.files.items() if path.startswith(root)}
+
+    def keep(self, repository: str, name: str, body: bytes) -> None:
+        for revision in ("main", COMMIT):
+            self.files[f"/{repository}/resolve/{revision}/{name}"] = body
+
+    def described(self, path: str) -> dict | list | None:
+        """What the hub says of a repository, or of its tree; None where there is none, or of another path."""
+        asked = ASKED.fullmatch(path)
+        files = self.repository(asked["repository"]) if asked else {}
+        if not files:
+            return None
+        if asked["what"] == "tree":
+            return [{"type": "file", "path": name, "size": len(body), "oid": COMMIT} for name, body in files.items()]
+        siblings = [{"rfilename": name} for name in files]
+        return {"id": asked["repository"], "sha": COMMIT, "siblings": siblings}
+
+    def take(self, path: str, body: bytes) -> dict | None:
+        """What the hub answers to a new repository, to the announcement of a commit, and to the commit."""
+        lines = [json.loads(line) for line in body.splitlines()]
+        if path == "/api/repos/create":
+            return {"url": f"{self.address}/{lines[0]['organization']}/{lines[0]['name']}"}
+        if path == "/api/validate-yaml":
+            return {}
+        sent = SENT.fullmatch(path)
+        if sent is None:
+            return None
+        if sent["what"] == "preupload":
+            asked = [file["path"] for file in lines[0]["files"]]
+            return {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in asked]}
+        for line in lines[1:]:
+            self.keep(sent["repository"], line["value"]["path"], base64.b64decode(line["value"]["content"]))
+        return {"commitUrl": f"{self.address}/{sent['repository']}/commit/{COMMIT}", "commitOid": COMMIT}
 
     def status_of(self, path: str, authorization: str | None) -> int:
         if path in self.refused:
@@ -88,6 +130,8 @@ class Handler(BaseHTTPRequestHandler):
         hub, authorization = self.note()
         stored = self.path.startswith("/storage/")
         path = self.path.removeprefix("/storage")
+        if path not in self.server.hub.files and (described := self.server.hub.described(path)) is not None:
+            return self.answer(described)
         status = 503 if hub.broken else hub.status_of(path, f"Bearer {hub.token}" if stored else authorization)
         if status != 200:
             return self.refuse(status)
@@ -103,6 +147,22 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[start : start + hub.cut_after])
             hub.cut_after, hub.broken, self.close_connection = None, True, True
         return None
+
+    def do_POST(self):
+        hub, authorization = self.note()
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if hub.token is not None and authorization != f"Bearer {hub.token}":
+            return self.refuse(401)
+        answer = hub.take(self.path, body)
+        return self.refuse(404) if answer is None else self.answer(answer)
+
+    def answer(self, content: dict | list) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def note(self) -> tuple[Hub, str | None]:
         hub = self.server.hub

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -22,15 +21,15 @@ from models.generate import initial_noise
 from models.noise_levels import NoiseLevels
 from models.registry import pipeline_of
 from scripts.export_diffusers import main
-from tests.hub import COMMIT, running_hub
+from tests.hub import running_hub
 from tests.test_diffusers_scheduler import CPU, OPTIONAL, PROMPTS, SEEDS, SIGMAS, played, with_columns
 from tests.tiny_pipeline import save_tiny_pipeline
-from training.diffusers_export import write_diffusers
+from training.diffusers_export import SOLVER_FILE, write_diffusers
 from training.snapshot import save_snapshot
 from training.solver import Schedule, classical_solver, load_solver
 
 DISCRETE = {"schedule_type": "discrete", "schedule_rho": 1.0, "guidance_rate": 4.0}
-FILES = ["README.md", "pipeline.py", "pipeline_epd.py", "scheduler_config.json", "scheduling_epd.py"]
+FILES = ["README.md", SOLVER_FILE, "pipeline.py", "pipeline_epd.py", "scheduler_config.json", "scheduling_epd.py"]
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +113,7 @@ def test_an_export_is_used_from_a_hub_by_its_name(tmp_path: Path, model: Path) -
     code = re.search(r"```python\n(.*?)```", (tmp_path / "diffusers" / "README.md").read_text(), re.DOTALL)[1]
     with running_hub() as hub:
         for file in (tmp_path / "diffusers").iterdir():
-            hub.files[f"/owner/name/resolve/main/{file.name}"] = file.read_bytes()
-        hub.files["/api/models/owner/name"] = json.dumps({"id": "owner/name", "sha": COMMIT}).encode()
+            hub.keep("owner/name", file.name, file.read_bytes())
         (tmp_path / "empty").mkdir()
         named = code.replace('solver = "."', 'solver = "owner/name"')
         run_code(named, tmp_path / "empty", HF_ENDPOINT=hub.address)
@@ -134,6 +132,7 @@ def test_the_model_card_says_what_the_solver_costs_and_what_was_measured(tmp_pat
     card = (tmp_path / "one" / "README.md").read_text()
     for line in (
         "base_model: owner/model",
+        "| base model | [owner/model](https://huggingface.co/owner/model) |",
         "# A solver of 3 intervals for model",
         "| network evaluations of an image, one after another | 6 |",
         "| the same, all counted | 9 |",
@@ -143,6 +142,7 @@ def test_the_model_card_says_what_the_solver_costs_and_what_was_measured(tmp_pat
         "| reward | 0.7500 | 0.8000 | +0.0500 [+0.0300, +0.0701] |",
     ):
         assert line in card.splitlines()
+    assert "| on held-out prompts | start of the tuning | this solver | difference, 95% interval |" in card
     write_diffusers(tmp_path / "two", solver, denoiser, str(model))
     card = (tmp_path / "two" / "README.md").read_text()
     assert "Nothing was measured." in card

@@ -1,6 +1,7 @@
 """A solver as diffusers takes it: its numbers as scheduler_config.json, the code that plays them, and a model card.
 
-The folder needs nothing of this repository: it can lie anywhere, and be a repository of the Hub as it is.
+The folder needs nothing of this repository: it can lie anywhere, and be a repository of the Hub as it is. It holds the
+solver's own file too, so that `sample.py --predictor_path` takes the folder, or the repository's name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from errors import InputError
 from files import write_atomically
 from models.asset_table import HUB_ID
 from models.denoiser import Denoiser
+from training.networks import Plain
+from training.snapshot import snapshot_json
 from training.solver import Solver
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ PIPELINES = {
     "sd3": "EPDStableDiffusion3Pipeline",
 }
 PROMPT = "a large red star on a white background"
+REPOSITORY = "OWNER/NAME"
+SOLVER_FILE = "network-snapshot-000000.json"
 
 _PIPELINE = '''"""The pipeline that `custom_pipeline=` loads from here."""
 
@@ -46,10 +51,12 @@ tags: [few-step, diffusion-solver, rlepd]
 What the model does in each of few steps stands in `scheduler_config.json`: at which noise levels and points the network
 is asked, how its answers are weighed, how strongly they are guided. The numbers were made by RLEPD, after EPD
 ([arXiv 2507.14797](https://arxiv.org/abs/2507.14797), [arXiv 2512.22796](https://arxiv.org/abs/2512.22796)). The
-model's weights are as they were; they are not in here, and have a licence of their own.
+model's weights are as they were.
 
 | | |
 |---|---|
+| base model | {base}{options} |
+| licence | MIT for what is in here; the model's weights are not, and have a licence of their own |
 | intervals | {intervals} |
 | points in an interval, asked at once | {points} |
 | network evaluations of an image, one after another | {parallel} |
@@ -66,7 +73,7 @@ model's weights are as they were; they are not in here, and have a licence of th
 """
 
 _USE_PIPELINE = """
-All points of an interval in one call. `solver` is this folder, or its `OWNER/NAME` on the Hub; `pipe.to("cuda")` and
+All points of an interval in one call. `solver` is this folder, or its name on the Hub; `pipe.to("cuda")` and
 `torch.float16` where there is a GPU.
 
 ```python
@@ -80,7 +87,8 @@ pipe.load_solver(solver)
 pipe("{prompt}").images[0].save("image.png")
 ```
 
-One point after the other, in any pipeline that takes a scheduler (image to image, control nets):
+One point after the other, in any pipeline that takes a scheduler (image to image, control nets); from the Hub after
+`hf download {repository} --local-dir .`:
 """
 
 _USE_SCHEDULER = """
@@ -123,16 +131,24 @@ def scheduler_of(solver: Solver, denoiser: Denoiser) -> EPDScheduler:
 
 
 def write_diffusers(
-    folder: Path, solver: Solver, denoiser: Denoiser, base: str, heldout: Mapping[str, float] | None = None
+    folder: Path,
+    solver: Solver,
+    denoiser: Denoiser,
+    base: str,
+    heldout: Mapping[str, float] | None = None,
+    measured_on: str = "held-out prompts",
 ) -> list[Path]:
-    """Write scheduler_config.json, scheduling_epd.py, pipeline_epd.py, pipeline.py and README.md; returns the paths.
+    """Write scheduler_config.json, scheduling_epd.py, pipeline_epd.py, pipeline.py, the solver's file and README.md.
+
+    Returns their paths.
 
     Args:
         folder: is made where it is missing; files of these names are replaced.
-        solver: has one table.
+        solver: has one table, and was read from a file.
         denoiser: the model that it is for.
         base: what `DiffusionPipeline.from_pretrained` loads that model by; for the model card.
         heldout: what was measured, by the names of `training.ppo.heldout.HELDOUT_METRICS`.
+        measured_on: how many of what it was measured on.
 
     Raises:
         InputError: see `scheduler_of`; or the files cannot be written.
@@ -143,13 +159,26 @@ def write_diffusers(
     pipeline = PIPELINES.get(denoiser.backend)
     if pipeline is not None:
         texts["pipeline.py"] = _PIPELINE.format(pipeline=pipeline)
-    texts["README.md"] = _card(solver.on(denoiser), base, pipeline is not None, heldout or {})
+    measured = _measured(heldout or {}, measured_on)
+    texts["README.md"] = _card(solver.on(denoiser), base, pipeline is not None, measured)
+    texts[SOLVER_FILE] = snapshot_json(folder / SOLVER_FILE, solver.table, _metadata(solver, base)).decode()
     for name, text in texts.items():
         write_atomically(folder / name, text.encode())
     return [folder / name for name in texts]
 
 
-def _card(solver: Solver, base: str, has_pipeline: bool, heldout: Mapping[str, float]) -> str:
+def card_on_hub(card: str, repository: str) -> str:
+    """The model card of a folder as it is to be read in the repository OWNER/NAME of a hub."""
+    return card.replace('solver = "."', f'solver = "{repository}"').replace(REPOSITORY, repository)
+
+
+def _metadata(solver: Solver, base: str) -> dict[str, Plain]:
+    """What the solver's file says, its model by a name that others know, where it has one."""
+    said = dict(solver.origin.metadata)
+    return said | ({"model_path": base} if said.get("model_path") and HUB_ID.fullmatch(base) else {})
+
+
+def _card(solver: Solver, base: str, has_pipeline: bool, measured: str) -> str:
     """The model card, Markdown; `solver` is settled."""
     cost, scales = solver.evaluations, solver.table.guidance
     by_evaluation = scales is not None and f"a scale for each evaluation, {scales.min():g} to {scales.max():g}"
@@ -157,6 +186,8 @@ def _card(solver: Solver, base: str, has_pipeline: bool, heldout: Mapping[str, f
     return _CARD.format(
         base_model=f"base_model: {base}\n" if HUB_ID.fullmatch(base) else "",
         name=Path(base).name,
+        base=f"[{base}](https://huggingface.co/{base})" if HUB_ID.fullmatch(base) else base,
+        options=f", loaded with {solver.model_options}" if solver.model_options.changes() else "",
         intervals=solver.num_steps - 1,
         points=solver.table.num_points or "none: the network is asked at its start alone",
         parallel=cost.parallel,
@@ -164,17 +195,17 @@ def _card(solver: Solver, base: str, has_pipeline: bool, heldout: Mapping[str, f
         rows=cost.rows,
         guidance=by_evaluation or f"{solver.guidance_scale:g}",
         sigmas=", ".join(f"{level:.4g}" for level in solver.sigmas.tolist()),
-        use=use.format(base=base, prompt=PROMPT),
-        measured=_measured(heldout),
+        use=use.format(base=base, prompt=PROMPT, repository=REPOSITORY),
+        measured=measured,
     )
 
 
-def _measured(heldout: Mapping[str, float]) -> str:
+def _measured(heldout: Mapping[str, float], measured_on: str) -> str:
     judges = [judge for judge in ("reward", "panel") if f"heldout/{judge}_difference" in heldout]
     if not judges:
         return "Nothing was measured."
     rows = [
-        "| on held-out prompts | start of the tuning | this solver | difference, 95% interval |",
+        f"| on {measured_on} | start of the tuning | this solver | difference, 95% interval |",
         "|---|---|---|---|",
     ]
     for judge in judges:

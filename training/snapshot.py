@@ -18,6 +18,7 @@ from torch import Tensor
 
 from errors import InputError, first_line
 from files import write_atomically
+from models.asset_table import HUB_ID
 from solvers import COLUMNS, EPDTable
 from training.networks import PUBLIC_ATTRIBUTES, EPD_predictor, Plain
 from training.pickled_predictor import predictor_state
@@ -44,6 +45,7 @@ SHOWN_OF_A_PATH = 60  # characters, in a message
 # numbers whose weights may miss 1 by 1e-5 (EPDTable).
 AGREEMENT = 2e-5
 
+HUB_SNAPSHOTS = "network-snapshot-*.json"  # no pickle is taken from a hub
 SNAPSHOT_NAME = re.compile(r"network-snapshot-.*?(\d+)\.(pkl|json)")
 
 
@@ -72,6 +74,22 @@ def save_snapshot(path: str | Path, table: EPDTable, metadata: Mapping[str, Plai
     path = Path(path)
     if path.suffix not in ("", ".pkl", ".json"):
         raise InputError(f"{path}: a snapshot is a .pkl and a .json, not {path.suffix!r}")
+    text, predictor = _described(path, table, metadata)
+    write_atomically(path.with_suffix(".json"), text)
+    if predictor is None:
+        path.with_suffix(".pkl").unlink(missing_ok=True)  # of a table that stood here before
+        return path.with_suffix(".json")
+    write_atomically(path.with_suffix(".pkl"), pickle.dumps({"model": predictor}, protocol=4))
+    return path.with_suffix(".pkl")
+
+
+def snapshot_json(path: Path, table: EPDTable, metadata: Mapping[str, Plain]) -> bytes:
+    """The .json that `save_snapshot` writes, for a `path` that messages name; it raises as that does."""
+    return _described(path, table, metadata)[0]
+
+
+def _described(path: Path, table: EPDTable, metadata: Mapping[str, Plain]) -> tuple[bytes, EPD_predictor | None]:
+    """The .json of a snapshot, and what its .pkl holds, where there is one."""
     for name, value in metadata.items():
         if not is_plain(value):
             raise InputError(f"{path}: metadata {name!r} is {value!r}; a snapshot holds plain, finite values only")
@@ -90,12 +108,7 @@ def save_snapshot(path: str | Path, table: EPDTable, metadata: Mapping[str, Plai
     # What version 1 always wrote is written always, so that readers of it go on.
     content = {"version": VERSION, **sizes, "scale_dir": None, "scale_time": None, **columns, "metadata": described}
     text = json.dumps({**content, CHECKSUM: _checksum(content)}, indent=1, allow_nan=False) + "\n"
-    write_atomically(path.with_suffix(".json"), text.encode())
-    if predictor is None:
-        path.with_suffix(".pkl").unlink(missing_ok=True)  # of a table that stood here before
-        return path.with_suffix(".json")
-    write_atomically(path.with_suffix(".pkl"), pickle.dumps({"model": predictor}, protocol=4))
-    return path.with_suffix(".pkl")
+    return text.encode(), predictor
 
 
 def private_parts(table: EPDTable, metadata: Mapping[str, Plain]) -> list[str]:
@@ -120,7 +133,8 @@ def find_snapshot(source: str | Path | int, root: str | Path = "exps") -> Path:
     Args:
         source: a .pkl or .json file; a folder with `network-snapshot-*` files (a distillation run, an export), of
             which the one with the largest number is taken; a folder with such a folder `export` (a run of the RL
-            job); or the number of an experiment, 3 for `<root>/00003-*`.
+            job); the number of an experiment, 3 for `<root>/00003-*`; or `OWNER/NAME`, a repository of a hub with such
+            files, which are fetched from there.
         root: where numbered experiments lie.
 
     Returns:
@@ -132,7 +146,7 @@ def find_snapshot(source: str | Path | int, root: str | Path = "exps") -> Path:
     path = _named(source)
     if path.is_file():
         return path
-    run = find_run(source, root)
+    run = _from_hub(str(source)) if _is_of_a_hub(source) else find_run(source, root)
     for folder in (run, run / "export"):
         newest = _newest_snapshot(folder)
         if newest is not None:
@@ -148,6 +162,21 @@ def _named(source: str | Path | int) -> Path:
     except (OSError, ValueError) as error:  # too long, a null byte
         raise InputError(f"{str(source)[:SHOWN_OF_A_PATH]!r}...: is no path ({error.args[-1]})") from None
     return path
+
+
+def _is_of_a_hub(source: str | Path | int) -> bool:
+    """Whether `OWNER/NAME` is written, and nothing here is called OWNER: otherwise it is a path that is not there."""
+    return HUB_ID.fullmatch(str(source)) is not None and not Path(str(source)).parent.exists()
+
+
+def _from_hub(hub_id: str) -> Path:
+    """The folder with the snapshots of a hub's repository, fetched, or as last fetched where there is no network."""
+    from models.assets import fetch_files  # with what downloads need, which local files do not
+
+    try:
+        return fetch_files(hub_id, [HUB_SNAPSHOTS])
+    except InputError as error:
+        raise InputError(f"{hub_id}: no such snapshot or run here, and none on the hub: {error}") from None
 
 
 def find_run(source: str | Path | int, root: str | Path = "exps") -> Path:

@@ -456,8 +456,10 @@ class _Says(NamedTuple):
 
 
 def _label(file: Path) -> str:
-    """A short name: the number of the run that it lies in, otherwise the run's name, or its own where it has one."""
-    folder = file.resolve().parent
+    """A short name: the number of the run that it lies in, otherwise that of the run or repository, or its own."""
+    folder = file.parent.resolve()
+    if folder.parent.name == "snapshots":  # of a hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return f"epd-{folder.parent.parent.name.split('--')[-1]}"
     run = folder.parent if folder.name == "export" else folder
     number = run.name.split("-")[0]
     name = run.name if SNAPSHOT_NAME.fullmatch(file.name) else file.stem

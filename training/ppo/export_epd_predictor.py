@@ -63,12 +63,22 @@ class Export:
 @click.option("--best", is_flag=True, help="The checkpoint with the best held-out reward.")
 @click.option("--device", default="cpu", show_default=True, help="Where the policy's mean is computed: cpu or cuda.")
 @click.option("--no-manifest", is_flag=True, help="Leave out export-manifest-*.json.")
+@click.option("--base", help="What diffusers loads the model by, in diffusers/: a folder, or OWNER/NAME. [the run's]")
 @click.option("--no-diffusers", is_flag=True, help="Leave out diffusers/, for which the model is loaded.")
 @shows_input_errors
-def main(run: Path, checkpoint: Path | None, best: bool, device: str, no_manifest: bool, no_diffusers: bool) -> None:
+def main(
+    run: Path,
+    checkpoint: Path | None,
+    best: bool,
+    device: str,
+    no_manifest: bool,
+    base: str | None,
+    no_diffusers: bool,
+) -> None:
     """Write the mean table of a RUN's policy as a predictor snapshot into RUN/export.
 
-    RUN/export/diffusers plays it in the diffusers library, anywhere; its README.md says how.
+    RUN/export/diffusers plays it in the diffusers library, anywhere; its README.md says how, and scripts.push_to_hub
+    shows it to others.
 
     \b
     python -m training.ppo.export_epd_predictor exps/<timestamp>-shapes
@@ -83,7 +93,7 @@ def main(run: Path, checkpoint: Path | None, best: bool, device: str, no_manifes
         click.echo(f"no .pkl for the public EPD code, which has no place for {', '.join(private)}")
     if not no_diffusers:
         try:
-            click.echo(export_for_diffusers(folder, load_solver(paths[0]), export.step))
+            click.echo(export_for_diffusers(folder, load_solver(paths[0]), export, base))
         except InputError as error:  # the table is worth having without
             click.echo(f"{folder.export / DIFFUSERS} is not written: {error}")
 
@@ -126,15 +136,21 @@ def write_export(folder: RunFolder, export: Export, *, manifest: bool) -> list[P
     return paths
 
 
-def export_for_diffusers(folder: RunFolder, solver: Solver, step: int) -> Path:
-    """Write the exported solver as a folder that diffusers plays, with what the run measured at the step; its path.
+def export_for_diffusers(folder: RunFolder, solver: Solver, export: Export, base: str | None = None) -> Path:
+    """Write the exported solver as a folder that diffusers plays, with what the run measured at its step; its path.
+
+    `base` is what diffusers loads the model by, where not by the name or path that the run has.
 
     Raises:
         InputError: the model cannot be loaded, diffusers cannot play the solver, or the files cannot be written.
     """
-    base = pipeline_of(solver.model)
+    named = base or pipeline_of(solver.model)
     denoiser = load_denoiser(solver.model, device="cpu", dtype=torch.float32, options=solver.model_options)
-    return write_diffusers(folder.export / DIFFUSERS, solver, denoiser, base, _heldout(folder, step))[0].parent
+    heldout, config = _heldout(folder, export.step), export.start.config
+    judges = {"reward": config.reward.weights_path, "panel": config.logging.panel}
+    listed = ", ".join(f"{judge} {Path(path).stem}" for judge, path in judges.items() if path)
+    measured_on = f"{config.logging.eval_count} held-out prompts ({listed})"
+    return write_diffusers(folder.export / DIFFUSERS, solver, denoiser, named, heldout, measured_on)[0].parent
 
 
 def snapshot_metadata(export: Export) -> dict[str, Any]:
