@@ -82,6 +82,7 @@ PIPELINES = {
 _HPS_REVISION = "697403c78157020a1ae59d23f111aa58ced35b0a"
 _PICKSCORE = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
 _CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+_CLIP_336 = ("openai/clip-vit-large-patch14-336", "ce19dc912ca5cd21c8a653c79e251e808ccabcd1")
 
 SD15_SAFETENSORS = AssetFile(
     "src/ms_coco/v1-5-pruned-emaonly.safetensors",
@@ -167,6 +168,27 @@ EPD_TABLES = tuple(
         ("flux/flux-best.pkl", 7622, "f96cc971995114a31bfb0e9edf16d48ffdd5191e40a247714ca6834843815198"),
     )
 )
+CLIP_336 = (
+    AssetFile(
+        "weights/clip-vit-large-patch14-336/config.json",
+        HubFile(_CLIP_336[0], "config.json", _CLIP_336[1]),
+        4_757,
+        "sha256:51b1c14aabcdf639c4a0370eeda1010b773bbe1df78319c7d0f5882c22ac0ac0",
+    ),
+    AssetFile(
+        "weights/clip-vit-large-patch14-336/pytorch_model.bin",
+        HubFile(_CLIP_336[0], "pytorch_model.bin", _CLIP_336[1]),
+        1_711_974_081,
+        "sha256:c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801",
+    ),
+)
+# The digest is the one that k-diffusion's `evaluation.py` pins, and others that fetched the same address.
+INCEPTION = AssetFile(
+    "weights/inception-2015-12-05.pt",
+    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
+    95_607_719,
+    "sha256:f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+)
 
 BUNDLES = {
     "sd15": Bundle(
@@ -188,6 +210,12 @@ BUNDLES = {
         (*PICKSCORE, *TOKENIZER),
     ),
     "clip": Bundle("CLIP ViT-L/14, for the CLIP score", "MIT", (*CLIP, *TOKENIZER)),
+    "clip336": Bundle("CLIP ViT-L/14 at 336 pixels, for the distance CMMD", "MIT", CLIP_336),
+    "inception": Bundle(
+        "InceptionV3 in TorchScript, for the distances FID and KID",
+        "Apache 2.0 (the TensorFlow network that it is a translation of)",
+        (INCEPTION,),
+    ),
     "aesthetic": Bundle(
         "LAION aesthetic predictor v2, and the CLIP ViT-L/14 it stands on",
         "Apache 2.0; CLIP and tokenizer MIT",

@@ -29,7 +29,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from errors import InputError, first_line
 from files import replacing
-from models.checkpoints import read_state_dict
+from models.checkpoints import read_state_dict, read_weights
 from models.devices import check_memory, to_device
 from models.skeletons import skeleton
 
@@ -234,16 +234,17 @@ def from_open_clip(state_dict: Mapping[str, Tensor], model_cfg: Mapping[str, Any
 
 
 def load_transformers_checkpoint(folder: Path) -> CLIPModel:
-    """Read a CLIP model that transformers wrote, config.json and model.safetensors (float32, CPU, evaluation mode).
+    """Read a CLIP model that transformers wrote, config.json and its weights (float32, CPU, evaluation mode).
 
-    PickScore and OpenAI's CLIP are published so.
+    PickScore and OpenAI's CLIP are published so: as model.safetensors, or where that is not there pytorch_model.bin.
 
     Raises:
         InputError: a file is missing or malformed, is of another kind of model, or its tensors do not fit the
             configuration; each is listed. Or there is too little memory.
     """
-    weights_file = folder / "model.safetensors"
-    absent = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
+    published = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    weights_file = next((file for file in published if file.is_file()), published[0])
+    absent = [name for name in ("config.json", weights_file.name) if not (folder / name).is_file()]
     if absent:
         raise InputError(f"There is no CLIP model in {folder}: {' and '.join(absent)} missing.")
     try:
@@ -254,7 +255,7 @@ def load_transformers_checkpoint(folder: Path) -> CLIPModel:
     if config is None:
         raise InputError(f"{folder / 'config.json'} describes a model of kind {kind!r}, not 'clip'.")
     # Older files carry along the numbers 0, 1, 2, ... of the positions.
-    state = {name: weight for name, weight in read_state_dict(weights_file).items() if "position_ids" not in name}
+    state = {name: weight for name, weight in read_weights(weights_file).items() if "position_ids" not in name}
     model = _without_memory(config, state, str(weights_file))
     check_memory(str(weights_file), _float32_size(model), torch.device("cpu"))
     _check_tensors(state, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, str(weights_file))

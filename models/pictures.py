@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +13,15 @@ from threading import Lock
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+DAMAGED_EXIF = (struct.error, ValueError, TypeError, KeyError, SyntaxError, ZeroDivisionError)
+NO_IMAGES_OF_OWN = ("__MACOSX", "@eaDir")  # folders beside the hidden ones that systems fill with copies
 LARGEST = 25_000_000  # pixels of an image that is read: on its way to RGB each may take twenty bytes
 LARGE = 8_000_000  # pixels: of larger images one is unpacked at a time
 _ONE_LARGE = Lock()
@@ -48,6 +52,44 @@ def opened_picture(file: Path) -> Iterator[Image.Image]:
     except Exception as error:  # damaged files raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file} cannot be read as an image: {reason}") from None
+
+
+def image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The image files in a folder and in all below it, by their suffixes, sorted; and why others were passed over.
+
+    The latter has an entry for each hidden image: the part of its path that a file browser would not show. Tools keep
+    copies and previews there.
+    """
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    hidden = {file: inside for file in found if (inside := _hidden_part(file.relative_to(folder)))}
+    return [file for file in found if file not in hidden], list(hidden.values())
+
+
+def _hidden_part(path: Path) -> str | None:
+    return next((part for part in path.parts if part.startswith(".") or part in NO_IMAGES_OF_OWN), None)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say; as it is where these are damaged."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except DAMAGED_EXIF:
+        return image
+
+
+def in_colour(image: Image.Image) -> Image.Image:
+    """As RGB, or where a part of it is transparent as RGBA."""
+    if image.mode.startswith("I;16"):  # 16 bits: `convert` would cut all above 255 off, which leaves white
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An image of `in_colour` as RGB, what is transparent on white."""
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def to_images(values: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,20 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
 from errors import InputError
-from models.pictures import opened_picture
+from models.pictures import SUFFIXES, image_files, in_colour, on_white, opened_picture, upright
 from models.randomness import generator_of
 from models.shapes.data import render_scenes
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-DAMAGED_EXIF = (struct.error, ValueError, TypeError, KeyError, SyntaxError, ZeroDivisionError)
 SHOWN = 3  # file names in a message
 FEWEST = 20  # images that can be shared out and say something
-NO_IMAGES_OF_OWN = ("__MACOSX", "@eaDir")  # folders beside the hidden ones that systems fill with copies
 
 
 @dataclass(frozen=True)
@@ -68,9 +64,7 @@ def read_folder(folder: Path, key: str, size: tuple[int, int], limit: int, *, th
     """
     if not folder.is_dir():
         raise InputError(f"{key}={folder}: there is no such folder")
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    hidden = [inside for file in found if (inside := _hidden_part(file.relative_to(folder)))]
-    files = [file for file in found if not _hidden_part(file.relative_to(folder))]
+    files, hidden = image_files(folder)
     if not files:
         raise InputError(f"{key}={folder}: holds no image ({', '.join(SUFFIXES)})")
     order = np.random.default_rng(seed).permutation(len(files))[:limit]
@@ -94,11 +88,6 @@ def read_folder(folder: Path, key: str, size: tuple[int, int], limit: int, *, th
     return ImageSet(torch.from_numpy(np.stack([item.pixels for item in read])).movedim(-1, 1), tuple(notes))
 
 
-def _hidden_part(path: Path) -> str | None:
-    """The first part of a relative path that a file browser would not show; tools keep copies and previews there."""
-    return next((part for part in path.parts if part.startswith(".") or part in NO_IMAGES_OF_OWN), None)
-
-
 @dataclass(frozen=True)
 class _Decoded:
     pixels: np.ndarray  # uint8 [H, W, 3]
@@ -110,32 +99,10 @@ def _decode(file: Path, size: tuple[int, int]) -> _Decoded | str:
     """The image, or why it cannot be read."""
     try:
         with opened_picture(file) as image:
-            fitted = ImageOps.fit(_in_colour(_upright(image)), (size[1], size[0]), Image.Resampling.BICUBIC)
-            return _Decoded(np.asarray(_on_white(fitted)), (image.height, image.width), image.mode)
+            fitted = ImageOps.fit(in_colour(upright(image)), (size[1], size[0]), Image.Resampling.BICUBIC)
+            return _Decoded(np.asarray(on_white(fitted)), (image.height, image.width), image.mode)
     except InputError as error:
         return str(error)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF data say; as it is where these are damaged."""
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image
-    except DAMAGED_EXIF:
-        return image
-
-
-def _in_colour(image: Image.Image) -> Image.Image:
-    """As RGB, or where a part of it is transparent as RGBA."""
-    if image.mode.startswith("I;16"):  # 16 bits: `convert` would cut all above 255 off, which leaves white
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    return image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _conversions(key: str, size: tuple[int, int], read: Sequence[_Decoded]) -> list[str]:
