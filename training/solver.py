@@ -59,6 +59,14 @@ MODEL_OF_DATASET = {"ms_coco": "sd15"}
 # The public code base's name of the family of Stable Diffusion 1.x, the one that files without a `backend` mean.
 USUAL_BACKEND = "ldm"
 
+
+def model_of(dataset: str | None, backend: str | None) -> str | None:
+    """The model that the public EPD code base means by the name of its data, for a family of models (None: `ldm`)."""
+    if backend not in (None, USUAL_BACKEND) and dataset in MODEL_OF_DATASET:
+        return backend
+    return MODEL_OF_DATASET.get(dataset, dataset)
+
+
 RANGE_KEYS = frozenset({"sigma_min", "sigma_max", "flowmatch_mu", "flowmatch_shift"})
 """The keys of a snapshot that say the range of its schedule."""
 
@@ -434,10 +442,7 @@ class _Says(NamedTuple):
         return scale
 
     def model(self) -> str | None:
-        dataset, backend = self.text("dataset_name"), self.text("backend")
-        if backend not in (None, USUAL_BACKEND) and dataset in MODEL_OF_DATASET:
-            dataset = backend  # what is called ms_coco there is another model's
-        return self.text("model_path") or MODEL_OF_DATASET.get(dataset, dataset)
+        return self.text("model_path") or model_of(self.text("dataset_name"), self.text("backend"))
 
     def model_options(self) -> ModelOptions:
         told = self.origin.metadata.get(MODEL_OPTIONS)

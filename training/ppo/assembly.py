@@ -34,7 +34,7 @@ from training.ppo.rollout import PromptStream
 from training.runs.command_line import started_processes
 from training.runs.configuration import LoadedConfig
 from training.snapshot import is_plain
-from training.solver import MODEL_OF_DATASET, Origin, Schedule, Solver, load_solver, solver_of
+from training.solver import Origin, Schedule, Solver, load_solver, model_of, solver_of
 
 COCO_PROMPTS = "MS-COCO_val2014_30k_captions.csv"
 FETCH_COCO = f"Fetch {COCO_PROMPTS} (some 2 MB):  python -m models.assets fetch coco-prompts"
@@ -232,8 +232,8 @@ def from_plain(state: Mapping[str, Any], config: Config, checkpoint: Path) -> St
 
 def model_spec(config: Config) -> str | None:
     """What `load_denoiser` is asked for; None while only the predictor would say."""
-    name = config.model.dataset_name
-    return config.model.model_path or MODEL_OF_DATASET.get(name, name)
+    model = config.model
+    return model.model_path or model_of(model.dataset_name, model.backend)
 
 
 def guidance_scale(config: Config) -> float | None:
@@ -304,6 +304,12 @@ def build(start: Start, fabric: Fabric) -> Parts:
         compiled=config.model.compile,
         options=model_options(config),
     )
+    backend = config.model.backend
+    if backend not in (None, denoiser.backend):
+        raise InputError(
+            f"model.backend={backend}: model {denoiser.name} is of the family {denoiser.backend}: set the key to that, "
+            f"or choose a model of the family {backend}"
+        )
     start = replace(start, solver=start.solver.on(denoiser))
     prompts = read_prompts(config.data.prompt_csv)
     denoiser.validate_prompts(prompts)

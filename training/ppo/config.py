@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from schedules import SCHEDULES
 from training.ppo.cold_start import DRAWN, TRAINED
 from training.runs.configuration import OVERRIDE, Disagreements, LoadedConfig, Schema, knob, raise_all
 from training.runs.run_folder import name_fault
-from training.solver import MODEL_OF_DATASET, USUAL_RHO, Solver
+from training.solver import USUAL_RHO, Solver, model_of
 
 
 @dataclass
@@ -55,6 +57,7 @@ class ModelConfig:
     model_path: str | None = knob(
         None, "diffusers folder, .ckpt or .safetensors file, or registered name; null: what dataset_name stands for"
     )
+    backend: str | None = knob(None, "the model's family, ldm, sdxl, sd3, flux or ddpm; null: as the snapshot says")
     guidance_type: str | None = knob(None, "cfg: classifier-free guidance; uncond: none", choices=("cfg", "uncond"))
     guidance_rate: float | None = knob(None, "classifier-free guidance scale; 1 is no guidance", at_least=0)
     schedule_type: str | None = knob(None, "kind of the sigma grid", choices=tuple(SCHEDULES))
@@ -254,6 +257,12 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
                 f"{key}={ours}: {snapshot.where} was made with {theirs}: set the key to null, "
                 f"or insist with {OVERRIDE} {key}={ours}"
             )
+    chosen["backend"] = metadata.get("backend") if model.backend is None else model.backend
+    if metadata.get("backend") not in (None, chosen["backend"]):
+        faults.append(
+            f"model.backend={model.backend}: {snapshot.where} was made for the family {metadata['backend']}: choose "
+            f"a table for {model.backend}, or leave the key null"
+        )
     for name, theirs in dataclasses.asdict(snapshot.model_options).items():
         key, ours = f"model.{name}", getattr(model, name)
         if name == "text_on_cpu" or ours == theirs:
@@ -291,7 +300,7 @@ def with_usual(config: Config) -> Config:
     """
     model, data, logging = config.model, config.data, config.logging
     if data.prompt_csv is None:
-        dataset = MODEL_OF_DATASET.get(model.dataset_name, model.dataset_name)
+        dataset = model_of(model.dataset_name, model.backend)
         data = dataclasses.replace(data, prompt_csv=usual_prompts(model.model_path, dataset))
     if logging.eval_interval is None:
         interval = 0 if logging.eval_prompts is None else USUAL_EVAL_INTERVAL
@@ -310,6 +319,7 @@ FIXED = (
     *FIXED_FILES,
     "run.seed",
     "model.dataset_name",
+    "model.backend",
     "model.guidance_type",
     "model.guidance_rate",
     "model.schedule_type",
@@ -417,7 +427,41 @@ def _judge_disagreements(config: Config) -> Disagreements:
         )
 
 
-RETIRED = {
+def _instead_of_options(options: Any) -> str:
+    """The keys that say here what the public code base's model.backend_options say."""
+    names = {
+        "model_name_or_path": "model.model_path",
+        "torch_dtype": "model.dtype",
+        "enable_model_cpu_offload": "model.text_on_cpu",
+    }
+    told = options if isinstance(options, Mapping) else {}
+    said = [f"{names[key]}={value}" for key, value in told.items() if key in names and value is not None]
+    return f"write {' '.join(said) or ', '.join(names.values())} in its place"
+
+
+def _instead_of_multi(multi: Any) -> str:
+    """The weights of the public code base's reward.multi as reward.weights_path, of weight 1, and reward.mix."""
+    names = {"hps": "weights/HPS_v2.1_compressed.pt", "clip": "clip_score"}
+    told = multi.get("weights") if isinstance(multi, Mapping) else None
+    weights = {}
+    for name, weight in (told if isinstance(told, Mapping) else {}).items():
+        with suppress(TypeError, ValueError):
+            weights |= {names.get(name, name): float(weight)} if float(weight) else {}
+    if not weights:
+        return "name one reward in reward.weights_path, and others with their weights in reward.mix"
+    (main, one), *others = weights.items()
+    mix = ", ".join(f"{name}: {weight / one:g}" for name, weight in others)
+    return f"write reward.weights_path={main} reward.mix={{{mix}}} in its place"
+
+
+OF_THE_TABLE = "leave it out: the predictor snapshot says it, or the model"
+RETIRED: dict[str, str | Callable[[Any], str]] = {
+    "model.backend_options": _instead_of_options,
+    "model.resolution": lambda side: f"write model.height={side} model.width={side} in its place",
+    **{f"model.{key}": OF_THE_TABLE for key in ("sigma_min", "sigma_max", "flowmatch_mu", "flowmatch_shift")},
+    "reward.type": "leave it out: reward.weights_path and reward.mix say it",
+    "reward.multi": _instead_of_multi,
+} | {
     f"ppo.train_{scale}": f"name {scale} in ppo.train, ppo.train=[{', '.join(TRAINED)}, {scale}], where it was true"
     for scale in ("scale_dir", "scale_time")
 }

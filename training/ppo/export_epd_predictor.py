@@ -158,6 +158,8 @@ def snapshot_metadata(export: Export) -> dict[str, Any]:
     model = export.start.config.model
     settled = {name: getattr(model, name) for name in SNAPSHOT_KEYS}
     named: dict[str, Any] = {"model_path": model.model_path} if model.model_path else {}
+    if model.backend:
+        named["backend"] = model.backend
     if changes := model_options(export.start.config).changes():
         named[MODEL_OPTIONS] = changes
     guidance = {"guidance_rate": None if export.table.guidance is not None else guidance_scale(export.start.config)}

@@ -135,7 +135,7 @@ class Schema(Generic[Config]):
         disagreements: Callable[[Config], Disagreements],
         *,
         shipped: str,
-        retired: Mapping[str, str] = types.MappingProxyType({}),
+        retired: Mapping[str, str | Callable[[Any], str]] = types.MappingProxyType({}),
     ) -> None:
         """Describe a kind of configuration.
 
@@ -143,7 +143,8 @@ class Schema(Generic[Config]):
             kind: the dataclass.
             disagreements: what values that are each allowed cannot go together.
             shipped: where the configurations that come with the project are, for messages.
-            retired: keys of earlier versions, and what to write instead.
+            retired: keys of earlier versions and of other programs, and what to write instead, or what tells it from
+                their value. One that is null, or holds nulls alone, says nothing and is let pass.
         """
         self.kind = kind
         self.knobs: dict[str, dataclasses.Field] = {}
@@ -176,7 +177,10 @@ class Schema(Generic[Config]):
         unsound: set[str] = set()
         for key, (value, where) in assigned.items():
             if key in self._retired:
-                faults.append(f"{where}: {key} is gone: {self._retired[key]}")
+                if not _is_silent(value):
+                    instead = self._retired[key]
+                    instead = instead if isinstance(instead, str) else instead(value)
+                    faults.append(f"{where}: {key} is gone: {_cut(instead)}")
                 continue
             if key not in self.knobs:
                 hint = self._suggestion(key) if len(faults) < MOST_FAULTS else ""
@@ -392,6 +396,11 @@ class _StructureLoader(yaml.SafeLoader):
 def _read_yaml(content: str | bytes) -> Any:
     """What YAML says, its scalars as texts or None. Raises yaml.YAMLError."""
     return yaml.load(content, _StructureLoader)
+
+
+def _is_silent(value: Any) -> bool:
+    """Whether it is null, or a mapping that holds nulls alone."""
+    return value is None or (isinstance(value, Mapping) and all(part is None for part in value.values()))
 
 
 def _complaint(value: Any) -> str | None:

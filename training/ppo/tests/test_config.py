@@ -64,7 +64,7 @@ def test_public_keys_are_there_and_every_knob_is_documented():
     assert all(len(known.metadata["meaning"]) > 10 for known in KNOBS.values())
 
 
-@pytest.mark.parametrize("name", ["shapes.yaml", "sd15_base.yaml"])
+@pytest.mark.parametrize("name", sorted(path.name for path in CFGS.glob("*.yaml")))
 def test_shipped_configurations_hold_every_public_key(name: str):
     written = yaml.safe_load((CFGS / name).read_text())
     assert all(keys <= written[section].keys() for section, keys in PUBLIC_KEYS.items())
@@ -80,6 +80,84 @@ def test_yaml_reads_back_and_keeps_the_hash(tmp_path: Path):
     assert again == config
     assert config_hash(again) == config_hash(config)
     assert config_hash(least("ppo.steps=101").config) != config_hash(least().config)
+
+
+PUBLIC_MODEL = {
+    "backend": "flux",
+    "sigma_min": "0.001",
+    "flowmatch_mu": "1.15",
+    "resolution": "1024",
+    "backend_options": {
+        "model_name_or_path": "black-forest-labs/FLUX.1-dev",
+        "torch_dtype": "bfloat16",
+        "enable_model_cpu_offload": None,
+    },
+}
+PUBLIC_REWARD = {
+    "type": "multi",
+    "multi": {"weights": {"hps": "2.0", "pickscore": "0.5", "imagereward": "0.0", "clip": "1"}, "clip": {}},
+}
+
+
+def test_keys_of_public_configurations_are_refused_with_the_lines_that_replace_them():
+    assert sorted(faults_of(model=PUBLIC_MODEL, reward=PUBLIC_REWARD)) == sorted(
+        f"  - config.yaml: {key} is gone: {instead}"
+        for key, instead in (
+            ("model.sigma_min", "leave it out: the predictor snapshot says it, or the model"),
+            ("model.flowmatch_mu", "leave it out: the predictor snapshot says it, or the model"),
+            ("model.resolution", "write model.height=1024 model.width=1024 in its place"),
+            (
+                "model.backend_options",
+                "write model.model_path=black-forest-labs/FLUX.1-dev model.dtype=bfloat16 in its place",
+            ),
+            ("reward.type", "leave it out: reward.weights_path and reward.mix say it"),
+            (
+                "reward.multi",
+                "write reward.weights_path=weights/HPS_v2.1_compressed.pt "
+                "reward.mix={pickscore: 0.25, clip_score: 0.5} in its place",
+            ),
+        )
+    )
+    replaced = least(
+        *("model.model_path=black-forest-labs/FLUX.1-dev", "model.dtype=bfloat16", "model.height=1024"),
+        *("model.width=1024", "reward.weights_path=weights/HPS_v2.1_compressed.pt"),
+        "reward.mix={pickscore: 0.25, clip_score: 0.5}",
+        model={"backend": "flux"},
+    ).config
+    assert (replaced.model.backend, replaced.reward.mix) == ("flux", {"pickscore": 0.25, "clip_score": 0.5})
+
+
+def test_keys_of_public_configurations_that_say_nothing_are_let_pass():
+    silent = {"sigma_min": None, "backend_options": {"model_name_or_path": None, "torch_dtype": None}}
+    assert least(model=silent, reward={"multi": None}) == least()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("model.backend_options", "x", "write model.model_path, model.dtype, model.text_on_cpu in its place"),
+        ("reward.multi", "3", "name one reward in reward.weights_path, and others with their weights in reward.mix"),
+        ("reward.multi", "{weights: {hps: 0, clip: [1]}}", "name one reward in reward.weights_path"),
+        ("reward.multi", "{weights: {hps: 0, aesthetic: 1}}", "write reward.weights_path=aesthetic reward.mix={} in"),
+    ],
+)
+def test_odd_values_of_public_keys_are_refused_too(key: str, value: str, instead: str):
+    assert f"--override: {key} is gone: {instead}" in faults_of(f"{key}={value}")[0]
+
+
+def test_a_family_that_the_snapshot_contradicts_is_refused_and_one_that_it_says_is_taken():
+    for theirs, ours, expected in (
+        (None, None, None),
+        ("sd3", None, "sd3"),
+        (None, "sd3", "sd3"),
+        ("sd3", "sd3", "sd3"),
+    ):
+        config, _ = apply_snapshot(least(model={"backend": ours}), snapshot({**METADATA, "backend": theirs}))
+        assert config.model.backend == expected
+    with pytest.raises(
+        InputError, match=r"model.backend=flux: .* was made for the family sd3: choose a table for flux"
+    ):
+        apply_snapshot(least(model={"backend": "flux"}), snapshot({**METADATA, "backend": "sd3"}))
 
 
 def test_override_has_the_last_word():

@@ -23,6 +23,7 @@ import training.ppo.training_run as training_run
 from errors import InputError
 from files import only_writer
 from models import clip, registry
+from tests.tiny_families import save_tiny_family
 from training.ppo import rewards
 from training.ppo.checkpoint import load_checkpoint
 from training.ppo.config import load_config
@@ -35,6 +36,7 @@ from training.runs.checkpoint import best_path, newest_checkpoint, step_path
 from training.runs.command_line import spread
 from training.runs.configuration import config_hash
 from training.runs.run_folder import RunFolder, read_metrics
+from training.snapshot import save_snapshot
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -92,6 +94,44 @@ def test_override_takes_all_values_up_to_the_next_option():
         *("--override", "a=1", "--override", "b=2", "--device", "cpu", "--override=c=3", "--override", "d=4")
     ]
     assert spread(["--dry-run", "stray"]) == ["--dry-run", "stray"]
+
+
+def test_a_public_table_of_flow_matching_is_tuned_exported_and_replayed(config: Path, tmp_path: Path):
+    """By the shipped configuration of its family, with a tiny model and reward in the place of the large ones."""
+    metadata = {
+        "dataset_name": "ms_coco",
+        "backend": "sd3",
+        "backend_config": {"resolution": 512},
+        "guidance_type": "cfg",
+        "guidance_rate": 4.5,
+        "schedule_type": "flowmatch",
+        "schedule_rho": 1.0,
+    }
+    table = save_snapshot(tmp_path / "table" / "network-snapshot-000001.pkl", START, metadata)
+    model = save_tiny_family("sd3", tmp_path / "model")
+    tiny = [f"data.predictor_snapshot={table}", f"data.prompt_csv={config.parent / 'train.csv'}"]
+    tiny += [f"model.model_path={model}", "model.height=16", "model.width=16", "model.dtype=float32"]
+    tiny += [
+        f"reward.weights_path={config.parent / 'reward.pt'}",
+        "ppo.steps=1",
+        f"run.output_root={tmp_path / 'exps'}",
+    ]
+    tiny += ["ppo.rollout_batch_size=8", "ppo.minibatch_size=8"]
+    shipped = "training/ppo/cfgs/sd3_512.yaml"
+    result = launch("--config", shipped, "--device", "cpu", "--override", *tiny)
+    assert result.exit_code == 0, result.output
+    assert "model.height=16 by --override" in result.output
+    folder = only_run(tmp_path / "exps")
+    assert export_of(folder).exit_code == 0
+    asked = ["--predictor_path", str(folder.path), "--prompt", "a", "--seeds", "0", "--outdir", str(tmp_path / "out")]
+    drawn = CliRunner().invoke(sample.main, asked)
+    assert drawn.exit_code == 0, drawn.output
+    assert "3 grid points (flowmatch), guidance 4.5" in drawn.output
+    with Image.open(next((tmp_path / "out").glob("*.png"))) as image:
+        assert image.size == (16, 16)
+    wrong = launch("--config", shipped, "--device", "cpu", "--override", *tiny, "model.backend=flux")
+    assert wrong.exit_code == 2
+    assert "was made for the family sd3: choose a table for flux" in wrong.output
 
 
 def test_a_stray_argument_is_refused(config: Path):
