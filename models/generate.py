@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import Conditioning, Denoiser
 from models.devices import to_device
@@ -36,15 +37,34 @@ def initial_noise(
     return to_device(torch.stack(rows).to(dtype), device)
 
 
+def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """function(*inputs), of which a backward pass keeps the inputs alone, and computes the rest again (no new draws).
+
+    The memory of a chain of such calls is that of one of them; it takes about a third more time.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def conditioned(
-    denoiser: Denoiser, conditioning: Conditioning, measure: Measure = nullcontext, asked: Asked = int
+    denoiser: Denoiser,
+    conditioning: Conditioning,
+    measure: Measure = nullcontext,
+    asked: Asked = int,
+    *,
+    recompute: bool = False,
 ) -> Denoise:
-    """The closure that a sampler asks: D(x, sigma), or D(x, sigma, guidance) by a table with guidance."""
+    """The closure that a sampler asks: D(x, sigma), or D(x, sigma, guidance) by a table with guidance.
+
+    recompute: each call as in `recomputed`, where a gradient is asked for.
+    """
 
     def denoise(x: Tensor, sigma: Tensor, *guidance: Tensor) -> Tensor:
         asked(len(x))
         with measure("network"):
-            return denoiser.denoise(x, sigma, conditioning, *guidance)
+            inputs = (x, sigma, conditioning, *guidance)
+            return recomputed(denoiser.denoise, *inputs) if recompute else denoiser.denoise(*inputs)
 
     return denoise
 
@@ -72,11 +92,13 @@ def bounded(latents: Tensor) -> tuple[Tensor, Tensor]:
     return latents.nan_to_num(0.0, LATENT_LIMIT, -LATENT_LIMIT).clamp(-LATENT_LIMIT, LATENT_LIMIT), _whole(inside)
 
 
-@torch.no_grad()
 def decode(denoiser: Denoiser, latents: Tensor, chunk_size: int = 16) -> Decoded:
-    """Images of latents [N, C, H, W], at most `chunk_size` decoded at once; see `Decoded` for those that are lost."""
+    """Images of latents [N, C, H, W], at most `chunk_size` decoded at once; see `Decoded` for those that are lost.
+
+    Differentiable in the latents, a chunk at a time (`recomputed`).
+    """
     within, solved = bounded(latents)
-    images = denoiser.decode(within, chunk_size)
+    images = torch.cat([recomputed(denoiser.decode, part, chunk_size) for part in within.split(chunk_size)])
     return Decoded(images.nan_to_num(0.0, 1.0, 0.0), solved, _whole(images.isfinite()))
 
 

@@ -40,13 +40,11 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from errors import InputError
 from models.denoiser import Denoiser
@@ -107,15 +105,7 @@ class Task:
     def bind(self, prompts: Sequence[str]) -> Denoise:
         """The solver's view of the model for these prompts."""
         conditioning = self.denoiser.encode(prompts, self.guidance_scale)
-        estimate = conditioned(self.denoiser, conditioning)
-        if self.recompute:
-            estimate = partial(checkpoint, estimate, use_reentrant=False)
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            self.progress(len(x))
-            return estimate(x, sigma)
-
-        return denoise
+        return conditioned(self.denoiser, conditioning, asked=self.progress, recompute=self.recompute)
 
     def read_out(self, latents: Tensor) -> Tensor:
         """What the last states are compared by, [N, ...]."""

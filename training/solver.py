@@ -283,7 +283,6 @@ class Solver:
             return SAMPLERS["epd"](denoise, x, self.sigmas, self.table, afs=self.afs)
         return SAMPLERS[self.sampler](denoise, x, self.sigmas, afs=self.afs, **(self.options or {}))
 
-    @torch.no_grad()
     def latents(
         self,
         denoiser: Denoiser,
@@ -300,7 +299,8 @@ class Solver:
         At most `batch_size` are carried at once (None: all). A latent depends on its prompt, its seed and the solver
         only. The noise and the text embeddings are identical to the last bit in every batch; the network's matrix
         products may be summed in another order when the batch has another size, which moves latents by a few units of
-        the last place a step.
+        the last place a step. Differentiable in the solver's numbers, one evaluation of the network at a time
+        (`models.generate.recomputed`).
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"need as many prompts as seeds, and at least one: got {len(prompts)} and {len(seeds)}")
@@ -314,7 +314,7 @@ class Solver:
             with measure("solver"):
                 noise = initial_noise(seeds[rows], denoiser.latent_shape, device=denoiser.device, dtype=dtype)
                 # The table stays on the host, where it is checked and multiplied out without a word to the device.
-                denoise = conditioned(denoiser, conditioning, measure, asked)
+                denoise = conditioned(denoiser, conditioning, measure, asked, recompute=True)
                 batches.append(self.select(rows).solve(denoise, noise))
         return torch.cat(batches)
 

@@ -133,10 +133,12 @@ class RLRunner:
             None if sigmas is None else sigmas[samples],
         )
 
-    @torch.no_grad()
     def score(self, outcome: Images) -> Scores:
-        """Reward the images of all processes; images that are not finite are not shown to the reward and get NaN."""
-        with self.clock.measure("reward"):
+        """Reward the images of all processes; images that are not finite are not shown to the reward and get NaN.
+
+        Differentiable in pixels that require a gradient, in a run of one process.
+        """
+        with torch.set_grad_enabled(outcome.pixels.requires_grad), self.clock.measure("reward"):
             finite = outcome.finite.to(outcome.pixels.device)
             prompts = [text for text, keep in zip(outcome.prompts, finite.tolist(), strict=True) if keep]
             raw = self.reward.raw_scores(outcome.pixels[finite], prompts) if prompts else {}
@@ -144,7 +146,6 @@ class RLRunner:
             self.reward.observe(parts)
             return Scores(self.reward.combine(parts).double(), parts)
 
-    @torch.no_grad()
     def sample_images(
         self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int], sigmas: Tensor | None = None
     ) -> Images:
@@ -153,17 +154,20 @@ class RLRunner:
         `sigmas`: noise levels for all [S + 1] or for each [N, S + 1], or None for the solver's.
 
         Runs in micro-batches of at most `max_rows` network rows; where the device's memory does not suffice they are
-        halved, for this and all later calls.
+        halved, for this and all later calls. Differentiable in the numbers that require a gradient.
 
         Raises:
             InputError: the memory does not suffice for one image.
         """
         solver = self.solver.with_numbers(table, sigmas)
+        numbers = (*table.columns().values(), *(() if sigmas is None else (sigmas,)))
+        differentiable = torch.is_grad_enabled() and any(part.requires_grad for part in numbers)
         pixels, finite = [], []
         start = 0
         while start < len(prompts):
             rows = slice(start, min(start + self._micro_batch(solver), len(prompts)))
-            result = self._sample_if_it_fits(solver.select(rows), prompts[rows], seeds[rows])
+            with torch.set_grad_enabled(differentiable):
+                result = self._sample_if_it_fits(solver.select(rows), prompts[rows], seeds[rows])
             if result is None:
                 self._halve(rows.stop - rows.start, solver)
                 continue

@@ -13,13 +13,14 @@ from transformers import CLIPModel, CLIPTokenizer
 from errors import InputError
 from models import clip
 from models.devices import check_memory, to_device
+from models.generate import recomputed
 from models.recent import RecentTensors
 
 log = logging.getLogger(__name__)
 
 
 class ClipScorer:
-    """A frozen CLIP model that is never asked for gradients."""
+    """A frozen CLIP model; its scores are differentiable in the images."""
 
     def __init__(
         self,
@@ -94,7 +95,6 @@ class ClipScorer:
                 *(self.name, self._context_length - 2, cut, len(different)),  # without the marks of start and end
             )
 
-    @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
         """Embed images [N, 3, H, W] in [0, 1]: [N, D] float32, projected but not normalised, on the reward's device.
 
@@ -131,13 +131,14 @@ class ClipScorer:
     def _embed_if_it_fits(self, images: Tensor) -> Tensor | None:
         """Features of one batch, or None when the device ran out of memory: past the handler, what it held is free."""
         try:
-            pixels = clip.preprocess(
-                images.to(self.device, non_blocking=True), self.model.config.vision_config.image_size
-            )
-            with self._autocast():
-                return clip.image_features(self.model, pixels).float()
+            return recomputed(self._embed, images)
         except torch.OutOfMemoryError:
             return None
+
+    def _embed(self, images: Tensor) -> Tensor:
+        pixels = clip.preprocess(images.to(self.device, non_blocking=True), self.model.config.vision_config.image_size)
+        with self._autocast():
+            return clip.image_features(self.model, pixels).float()
 
     def _halve(self, images: int) -> None:
         """Remember that `images` at once were too many."""

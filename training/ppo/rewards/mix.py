@@ -25,6 +25,7 @@ class RunningMoments:
 
     def add(self, values: Tensor) -> None:
         """Take in the finite ones of `values` [N]."""
+        values = values.detach()
         finite = values[values.isfinite()].double()
         if not len(finite):
             return

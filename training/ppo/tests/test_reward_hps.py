@@ -150,13 +150,14 @@ def test_how_many_prompts_are_cut_is_said_in_one_line(path, images, caplog):
     assert not caplog.records
 
 
-def test_no_gradient_is_kept_but_scores_can_weigh_a_loss(path, images):
-    reward = RewardHPS(path)
-    scores = reward.score(images.requires_grad_(True), PROMPTS)
-    assert not scores.requires_grad
-    log_ratio = torch.zeros(5, requires_grad=True)
-    (log_ratio.exp() * scores).sum().backward()
-    assert torch.equal(log_ratio.grad, scores)
+def test_scores_are_differentiable_in_the_images_alone(path, images):
+    reward = RewardHPS(path, batch_size=2)
+    assert not reward.score(images, PROMPTS).requires_grad  # the weights ask for no gradient
+    step = 1e-2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    inside = (0.1 + 0.8 * images).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward.score(inside, PROMPTS).sum(), inside)
+    difference = reward.score(inside.detach() + step, PROMPTS) - reward.score(inside.detach() - step, PROMPTS)
+    torch.testing.assert_close(2 * (gradient * step).flatten(1).sum(1), difference, rtol=0.03, atol=1e-4)
 
 
 def test_a_nan_pixel_spoils_its_own_score_alone(path, images):

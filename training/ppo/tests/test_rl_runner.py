@@ -85,6 +85,36 @@ def test_each_image_comes_from_its_own_columns_and_noise_levels(train):
     assert not torch.allclose(images.pixels, other, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", DRAWN)
+def test_rewards_are_differentiable_in_every_number_by_the_road_that_scores_them(name):
+    """Against finite differences; the network's calls are made again, one by one, for the backward pass."""
+    table, sigmas = drawn()
+    denoiser = GaussianDenoiser()
+    rolled = runner(denoiser, max_rows=28)
+
+    def rewards(entries):
+        numbers = {**table.columns(), "grid": sigmas, name: entries}
+        levels = numbers.pop("grid")
+        return rolled.score(rolled.roll_out(EPDTable(**numbers), batch(), 7, levels)).rewards
+
+    start = {**table.columns(), "grid": sigmas}[name]
+    entries = start.clone().requires_grad_()
+    scores = rewards(entries)
+    calls = len(denoiser.rows)
+    (gradient,) = torch.autograd.grad(scores.sum(), entries)
+    assert len(denoiser.rows) > calls
+    place = {"grid": (..., 1), "history": (..., 1, 0), "direction_history": (..., 1, 0)}.get(name, (..., 1, 1))
+    step = torch.zeros_like(start)
+    step[place] = 1e-3 if name != "grid" else 3e-3
+    if name == "weights":
+        step[..., 1, 0] = -1e-3  # so that they sum to 1
+    difference = rewards(start + step) - rewards(start - step)
+    slope = 2 * (gradient * step).flatten(1).sum(1)
+    torch.testing.assert_close(slope, difference, rtol=2e-2, atol=3e-7)
+    assert slope.abs().max() > 1e-5
+    assert not rewards(start).requires_grad
+
+
 def asked(denoiser, conditioning, x, sigma, *guidance):
     return denoiser.denoise(x, sigma, conditioning, *guidance)
 
