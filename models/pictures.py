@@ -7,9 +7,9 @@ import struct
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ DAMAGED_EXIF = (struct.error, ValueError, TypeError, KeyError, SyntaxError, Zero
 NO_IMAGES_OF_OWN = ("__MACOSX", "@eaDir")  # folders beside the hidden ones that systems fill with copies
 LARGEST = 25_000_000  # pixels of an image that is read: on its way to RGB each may take twenty bytes
 LARGE = 8_000_000  # pixels: of larger images one is unpacked at a time
-_ONE_LARGE = Lock()
+_ONE_LARGE = RLock()
 MARGIN = 8  # pixels around every cell and caption
 FONT_SIZE = 14
 SMALLEST_CELL = 128  # pixels: smaller images are enlarged by a whole factor, without smoothing
@@ -43,10 +43,13 @@ def opened_picture(file: Path) -> Iterator[Image.Image]:
     try:
         if not file.is_file():
             raise ValueError("there is no such file")
-        with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > LARGEST:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, above {LARGEST:,} in all")
-            with _ONE_LARGE if image.width * image.height > LARGE else nullcontext():
+        with ExitStack() as alone:
+            alone.enter_context(_ONE_LARGE)  # before it is opened: of a WebP that already takes a canvas
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > LARGEST:
+                    raise ValueError(f"it has {image.width} x {image.height} pixels, above {LARGEST:,} in all")
+                if image.width * image.height <= LARGE:
+                    alone.close()
                 image.load()
                 yield image
     except Exception as error:  # damaged files raise many kinds

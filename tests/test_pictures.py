@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import subprocess
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -80,3 +81,21 @@ def test_a_damaged_file_is_refused_wherever_it_breaks(tmp_path):
 def test_images_are_read_in_one_place():
     opened = {module for module, call in calls_of("open") if ast.unparse(call.func) == "Image.open"}
     assert opened == {"models.pictures"}
+
+
+@pytest.mark.parametrize(("side", "together"), [(64, True), (3000, False)])
+def test_while_a_large_picture_is_unpacked_no_other_is_opened(tmp_path, side, together):
+    for name in ("first", "second"):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.webp")
+    opened = Event()
+
+    def open_second():
+        with opened_picture(tmp_path / "second.webp"):
+            opened.set()
+
+    second = Thread(target=open_second)
+    with opened_picture(tmp_path / "first.webp"):
+        second.start()
+        assert opened.wait(timeout=30 if together else 1) == together
+    second.join()
+    assert opened.is_set()
