@@ -6,13 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import TimeoutExpired
-from types import MappingProxyType
 
-from benchmarks import search_cma_es
 from errors import InputError
 from interrupts import Interrupted, Interrupts
 from models.asset_table import ROOT
@@ -24,9 +22,8 @@ from training.runs.configuration import Disagreements, Schema, knob, to_plain
 from training.runs.run_folder import RunFolder
 from training.solver import CLASSICAL, TRIED_SCHEDULES, load_solver, parse_classical, parse_schedule
 
-PPO, CMA_ES = "ppo", "cma_es"
-COMMANDS: Mapping[str, str] = MappingProxyType({PPO: "training.ppo.launch", CMA_ES: search_cma_es.MODULE})
-"""The module that carries out each kind of search."""
+COMMAND = "training.ppo.launch"
+"""The module that carries out a run."""
 
 SHOWN_LINES = 5  # of the log of a run that failed
 
@@ -37,24 +34,22 @@ class Arm:
 
     Attributes:
         config: the runs' configuration file, as for `training.ppo.launch`.
-        overrides: its overrides, `section.key=value`.
+        overrides: its overrides, `section.key=value`; `search.method=cma_es` for another search than PPO.
         seeds: run.seed of each run.
         starts: data.predictor_snapshot of each run: a snapshot, its folder, or an experiment number in exps/.
-        search: `ppo` or `cma_es`.
     """
 
     config: str = ""
     overrides: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     starts: list[str] = field(default_factory=list)
-    search: str = PPO
 
 
 @dataclass
 class Study:
     """A study file."""
 
-    arms: dict[str, Arm] = knob({}, "name -> config, overrides, seeds, starts, search", required=True)  # noqa: RUF009
+    arms: dict[str, Arm] = knob({}, "name -> config, overrides, seeds, starts", required=True)  # noqa: RUF009
     heldout_prompts: str = knob("src/prompts/shapes_heldout.csv", "prompts that no run and no watch has seen")
     heldout_count: int = knob(512, "held-out images of each table: prompts from the top, one image each", at_least=2)
     heldout_seed: int = knob(0, "seed of the first held-out image; the next has the next seed", at_least=0, below=2**62)
@@ -92,8 +87,6 @@ def _arm_faults(name: str, arm: Arm) -> Iterator[str]:
         yield ": the name becomes a part of folder names: use letters, digits, _ and - only"
     if not arm.config:
         yield ".config is not set"
-    if arm.search not in COMMANDS:
-        yield f".search={arm.search!r} must be one of {', '.join(COMMANDS)}"
     for key, values in (("seeds", arm.seeds), ("starts", arm.starts)):
         if not values or len(set(values)) < len(values):
             yield f".{key}={values!r} must name at least one, and none twice"
@@ -108,14 +101,12 @@ class PlannedRun:
 
     Attributes:
         arm: its arm's name.
-        search: which command carries it out.
         config_path, overrides: what that is told.
         seed: run.seed.
         start: its configuration, settled, and the table that it starts from.
     """
 
     arm: str
-    search: str
     config_path: str
     overrides: tuple[str, ...]
     seed: int
@@ -173,15 +164,13 @@ def _planned(name: str, arm: Arm, source: str, seed: int, root: Path) -> Planned
         f"run.run_name={name}-{load_solver(source).label}-seed{seed}",
     )
     start = prepare(load_config(arm.config, overrides))
-    if arm.search == CMA_ES:
-        start = search_cma_es.prepared_for_search(start, None)
     steps, interval = start.config.ppo.steps, start.config.logging.eval_interval
     if not 0 < interval < steps:
         raise InputError(
             f"arms.{name}: logging.eval_interval={interval} of {steps} steps: a plateau needs at least two evaluations "
             f"after the start; set it to {max(1, steps // 10)}"
         )
-    return PlannedRun(name, arm.search, arm.config, overrides, seed, start)
+    return PlannedRun(name, arm.config, overrides, seed, start)
 
 
 def begun(run: PlannedRun, root: Path) -> RunFolder | None:
@@ -236,7 +225,7 @@ def carry_out(run: PlannedRun, root: Path, device: str | None, log: Path) -> Out
         told = ["--resume", str(folder.path)]
     else:
         told = ["--config", run.config_path, "--override", *run.overrides]
-    code = run_command(COMMANDS[run.search], [*told, *(["--device", device] if device else [])], log)
+    code = run_command(COMMAND, [*told, *(["--device", device] if device else [])], log)
     folder = begun(run, root)
     if folder is not None and is_finished(run, folder):
         return Outcome(run, folder, None)

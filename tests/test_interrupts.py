@@ -26,7 +26,6 @@ COMMANDS = [
     ["-m", "scripts.finetune"],
     ["-m", "scripts.eval"],
     ["-m", "scripts.verify_images"],
-    ["-m", "benchmarks.search_cma_es"],
 ]
 COMMAND = """
 import gc, os, signal, sys, time

@@ -19,7 +19,7 @@ import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from benchmarks import search_cma_es, tuning_runs
+from benchmarks import tuning_runs
 from benchmarks.tuning_results import (
     OVER_BOTH,
     OVER_PROMPTS,
@@ -93,7 +93,10 @@ def test_shipped_studies_plan_their_runs(path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_arms_overrides_reach_its_runs(world: Path, tmp_path: Path):
-    arms = {"one": arm(world, overrides=["ppo.steps=7"], seeds=[4, 5]), "two": arm(world, search="cma_es")}
+    arms = {
+        "one": arm(world, overrides=["ppo.steps=7"], seeds=[4, 5]),
+        "two": arm(world, overrides=["search.method=cma_es"]),
+    }
     runs = plan_runs(SCHEMA.load(study_file(world, tmp_path / "s.yaml", arms)).config, tmp_path)
     assert [run.name for run in runs] == ["one-epd-start-seed4", "one-epd-start-seed5", "two-epd-start-seed0"]
     assert [run.images for run in runs] == [56, 56, 32]
@@ -102,8 +105,7 @@ def test_an_arms_overrides_reach_its_runs(world: Path, tmp_path: Path):
         with pytest.raises(InputError, match=rf"arms\.blind: logging\.eval_interval={interval} of 4 steps"):
             plan_runs(SCHEMA.load(study_file(world, tmp_path / "s.yaml", arms)).config, tmp_path)
     assert [run.start.config.run.seed for run in runs] == [4, 5, 0]
-    assert runs[2].start.config.ppo.rloo_k == 8  # the population, not the configuration's 4
-    assert runs[2].start.config.ppo.shared_noise
+    assert runs[2].start.config.search.population == 8
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,6 @@ def test_an_arms_overrides_reach_its_runs(world: Path, tmp_path: Path):
         ({"a": {"config": "c", "seeds": [0, 0], "starts": ["1"]}}, {}, "arms.a.seeds=[0, 0] must name"),
         ({"a": {"config": "c", "seeds": [0], "starts": []}}, {}, "arms.a.starts=[] must name"),
         ({"a/b": {"config": "c", "seeds": [0], "starts": ["1"]}}, {}, "letters, digits, _ and - only"),
-        ({"a": {"seeds": [0], "starts": ["1"], "search": "sgd"}}, {}, "must be one of ppo, cma_es"),
         ({"a": {"config": "c", "seeds": [0], "starts": ["1"]}}, {"solvers": ["eular"]}, "unknown solver 'eular'"),
         ({"a": {"config": "c", "seeds": [0], "starts": ["1"]}}, {"schedules": []}, "schedules is empty"),
         ({"a": {"config": "c", "seeds": [0], "starts": ["1"]}}, {"plateau": 1}, "plateau=1 must be at least 2"),
@@ -189,7 +190,7 @@ def test_a_run_that_fails_is_told_with_its_last_words(
     world: Path, modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (modules / "fails.py").write_text("import sys\nprint('all went well\\rno: the disk is full')\nsys.exit(2)\n")
-    monkeypatch.setattr(tuning_runs, "COMMANDS", {"ppo": "fails"})
+    monkeypatch.setattr(tuning_runs, "COMMAND", "fails")
     (run,) = plan_runs(SCHEMA.load(study_file(world, tmp_path / "s.yaml", {"a": arm(world)})).config, tmp_path / "runs")
     outcome = carry_out(run, tmp_path / "runs", None, tmp_path / "a.log")
     assert outcome.folder is None
@@ -320,9 +321,8 @@ def made(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder with three runs: PPO's seed 0 and CMA-ES finished, PPO's seed 1 stopped before its last step."""
     output = tmp_path_factory.mktemp("study") / "out"
     for run in plan_runs(SCHEMA.load(whole_study(world, output.parent)).config, output / "runs"):
-        command = launch_command if run.search == "ppo" else search_cma_es.main
         if run.arm != "broken":
-            result = CliRunner().invoke(command, ["--config", run.config_path, "--override", *run.overrides])
+            result = CliRunner().invoke(launch_command, ["--config", run.config_path, "--override", *run.overrides])
             assert result.exit_code == 0, result.output
     (stopped,) = (output / "runs").glob("*-ppo-epd-start-seed1")
     step_path(RunFolder(stopped).checkpoints, 4).unlink()
@@ -332,7 +332,7 @@ def made(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole_study(world: Path, folder: Path) -> Path:
     arms = {
         "ppo": arm(world, seeds=[0, 1]),
-        "cma": arm(world, search="cma_es"),
+        "cma": arm(world, overrides=["search.method=cma_es"]),
         "broken": arm(world, overrides=["logging.panel=null"]),
     }
     return study_file(world, folder / "whole.yaml", arms)
@@ -341,13 +341,13 @@ def whole_study(world: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def studied(world: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     modules = tmp_path_factory.mktemp("modules")
-    # PPO's true command, but for the arm that is to fail.
+    # The true command, but for the arm that is to fail.
     (modules / "often.py").write_text(
         "import sys\nfrom training.ppo.launch import main\n"
         "sys.exit('no more memory') if 'logging.panel=null' in sys.argv else main()\n"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning_runs, "COMMANDS", {"ppo": "often", "cma_es": search_cma_es.MODULE})
+        patch.setattr(tuning_runs, "COMMAND", "often")
         patch.setenv("PYTHONPATH", str(modules))
         result = study(whole_study(world, made.parent), made)
     return made, result

@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from torch.distributions.constraint_registry import biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import AffineTransform, Transform
+from torch.nn.utils import parameters_to_vector
 
 from errors import InputError
 from schedules import from_log_gaps, log_gaps
@@ -142,13 +143,13 @@ class SolverParameters(nn.Module):
     """Free parameters for the learned parts of one solver; all else stays what it is.
 
     At first the solver is the one that was given, to rounding. Parameters are float64, `free.<part>`; `table()` and
-    `sigmas()` are differentiable in them.
+    `sigmas()` are differentiable in them. The buffer `base` [n] holds what they were at first.
     """
 
     def __init__(
         self,
         table: EPDTable,
-        sigmas: Tensor,
+        sigmas: Tensor | None,
         learned: Sequence[str],
         scale_bounds: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
@@ -157,7 +158,7 @@ class SolverParameters(nn.Module):
         Args:
             table: one table of S intervals, positions increasing where they are learned. A learned column that it has
                 not begins at its neutral value; guidance has none, so a table must have it where it is learned.
-            sigmas: the noise levels, [S + 1].
+            sigmas: the noise levels, [S + 1]; None where they are not known, and not learned.
             learned: of `PARTS`, those of which something can vary in such a table.
             scale_bounds: a for scale_dir or scale_time, whose scales then stay in (1 - a, 1 + a).
         """
@@ -166,36 +167,50 @@ class SolverParameters(nn.Module):
         self._start |= {
             name: neutral_entries(name, table) for name in learned if name != GRID and name not in self._start
         }
-        self._start[GRID] = sigmas.detach().to(device="cpu", dtype=torch.float64)
+        if sigmas is not None:
+            self._start[GRID] = sigmas.detach().to(device="cpu", dtype=torch.float64)
         self._transforms: dict[str, Transform] = {}
         self.free = nn.ParameterDict()
         for name in learned:
-            part = PARTS[name]
-            self._transforms[name] = _transform(part, table.num_intervals, scale_bounds.get(name))
-            rows = part.rows(part.by_interval(self._start[name]))
-            self.free[name] = nn.Parameter(self._transforms[name].inv(_raised(part, rows)))
+            self._transforms[name] = _transform(PARTS[name], table.num_intervals, scale_bounds.get(name))
+            self.free[name] = nn.Parameter(self.free_of(name, self._start[name]))
+        self.base: Tensor
+        self.register_buffer("base", parameters_to_vector(self.parameters()).detach().clone())
 
     @property
     def learned(self) -> tuple[str, ...]:
         """The learned parts."""
         return tuple(self._transforms)
 
-    def table(self) -> EPDTable:
-        """The table, float64 on the CPU. Raises ValueError where the parameters have left the range of numbers."""
-        return EPDTable(**{name: self._entries(name) for name in self._start if name != GRID})
+    def free_of(self, name: str, entries: Tensor) -> Tensor:
+        """The free numbers that make these entries of a learned part, one solver's or a batch's."""
+        part = PARTS[name]
+        return self._transforms[name].inv(_raised(part, part.rows(part.by_interval(entries))))
+
+    def numbers(self) -> dict[str, Tensor]:
+        """The entries of the learned parts, on the CPU."""
+        made = {name: _raised(PARTS[name], self._transforms[name](free.cpu())) for name, free in self.free.items()}
+        return {name: PARTS[name].entries(rows, self._start[name]) for name, rows in made.items()}
+
+    def table(self, numbers: Mapping[str, Tensor] | None = None) -> EPDTable:
+        """The table, float64 on the CPU; with other learned `numbers` than its own where some are given.
+
+        Raises ValueError where the parameters have left the range of numbers.
+        """
+        entries = {**self._start, **(self.numbers() if numbers is None else numbers)}
+        return EPDTable(**{name: part for name, part in entries.items() if name != GRID})
 
     def sigmas(self) -> Tensor:
         """The noise levels, float64 [S + 1]. Raises ValueError where the parameters have left the range of numbers."""
-        levels = self._entries(GRID)
+        levels = {**self._start, **self.numbers()}[GRID]
         if not (levels.diff() < 0).all():
             raise ValueError(f"the noise levels no longer descend: {levels.tolist()}")
         return levels
 
-    def _entries(self, name: str) -> Tensor:
-        if name not in self._transforms:
-            return self._start[name]
-        part = PARTS[name]
-        return part.entries(_raised(part, self._transforms[name](self.free[name])), self._start[name])
+    @torch.no_grad()
+    def mean(self) -> tuple[EPDTable, Tensor | None]:
+        """The table, and where they are learned the noise levels, detached. Raises ValueError as they do."""
+        return self.table(), self.sigmas() if GRID in self.learned else None
 
 
 def _transform(part: Part, num_intervals: int, scale_bound: float | None) -> Transform:

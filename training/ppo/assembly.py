@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
 
 from errors import InputError
 from models.denoiser import Denoiser
@@ -20,17 +20,16 @@ from models.prompts import read_prompts
 from models.registry import check_assets, default_guidance_scale, load_denoiser, traits_of
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
-from training.parameters import GRID
+from training.parameters import GRID, PARTS
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
-from training.ppo.cold_start import ColdStart, prepare_table
-from training.ppo.config import Config, apply_snapshot, model_options, with_usual
+from training.ppo.cold_start import ColdStart, prepare_table, trainable
+from training.ppo.config import Config, apply_snapshot, group_size, model_options, with_usual
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch
 from training.ppo.panels import SHAPES, VerifierPanel, require_verifiable
-from training.ppo.policy import EPDParamPolicy
-from training.ppo.ppo_trainer import PPOTrainer, Trainer
 from training.ppo.rewards import Reward, build_reward, find_reward_files, load_reward
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptStream
+from training.ppo.search import Policy, Search, method_called
 from training.runs.command_line import started_processes
 from training.runs.configuration import LoadedConfig
 from training.snapshot import is_plain
@@ -95,11 +94,19 @@ class Costs:
         return [
             f"num_steps {model.num_steps} ({model.num_steps - 1} intervals), num_points {model.num_points}",
             f"{parallel} network calls an image one after another, {rows} network rows ({total} evaluations{guided})",
-            f"{self.images} images a step: {self.prompts} prompts x {ppo.rloo_k} tables",
+            f"{self.images} images a step: {self.prompts} prompts x {group_size(config)} tables",
             f"{self.images * rows} network rows a step",
-            f"{self.updates} updates a step: passes {ppo.ppo_epochs}, minibatches of {ppo.minibatch_size} images",
+            *self._update(config),
             f"{ppo.steps} steps, {ppo.steps * self.images} images in all",
         ]
+
+    def _update(self, config: Config) -> list[str]:
+        passes, minibatch = config.ppo.ppo_epochs, config.ppo.minibatch_size
+        return {
+            "ppo": [f"{self.updates} updates a step: passes {passes}, minibatches of {minibatch} images"],
+            "cma_es": [],
+            "reward_gradient": ["every network row again, and backwards, for the gradient: about four times the work"],
+        }[config.search.method]
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class Parts:
 
     start: Start
     denoiser: Denoiser
-    trainer: Trainer
+    trainer: Search
     judge: HeldoutJudge | None
     watch: HeldoutWatch | None
 
@@ -173,6 +180,7 @@ def start_from_snapshot(loaded: LoadedConfig) -> Start:
         config = replace(config, model=replace(config.model, guidance_type="cfg", guidance_rate=own))
         notes.append(f"guidance {own:g}, the model's own: neither {snapshot.where} nor the configuration names one")
     cold_start = _cold_start(snapshot.table, config)
+    config = _with_population(config, cold_start.table)
     return Start(config, snapshot, _settled(snapshot, config, cold_start.table), (*notes, *cold_start.repairs))
 
 
@@ -196,6 +204,26 @@ def _cold_start(table: EPDTable, config: Config) -> ColdStart:
             "ppo.train names guidance, and model.guidance_type=uncond is without any: leave one of them out"
         )
     return prepare_table(table, config.ppo.train, guidance_scale=guidance_scale(config))
+
+
+def _with_population(config: Config, table: EPDTable) -> Config:
+    """The configuration with the population of CMA-ES that null stands for.
+
+    That is the largest divisor of a step's images that is at most CMA-ES's own default, 4 + 3 log n for n parameters.
+    """
+    search, images = config.search, config.ppo.rollout_batch_size
+    if search.method != "cma_es" or search.population is not None:
+        return config
+    names = trainable(table, config.ppo.train)
+    parameters = sum(PARTS[name].free(table.num_intervals, table.num_points) for name in names)
+    usual = 4 + int(3 * math.log(parameters))
+    population = max(size for size in range(1, usual + 1) if images % size == 0)
+    if population < 2:
+        raise InputError(
+            f"ppo.rollout_batch_size={images} images cannot be shared out among 2 to {usual} candidates, of which each "
+            f"needs as many: set it to a multiple of search.population"
+        )
+    return replace(config, search=replace(search, population=population))
 
 
 def to_plain(start: Start) -> dict[str, Any]:
@@ -250,7 +278,7 @@ def costs(start: Start) -> Costs:
     return Costs(
         evaluations=solver.evaluations,
         images=config.ppo.rollout_batch_size,
-        prompts=config.ppo.rollout_batch_size // config.ppo.rloo_k,
+        prompts=config.ppo.rollout_batch_size // group_size(config),
         updates=config.ppo.ppo_epochs * updates_a_pass,
     )
 
@@ -263,6 +291,7 @@ def path_faults(config: Config) -> Iterator[str]:
         (f"run.output_root={config.run.output_root}", lambda: _check_writable(Path(config.run.output_root))),
         (f"run.device={config.run.device}", lambda: resolve_device(config.run.device)),
     ]
+    checks.append((f"search.method={config.search.method}", lambda: method_called(config.search.method)))
     if config.data.prompt_csv is not None:
         checks.append((f"data.prompt_csv={config.data.prompt_csv}", lambda: _read_prompts(config.data.prompt_csv)))
     if spec is not None:
@@ -325,7 +354,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
         denoiser,
         start.solver,
         reward,
-        group_size=ppo.rloo_k,
+        group_size=group_size(config),
         shared_noise=ppo.shared_noise,
         seed=config.run.seed,
         max_rows=ppo.max_rows,
@@ -333,7 +362,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
         shard=_shard(fabric),
     )
     stream = PromptStream(prompts, shuffle=config.data.shuffle, seed=config.run.seed)
-    trainer = PPOTrainer(make_policy(start), runner, stream, ppo, seed=config.run.seed)
+    trainer = method_called(config.search.method).make_search(make_policy(start), runner, stream, config)
     heldout = _heldout_prompts(config) if config.logging.eval_interval else []
     denoiser.validate_prompts(heldout)
     panel = _panel(config, denoiser) if heldout else None
@@ -354,25 +383,15 @@ def build(start: Start, fabric: Fabric) -> Parts:
     return Parts(start, denoiser, trainer, judge, HeldoutWatch(reward))
 
 
-def make_policy(start: Start) -> EPDParamPolicy:
-    """The policy before its first update: its mean is the start. A grid can be trained of a settled start only."""
-    ppo = start.config.ppo
-    return EPDParamPolicy(
-        start.table,
-        sigmas=start.solver.sigmas,
-        train=ppo.train,
-        concentration=ppo.dirichlet_concentration,
-        grid_concentration=ppo.grid_concentration,
-        scale_std=ppo.scale_std,
-        guidance_std=ppo.guidance_std,
-        history_std=ppo.history_std,
-        seed=start.config.run.seed,
-    )
+def make_policy(start: Start) -> Policy:
+    """What the search moves, before its first step: its mean is the start.
+
+    A grid can be trained of a settled start only.
+    """
+    return method_called(start.config.search.method).make_policy(start.solver, start.config)
 
 
-def policy_of(
-    start: Start, state: Mapping[str, Any], checkpoint: Path, device: torch.device | None = None
-) -> EPDParamPolicy:
+def policy_of(start: Start, state: Mapping[str, Any], checkpoint: Path, device: torch.device | None = None) -> Policy:
     """The policy in a checkpoint's `state`, on `device` (None: the CPU); to be called in `fitting`.
 
     Raises:
@@ -385,20 +404,12 @@ def policy_of(
         if not torch.allclose(buffer, began[name], rtol=0, atol=POLICY_TOLERANCE):
             raise InputError(f"{checkpoint}: its policy did not begin at the table that it names as its start ({name})")
     try:
-        mean = table_to_plain(*mean_of(policy.to(device)))
+        mean = table_to_plain(*policy.to(device).mean())
     except ValueError as error:
         raise InputError(f"{checkpoint}: the policy's mean is no valid table: {error}") from error
     told = table_to_plain(table_from_plain(state["table"]), state["table"].get(GRID))
     require_equal(mean, told, POLICY_TOLERANCE, f"{checkpoint}: the policy's mean")
     return policy
-
-
-@torch.no_grad()
-def mean_of(policy: EPDParamPolicy) -> tuple[EPDTable, Tensor | None]:
-    """The mean table and, where they are trained, the mean noise levels; on the CPU."""
-    distribution = policy()
-    sigmas = distribution.mean_sigmas()
-    return distribution.mean_table().to(device="cpu"), None if sigmas is None else sigmas.cpu()
 
 
 def _panel(config: Config, denoiser: Denoiser) -> Reward | None:

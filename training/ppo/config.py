@@ -162,6 +162,33 @@ class PPOConfig:
     )
 
 
+METHODS = ("ppo", "cma_es", "reward_gradient")
+
+
+@dataclass
+class SearchConfig:
+    """How the solver is moved; what the methods share stands under `ppo`."""
+
+    method: str = knob(
+        "ppo",
+        "ppo: PPO of a distribution over solvers; cma_es: CMA-ES, without gradients; reward_gradient: Adam along the "
+        "gradient of a differentiable reward",
+        choices=METHODS,
+    )
+    population: int | None = knob(
+        None,
+        "cma_es: candidates a generation, each tried on every prompt of the step; null: the largest divisor of "
+        "ppo.rollout_batch_size that is at most CMA-ES's own default",
+        at_least=2,
+    )
+    sigma0: float = knob(
+        1.0, "cma_es: spread of the first candidates, in standard deviations of the draws that ppo would make", above=0
+    )
+    learning_rate: float = knob(
+        0.05, "reward_gradient: Adam's step size at first; a cosine takes it to 0 over ppo.steps", above=0
+    )
+
+
 @dataclass
 class LoggingConfig:
     """What a run writes down, and the held-out watch."""
@@ -196,6 +223,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
@@ -333,6 +361,9 @@ FIXED = (
     "reward.mix",
     "ppo.train",
     *(f"ppo.{key}" for key in dict.fromkeys(drawn.spread for drawn in DRAWN.values())),
+    "search.method",
+    "search.population",
+    "search.sigma0",
     "logging.eval_count",
     "logging.eval_seed",
     "logging.panel",
@@ -346,7 +377,8 @@ SNAPSHOT_KEYS = ("dataset_name", *GUIDANCE_KEYS, *SCHEDULE_KEYS)
 
 def _disagreements(config: Config) -> Disagreements:
     """Values that are each allowed and cannot go together: their keys, why, and what to set instead."""
-    yield from _batch_disagreements(config.ppo, config.run.num_devices * config.run.num_nodes)
+    yield from _batch_disagreements(config)
+    yield from _search_disagreements(config)
     yield from _judge_disagreements(config)
     if fault := name_fault(config.run.run_name):
         yield {"run.run_name"}, fault
@@ -366,30 +398,53 @@ def _disagreements(config: Config) -> Disagreements:
         )
 
 
-def _batch_disagreements(ppo: PPOConfig, devices: int) -> Disagreements:
-    rollout = {"ppo.rollout_batch_size", "ppo.rloo_k"}
+def group_size(config: Config) -> int:
+    """Images on each prompt of a step; of CMA-ES, once its population is settled."""
+    return {"ppo": config.ppo.rloo_k, "cma_es": config.search.population or 1, "reward_gradient": 1}[
+        config.search.method
+    ]
+
+
+def _batch_disagreements(config: Config) -> Disagreements:
+    ppo, group, devices = config.ppo, group_size(config), config.run.num_devices * config.run.num_nodes
+    key = "search.population" if config.search.method == "cma_es" else "ppo.rloo_k"
+    rollout = {"ppo.rollout_batch_size", key}
     update = {"ppo.rollout_batch_size", "ppo.minibatch_size"}
     split = {"run.num_devices", "run.num_nodes"}
-    prompts, rest = divmod(ppo.rollout_batch_size, ppo.rloo_k)
+    prompts, rest = divmod(ppo.rollout_batch_size, group)
     if rest:
-        nearest = max(1, round(ppo.rollout_batch_size / ppo.rloo_k)) * ppo.rloo_k
+        nearest = max(1, round(ppo.rollout_batch_size / group)) * group
         yield (
             rollout,
-            f"ppo.rollout_batch_size={ppo.rollout_batch_size} is not a multiple of ppo.rloo_k={ppo.rloo_k}: "
+            f"ppo.rollout_batch_size={ppo.rollout_batch_size} is not a multiple of {key}={group}: "
             f"every prompt needs a whole group; set ppo.rollout_batch_size={nearest}",
         )
     elif prompts % devices:
-        even = math.ceil(prompts / devices) * devices * ppo.rloo_k
+        even = math.ceil(prompts / devices) * devices * group
         yield (
             rollout | split,
             f"ppo.rollout_batch_size={ppo.rollout_batch_size} holds {prompts} prompts, which cannot be split evenly "
             f"among {devices} devices: set ppo.rollout_batch_size={even}",
         )
-    if ppo.rollout_batch_size % ppo.minibatch_size:
+    if config.search.method == "ppo" and ppo.rollout_batch_size % ppo.minibatch_size:
         yield (
             update,
             f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}: "
             f"updates would weigh images unequally; set ppo.minibatch_size={ppo.rollout_batch_size}",
+        )
+
+
+def _search_disagreements(config: Config) -> Disagreements:
+    method = config.search.method
+    if method == "cma_es" and not config.ppo.shared_noise:
+        yield (
+            {"search.method", "ppo.shared_noise"},
+            "search.method=cma_es tries every candidate on the same noise: set ppo.shared_noise=true",
+        )
+    if method == "reward_gradient" and config.run.num_devices * config.run.num_nodes > 1:
+        yield (
+            {"search.method", "run.num_devices", "run.num_nodes"},
+            "search.method=reward_gradient runs in one process: set run.num_devices=1 and run.num_nodes=1",
         )
 
 

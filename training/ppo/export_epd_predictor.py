@@ -26,7 +26,7 @@ from models.fingerprints import file_sha256
 from models.registry import load_denoiser, pipeline_of
 from solvers import EPDTable
 from training.diffusers_export import write_diffusers
-from training.ppo.assembly import Start, from_plain, guidance_scale, mean_of, policy_of
+from training.ppo.assembly import Start, from_plain, guidance_scale, policy_of
 from training.ppo.checkpoint import largest_difference, load_checkpoint, require_equal, table_to_plain
 from training.ppo.config import SNAPSHOT_KEYS, build_config, model_options
 from training.runs.checkpoint import best_path, fitting, newest_checkpoint
@@ -110,7 +110,7 @@ def read_export(checkpoint: Path, device: torch.device) -> Export:
     with fitting(checkpoint):
         start = from_plain(state["start"], build_config(state["config"], str(checkpoint)).config, checkpoint)
         policy = policy_of(start, state, checkpoint, device)
-    return Export(*mean_of(policy), start, state["step"], checkpoint, state["config_hash"])
+    return Export(*policy.mean(), start, state["step"], checkpoint, state["config_hash"])
 
 
 def write_export(folder: RunFolder, export: Export, *, manifest: bool) -> list[Path]:

@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from files import only_writer, write_atomically
 from interrupts import Interrupted
 from training.ppo.algorithm import learning_rate
 from training.ppo.assembly import (
-    Parts,
     Start,
     build,
     costs,
@@ -84,7 +83,7 @@ def main(
     dry_run: bool,
     device: str | None,
 ) -> None:
-    """Tune a solver table by reinforcement learning.
+    """Tune a solver by rewards: by reinforcement learning, or another search (search.method).
 
     \b
     python -m training.ppo.launch --config training/ppo/cfgs/shapes.yaml --dry-run
@@ -185,33 +184,32 @@ def changes(job: Launch) -> list[str]:
         for key, value in keys.items()
         if before[section].get(key) != value
     ]
-    if "optimizer" in job.state["trainer"]:
-        lines += _changed_rate(step, before["ppo"], now["ppo"])
+    lines += _changed_rate(step, before, now)
     return [f"goes on after step {step}", *lines]
 
 
 def _changed_rate(step: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line where the learning rate leaves the schedule that the run had: more steps are another schedule."""
-    planned, coming = (_learning_rate(step, ppo) for ppo in (before, now))
+    planned, coming = (_learning_rate(step, settings) for settings in (before, now))
     if step == 0 or planned == coming:
         return []
     last = _learning_rate(step - 1, before)
     return [f"the learning rate of step {step + 1} is {coming:.2g}; that of step {step} was {last:.2g}"]
 
 
-def _learning_rate(step: int, ppo: Mapping[str, Any]) -> float:
-    return learning_rate(step, ppo["steps"], ppo["learning_rate"], ppo["learning_rate_schedule"])
+def _learning_rate(step: int, settings: Mapping[str, Any]) -> float:
+    """Of the settings' search; 0 where it has none."""
+    ppo, search = settings["ppo"], settings["search"]
+    rate, schedule = {
+        "ppo": (ppo["learning_rate"], ppo["learning_rate_schedule"]),
+        "cma_es": (0.0, "constant"),
+        "reward_gradient": (search["learning_rate"], "cosine"),
+    }[search["method"]]
+    return learning_rate(step, ppo["steps"], rate, schedule)
 
 
-def train(
-    job: Launch, assemble: Callable[[Start, Fabric], Parts] = build, command: str = "training.ppo.launch"
-) -> None:
+def train(job: Launch) -> None:
     """Run the job.
-
-    Args:
-        job: what to train.
-        assemble: puts the objects of the run together.
-        command: module that goes on with the run, for the message.
 
     Raises:
         InputError: something that it needs cannot be used, or training diverged.
@@ -222,19 +220,19 @@ def train(
     fabric.launch()
     if fabric.is_global_zero:
         describe(job)
-    assembled = assemble(job.start, fabric)  # before there is a folder: what cannot be loaded leaves none behind
+    assembled = build(job.start, fabric)  # before there is a folder: what cannot be loaded leaves none behind
     with _held_folder(job, config, fabric) as folder:
         run = TrainingRun(assembled, folder, fabric)
         if job.state is not None:
             run.load(job.state)
         ending = run.run()
         if fabric.is_global_zero:
-            _conclude(run, folder, ending, command)
+            _conclude(run, folder, ending)
     if ending == INTERRUPTED:
         raise Interrupted(run.interrupted_by)
 
 
-def _conclude(run: TrainingRun, folder: RunFolder, ending: str, command: str) -> None:
+def _conclude(run: TrainingRun, folder: RunFolder, ending: str) -> None:
     """Write the report; say how the run ended, where its time went, and what can be done next."""
     steps = run.config.ppo.steps
     click.echo(f"{ending} after step {run.step} of {steps}: {folder.path}")
@@ -246,7 +244,7 @@ def _conclude(run: TrainingRun, folder: RunFolder, ending: str, command: str) ->
     except InputError as error:  # the run is whole without it
         click.echo(f"no report: {error}; to write it later: python -m training.ppo.report {folder.path}")
     if run.step < steps:
-        click.echo(f"go on: python -m {command} --resume {folder.path}")
+        click.echo(f"go on: python -m training.ppo.launch --resume {folder.path}")
     click.echo(f"export: python -m training.ppo.export_epd_predictor {folder.path}")
 
 

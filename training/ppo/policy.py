@@ -217,6 +217,13 @@ class EPDParamPolicy(nn.Module):
             {name: DRAWN[name].distribution(bases[name], moves[name]) for name in self.trained}, self.start
         )
 
+    @torch.no_grad()
+    def mean(self) -> tuple[EPDTable, Tensor | None]:
+        """The mean table and, where they are trained, the mean noise levels; on the CPU. ValueError where none."""
+        distribution = self()
+        sigmas = distribution.mean_sigmas()
+        return distribution.mean_table().to(device="cpu"), None if sigmas is None else sigmas.cpu()
+
     def split(self, parameters: Tensor) -> dict[str, Tensor]:
         """Views of the columns [..., S, P] that belong to each trained part."""
         return dict(zip(self.trained, parameters.split(self.sizes, dim=-1), strict=True))

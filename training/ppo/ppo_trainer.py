@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Generic, Protocol
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -41,27 +41,6 @@ METRICS: Mapping[str, str] = {
 }
 """Every metric of a step with its meaning; beside these `reward/<name>`, the mean raw score of each reward, and
 `seconds/<phase>`, where a step's time went, with `seconds/update` and the whole `seconds/step`."""
-
-
-class Trainer(Protocol):
-    """What a run needs of whatever looks for a better table, step by step."""
-
-    policy: EPDParamPolicy
-    source: RolloutSource[Any]
-    prompts: PromptStream
-    completed_steps: int
-
-    def step(self) -> dict[str, float]:
-        """One rollout and what is made of it; returns metrics, of `METRICS` at least those of the rewards."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact resume needs, as tensors and plain values."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -255,10 +234,9 @@ class PPOTrainer(Generic[Outcome]):
                 f"or ppo.ppo_epochs, and resume from the last checkpoint"
             )
 
-    @torch.no_grad()
     def _require_table(self) -> None:
         try:
-            self.policy().mean_table()
+            self.policy.mean()
         except ValueError as error:
             raise DivergenceError(
                 f"step {self.completed_steps + 1}: the mean table is none any more ({error}): the update went too far; "

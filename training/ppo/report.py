@@ -25,7 +25,7 @@ from files import write_atomically
 from models.pictures import opened_picture
 from training.parameters import GRID
 from training.ppo.checkpoint import Numbers, load_checkpoint, table_from_plain, table_to_plain
-from training.ppo.config import build_config
+from training.ppo.config import build_config, group_size
 from training.ppo.figures import Curve, curves_figure, entry_names, movement_figure, solver_figure
 from training.ppo.ppo_trainer import METRICS
 from training.ppo.training_run import preview_name
@@ -117,7 +117,7 @@ def write_report(folder: RunFolder) -> Path:
     evaluations = [row for row in rows if "heldout/reward" in row]
     sections = [
         _head(folder, steps, evaluations, state),
-        _rewards(steps, evaluations, config.ppo.rloo_k, config.ppo.rollout_batch_size),
+        _rewards(steps, evaluations, group_size(config), config.ppo.rollout_batch_size),
         _images(folder, evaluations),
         _table(rows, mean, start, notes),
         _diagnostics(steps),

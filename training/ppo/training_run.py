@@ -17,7 +17,7 @@ from files import replacing
 from interrupts import Interrupts
 from models.pictures import png_text, to_pixels
 from solvers import EPDTable
-from training.ppo.assembly import Parts, Start, mean_of, to_plain
+from training.ppo.assembly import Parts, Start, to_plain
 from training.ppo.checkpoint import Numbers, save_checkpoint, table_to_plain
 from training.ppo.figures import solver_figure
 from training.ppo.heldout import HeldoutScores
@@ -148,7 +148,7 @@ class TrainingRun:
 
     def _load_trainer(self, state: Mapping[str, Any]) -> None:
         if state["trainer"].keys() != self.trainer.state_dict().keys():
-            raise InputError("the checkpoint is of another kind of search: resume it by the command that made it")
+            raise InputError("the checkpoint is of another kind of search than search.method says")
         self.trainer.load_state_dict(state["trainer"])
         if self.step != state["step"]:
             raise InputError(f"the checkpoint is of step {state['step']}, and its trainer's state of step {self.step}")
@@ -197,7 +197,7 @@ class TrainingRun:
 
     def _evaluate(self) -> dict[str, float]:
         """Score the policy's mean on the held-out prompts; keeps its checkpoint where it is the best so far."""
-        mean = mean_of(self.trainer.policy)
+        mean = self.trainer.policy.mean()
         scores: HeldoutScores = self.judge.judge(*mean)
         metrics = self.watch.observe(self.step, scores)
         if self._writer is not None:
@@ -244,7 +244,7 @@ class TrainingRun:
         }
 
     def _mean(self) -> Numbers:
-        return table_to_plain(*mean_of(self.trainer.policy))
+        return table_to_plain(*self.trainer.policy.mean())
 
     def _of_all_processes(self, number: int) -> int:
         """The largest of all processes' numbers."""

@@ -83,6 +83,13 @@ class WeightedMix:
         for reward, _ in self._parts.values():
             reward.say_what_is_cut(prompts)
 
+    def require_gradient(self) -> None:
+        """Raise InputError for a reward whose scores carry no gradient to the images."""
+        with torch.enable_grad():
+            raw = self.raw_scores(torch.full((1, 3, 64, 64), 0.5, requires_grad=True), ["a picture"])
+        if flat := [name for name, scores in raw.items() if not scores.requires_grad]:
+            raise InputError(f"the scores of the reward {flat[0]} carry no gradient to the image: search without one")
+
     def observe(self, raw: Mapping[str, Tensor]) -> None:
         """Take raw scores, name -> [N], into the running statistics; NaN and infinite ones are left out."""
         for name, moments in self._moments.items():

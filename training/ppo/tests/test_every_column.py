@@ -14,7 +14,7 @@ from models.registry import load_denoiser
 from schedules import get_schedule
 from solvers import classical_table
 from training.parameters import GRID
-from training.ppo.assembly import build, from_plain, make_fabric, mean_of, policy_of, prepare
+from training.ppo.assembly import build, from_plain, make_fabric, policy_of, prepare
 from training.ppo.checkpoint import load_checkpoint
 from training.ppo.cold_start import DRAWN
 from training.ppo.config import build_config, load_config
@@ -115,7 +115,7 @@ def test_the_export_is_the_policys_mean_and_replays_as_the_run_samples_it(finish
     checkpoint = newest_checkpoint(finished.checkpoints)
     state = load_checkpoint(checkpoint)
     start = from_plain(state["start"], build_config(state["config"], "checkpoint").config, checkpoint)
-    table, sigmas = mean_of(policy_of(start, state, checkpoint))
+    table, sigmas = policy_of(start, state, checkpoint).mean()
     solver = load_solver(path)
     assert torch.equal(solver.sigmas, sigmas)
     assert solver.schedule is solver.guidance_scale is None
@@ -147,10 +147,10 @@ def test_held_out_images_are_those_of_the_mean_with_its_own_noise_levels(finishe
     checkpoint = step_path(finished.checkpoints, 4)
     start = from_plain(state["start"], build_config(state["config"], "checkpoint").config, checkpoint)
     parts = build(start, make_fabric(start.config))
-    scores = parts.judge.judge(*mean_of(policy_of(start, state, checkpoint)))
+    scores = parts.judge.judge(*policy_of(start, state, checkpoint).mean())
     row = read_metrics(finished.metrics)[4]
     assert scores.parts["reward"].double().mean().item() == pytest.approx(row["heldout/reward"], abs=1e-6)
-    elsewhere = parts.judge.judge(mean_of(policy_of(start, state, checkpoint))[0])
+    elsewhere = parts.judge.judge(policy_of(start, state, checkpoint).mean()[0])
     assert (elsewhere.previews - scores.previews).abs().max() > 1e-5
 
 

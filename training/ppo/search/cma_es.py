@@ -1,0 +1,189 @@
+"""CMA-ES over solvers (Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv 1604.00772).
+
+A step is a generation. All its candidates are tried on the same prompts with the same noise; a candidate's fitness is
+its mean reward over them. What is searched are the free parameters (`training.parameters`) of all that ppo.train names,
+measured in standard deviations of the draws that PPO would begin with: with search.sigma0=1 the first candidates lie
+about as far from the start as the solvers that PPO tries first. The result is the mean of the search distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
+
+import cma
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import vector_to_parameters
+
+from errors import InputError
+from models.randomness import derived_seed, generator_of
+from solvers import EPDTable
+from training.parameters import GRID, SolverParameters
+from training.ppo.cold_start import trainable
+from training.ppo.config import Config
+from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores
+from training.ppo.search import ppo
+from training.ppo.search.protocol import reward_metrics
+from training.solver import Solver
+
+DRAWS = 1024
+"""Of the policy, from which its standard deviations are taken: known to some 2%."""
+
+
+class Candidates(SolverParameters):
+    """A solver's free parameters, and how far apart candidates are at first in each."""
+
+    def __init__(self, solver: Solver, config: Config) -> None:
+        """Begin at a solver."""
+        super().__init__(solver.table, solver.sigmas, trainable(solver.table, config.ppo.train))
+        sample = ppo.make_policy(solver, config)().sample(DRAWS, generator_of(derived_seed("spread of candidates")))
+        drawn = {**sample.table().columns(), GRID: sample.sigmas()}
+        spread = [self.free_of(name, drawn[name]).std(0).flatten() for name in self.learned]
+        self.register_buffer("spread", torch.cat(spread))
+
+    @torch.no_grad()
+    def at(self, point: np.ndarray) -> tuple[EPDTable, Tensor | None]:
+        """The solver at a point [n] of the search, 0 the start; it stays the mean until the next."""
+        vector_to_parameters(self.base + self.spread * torch.from_numpy(point), self.parameters())
+        return self.mean()
+
+
+class CMAES:
+    """CMA-ES, a `training.ppo.search.protocol.Search`.
+
+    Its draws come from a generator of its own, and what it is depends on the fitnesses that it was told alone: a
+    checkpoint holds these, and a resumed search is told them again.
+    """
+
+    def __init__(
+        self,
+        policy: Candidates,
+        source: RolloutSource[Any],
+        prompts: PromptStream,
+        *,
+        images: int,
+        population: int,
+        sigma0: float,
+        seed: int,
+    ) -> None:
+        """Search around the policy's start.
+
+        Args:
+            policy: kept at the mean of the search distribution.
+            source: tries `population` solvers on each prompt.
+            prompts: where each generation's prompts come from.
+            images: of a generation, a multiple of the population.
+            population: candidates of a generation.
+            sigma0: standard deviation of the first candidates, in `policy.spread`.
+            seed: of the candidates.
+
+        Raises:
+            InputError: there is but one parameter to search.
+        """
+        self.policy, self.source, self.prompts = policy, source, prompts
+        self.completed_steps = 0
+        self._images, self._population, self._sigma0, self._seed = images, population, sigma0, seed
+        self._told: list[list[float]] = []  # the fitnesses of each generation
+        self._evolution = self._begin()
+
+    def step(self) -> dict[str, float]:
+        """One generation.
+
+        Raises:
+            DivergenceError: no candidate's rewards are finite.
+        """
+        start = perf_counter()
+        self.source.take_seconds()  # what others did with the source since the last step is not this step's
+        candidates = self._evolution.ask()
+        scores = self._score(candidates)
+        self._tell(candidates, self._fitness(scores.rewards).tolist())
+        self.policy.at(self._evolution.mean)
+        self.completed_steps += 1
+        return {
+            **reward_metrics(self.completed_steps, scores, self._population),
+            "step_size": float(self._evolution.sigma),
+            **{f"seconds/{phase}": spent for phase, spent in self.source.take_seconds().items()},
+            "seconds/step": perf_counter() - start,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact resume needs, as tensors and plain values."""
+        return {
+            "completed_steps": self.completed_steps,
+            "policy": self.policy.state_dict(),
+            "fitness": torch.tensor(self._told, dtype=torch.float64),
+            "prompts": self.prompts.state_dict(),
+            "source": self.source.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken. Raises InputError for the state of other prompts or rewards."""
+        self.prompts.load_state_dict(state["prompts"])
+        self.source.load_state_dict(state["source"])
+        self.policy.load_state_dict(state["policy"])
+        self.completed_steps = state["completed_steps"]
+        self._told = []
+        self._evolution = self._begin()
+        for fitness in state["fitness"].tolist():
+            self._tell(self._evolution.ask(), fitness)
+
+    def _begin(self) -> cma.CMAEvolutionStrategy:
+        size = len(self.policy.base)
+        if size < 2:
+            raise InputError(f"CMA-ES needs at least two parameters, and ppo.train leaves it {size}: name more there")
+        draw = np.random.default_rng(derived_seed("candidates", self._seed))
+        options = {
+            "popsize": self._population,
+            "seed": np.nan,  # the global generator is neither seeded nor used
+            "randn": lambda count, size: draw.standard_normal((count, size)),
+            "verbose": -9,
+            "verb_log": 0,
+        }
+        return cma.CMAEvolutionStrategy(np.zeros(size), self._sigma0, options)
+
+    def _score(self, candidates: list[np.ndarray]) -> Scores:
+        """Every candidate on each prompt of the generation, prompt-major."""
+        tables, grids = zip(*map(self.policy.at, candidates), strict=True)
+        columns = {name: torch.stack([getattr(table, name) for table in tables]) for name in tables[0].columns()}
+        prompts = self.prompts.take(self._images // self._population)
+        every = torch.arange(self._population).repeat(len(prompts))
+        sigmas = None if grids[0] is None else torch.stack(grids)[every]
+        outcome = self.source.roll_out(EPDTable(**columns).select(every), prompts, self.completed_steps, sigmas)
+        return self.source.score(outcome)
+
+    def _fitness(self, rewards: Tensor) -> Tensor:
+        """Mean reward of each candidate [population]; one with a reward that is not finite is as good as the worst."""
+        means = rewards.view(-1, self._population).mean(0)
+        finite = means.isfinite()
+        if not finite.any():
+            raise DivergenceError(
+                f"step {self.completed_steps + 1}: every candidate has rewards that are NaN or infinite: "
+                f"start from a steadier table, or with a smaller search.sigma0"
+            )
+        return means.where(finite, means[finite].min())
+
+    def _tell(self, candidates: list[np.ndarray], fitness: list[float]) -> None:
+        self._evolution.tell(candidates, [-value for value in fitness])
+        self._told.append(fitness)
+
+
+def make_policy(solver: Solver, config: Config) -> Candidates:
+    """The free parameters that are searched, at the start."""
+    return Candidates(solver, config)
+
+
+def make_search(policy: Candidates, source: RolloutSource[Any], prompts: PromptStream, config: Config) -> CMAES:
+    """CMA-ES with the settings in section `search`, with ppo.rollout_batch_size images a generation."""
+    search, images = config.search, config.ppo.rollout_batch_size
+    return CMAES(
+        policy,
+        source,
+        prompts,
+        images=images,
+        population=search.population,
+        sigma0=search.sigma0,
+        seed=config.run.seed,
+    )

@@ -1,0 +1,94 @@
+"""What a run needs of whatever looks for a better solver, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from solvers import EPDTable
+from training.ppo import algorithm
+from training.ppo.config import Config
+from training.ppo.rollout import PromptStream, RolloutSource, Scores
+from training.solver import Solver
+
+
+class Policy(Protocol):
+    """What a search moves, a `torch.nn.Module`: it gives the solver that the search has come to."""
+
+    def mean(self) -> tuple[EPDTable, Tensor | None]:
+        """The mean table and, where they are trained, the mean noise levels: float64, detached, on the CPU.
+
+        Raises ValueError where they are none any more.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its parameters, and buffers that say where it began."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object:
+        """Go on from what `state_dict` gave."""
+        ...
+
+
+class Search(Protocol):
+    """A search: its steps move a policy, by the rewards that a source gives solvers on prompts."""
+
+    policy: Policy
+    source: RolloutSource[Any]
+    prompts: PromptStream
+    completed_steps: int
+
+    def step(self) -> dict[str, float]:
+        """One rollout and what is made of it; returns metrics, at least those of `reward_metrics` and `seconds/step`.
+
+        Raises `training.ppo.rollout.DivergenceError` where it cannot go on.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact resume needs, as tensors and plain values; the policy's under `policy`."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken. Raises InputError for the state of other prompts or rewards."""
+        ...
+
+
+class Method(Protocol):
+    """A module of `training.ppo.search`, called as `search.method` has it."""
+
+    def make_policy(self, solver: Solver, config: Config) -> Policy:
+        """A policy whose mean is the solver; no model is needed, but the noise levels where the grid is trained."""
+        ...
+
+    def make_search(self, policy: Policy, source: RolloutSource[Any], prompts: PromptStream, config: Config) -> Search:
+        """The search before its first step. Raises InputError where it cannot search with this source."""
+        ...
+
+
+def reward_metrics(step: int, scores: Scores, group_size: int) -> dict[str, float]:
+    """Metrics of a step's rewards, by the names of `training.ppo.ppo_trainer.METRICS`.
+
+    Args:
+        step: its number, from 1; every step so far took as many images.
+        scores: of its images, some finite; prompt-major groups of `group_size`.
+        group_size: images on each prompt.
+    """
+    rewards, groups = scores.rewards.detach(), scores.rewards.detach().view(-1, group_size)
+    whole = groups[groups.isfinite().all(1)]
+    finite = rewards[rewards.isfinite()]
+    within, between = algorithm.reward_variances(whole.flatten(), group_size) if len(whole) else (0.0, 0.0)
+    return {
+        "step": step,
+        "images": step * len(rewards),
+        "reward_mean": finite.mean().item(),
+        "reward_min": finite.min().item(),
+        "reward_max": finite.max().item(),
+        **{f"reward/{name}": part[part.isfinite()].double().mean().item() for name, part in scores.parts.items()},
+        "reward_within_variance": within,
+        "reward_between_variance": between,
+        "dropped_groups": len(groups) - len(whole),
+    }

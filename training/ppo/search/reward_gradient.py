@@ -1,0 +1,161 @@
+"""Ascent along the reward's own gradient, through decoder, solver and network.
+
+The frozen network, the decoder and the reward are run by the very road that draws and scores images, and made again
+call by call for the backward pass (`models.generate.recomputed`): the memory is that of one call. A prompt is drawn
+once, by the one solver that the search has come to; Adam moves the free parameters (`training.parameters`) of what
+ppo.train names. A gradient finds a reward's holes sooner than draws do: let a panel watch (logging.panel), and export
+the step that it approves (--best).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+from training.parameters import GRID, SolverParameters
+from training.ppo.algorithm import learning_rate
+from training.ppo.cold_start import trainable
+from training.ppo.config import Config, PPOConfig
+from training.ppo.rl_runner import RLRunner
+from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores
+from training.ppo.search.protocol import reward_metrics
+from training.runs.checkpoint import load_optimizer
+from training.solver import Solver
+
+SCHEDULE = "cosine"
+"""Of the step size, over the whole run."""
+
+
+class RewardGradient:
+    """Adam on a solver's free parameters, a `training.ppo.search.protocol.Search`."""
+
+    def __init__(
+        self,
+        policy: SolverParameters,
+        source: RolloutSource[Any],
+        prompts: PromptStream,
+        settings: PPOConfig,
+        *,
+        learning_rate: float,
+    ) -> None:
+        """Move `policy`.
+
+        Args:
+            policy: changed in place.
+            source: tries one solver on each prompt; its scores are differentiable in the solvers' numbers.
+            prompts: where each step's prompts come from.
+            settings: section `ppo` of the configuration: steps, images a step, limits.
+            learning_rate: Adam's step size at first.
+        """
+        self.policy, self.source, self.prompts, self.settings = policy, source, prompts, settings
+        self.learning_rate = learning_rate
+        self.optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
+        self.completed_steps = 0
+
+    def step(self) -> dict[str, float]:
+        """One batch of images, and one step of the optimizer.
+
+        Raises:
+            DivergenceError: too many rewards or their gradients are not finite, or the solver is none any more.
+            InputError: the device's memory does not suffice.
+        """
+        start = perf_counter()
+        self.source.take_seconds()  # what others did with the source since the last step is not this step's
+        numbers = self.policy.numbers()
+        scores, slopes, kept = self._slopes(numbers)
+        update = self._update(numbers, slopes)
+        self.completed_steps += 1
+        return {
+            **reward_metrics(self.completed_steps, scores, 1),
+            "dropped_groups": int((~kept).sum()),
+            **update,
+            **{f"seconds/{phase}": spent for phase, spent in self.source.take_seconds().items()},
+            "seconds/step": perf_counter() - start,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact resume needs, as tensors and plain values; to be taken between steps."""
+        return {
+            "completed_steps": self.completed_steps,
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "prompts": self.prompts.state_dict(),
+            "source": self.source.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken. Raises InputError for the state of other prompts or rewards."""
+        self.prompts.load_state_dict(state["prompts"])
+        self.source.load_state_dict(state["source"])
+        self.policy.load_state_dict(state["policy"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.completed_steps = state["completed_steps"]
+
+    def _slopes(self, numbers: Mapping[str, Tensor]) -> tuple[Scores, dict[str, Tensor], Tensor]:
+        """The step's scores; the gradient of their mean in the learned numbers; the images [N] that it is made of.
+
+        Every image has the numbers to itself, so that one whose gradient is not finite can be left out.
+        """
+        images = self.settings.rollout_batch_size
+        own = {name: part.detach().repeat(images, *[1] * part.ndim).requires_grad_() for name, part in numbers.items()}
+        table = self.policy.table(own)
+        table = table if table.batch_size else table.expand(images)
+        try:
+            outcome = self.source.roll_out(table, self.prompts.take(images), self.completed_steps, own.get(GRID))
+            scores = self.source.score(outcome)
+            wanted = scores.rewards[scores.rewards.isfinite()].sum()
+            gradients = torch.autograd.grad(wanted, list(own.values()), materialize_grads=True)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                "the device's memory does not suffice for a gradient: lower ppo.max_rows, ppo.decode_chunk_size and "
+                "reward.batch_size"
+            ) from error
+        kept = torch.stack([part.flatten(1).isfinite().all(1) for part in gradients]).all(0) & scores.rewards.isfinite()
+        self._require_enough(kept)
+        return scores, {name: part[kept].mean(0) for name, part in zip(own, gradients, strict=True)}, kept
+
+    def _require_enough(self, kept: Tensor) -> None:
+        dropped = 1.0 - kept.double().mean().item()
+        if dropped > self.settings.max_nonfinite_share or not kept.any():
+            raise DivergenceError(
+                f"step {self.completed_steps + 1}: the rewards of {dropped:.0%} of the images, or their gradients, are "
+                f"NaN or infinite, and ppo.max_nonfinite_share={self.settings.max_nonfinite_share:g}: lower "
+                f"search.learning_rate, or use model.dtype=float32, and resume from the last checkpoint"
+            )
+
+    def _update(self, numbers: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> dict[str, float]:
+        """A step of the optimizer, uphill."""
+        rate = learning_rate(self.completed_steps, self.settings.steps, self.learning_rate, SCHEDULE)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        torch.autograd.backward(list(numbers.values()), [-slopes[name] for name in numbers])
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        try:
+            self.policy.mean()
+        except ValueError as error:
+            raise DivergenceError(
+                f"step {self.completed_steps + 1}: the table is none any more ({error}): lower search.learning_rate, "
+                f"and resume from the last checkpoint"
+            ) from error
+        return {"learning_rate": rate, "gradient_norm": norm.item()}
+
+
+def make_policy(solver: Solver, config: Config) -> SolverParameters:
+    """The free parameters that are moved, at the start."""
+    return SolverParameters(solver.table, solver.sigmas, trainable(solver.table, config.ppo.train))
+
+
+def make_search(policy: SolverParameters, source: RLRunner, prompts: PromptStream, config: Config) -> RewardGradient:
+    """Gradient ascent with ppo.rollout_batch_size images a step. Raises InputError for a reward without a gradient."""
+    try:
+        source.reward.require_gradient()
+    except InputError as error:
+        raise InputError(f"search.method=reward_gradient: {error}") from None
+    return RewardGradient(policy, source, prompts, config.ppo, learning_rate=config.search.learning_rate)
