@@ -138,7 +138,7 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
     "--reward",
     "reward_path",
     type=click.Path(path_type=Path),
-    help="Preference checkpoint, or pickscore, clip_score or aesthetic. "
+    help="Preference checkpoint, or pickscore, clip_score, aesthetic, imagereward, mps, or my_module:my_reward. "
     f"[{SHAPES_REWARD} for shapes, otherwise {USUAL_REWARD}]",
 )
 @click.option(

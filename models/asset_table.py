@@ -81,6 +81,8 @@ PIPELINES = {
 
 _HPS_REVISION = "697403c78157020a1ae59d23f111aa58ced35b0a"
 _PICKSCORE = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
+_IMAGEREWARD = ("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
+_BERT = ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
 _CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 _CLIP_336 = ("openai/clip-vit-large-patch14-336", "ce19dc912ca5cd21c8a653c79e251e808ccabcd1")
 
@@ -190,6 +192,20 @@ INCEPTION = AssetFile(
     "sha256:f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
 )
 
+IMAGEREWARD = tuple(
+    AssetFile(f"weights/imagereward/{name}", HubFile(_IMAGEREWARD[0], name, _IMAGEREWARD[1]))
+    for name in ("ImageReward.pt", "med_config.json")
+)
+BERT_TOKENIZER = tuple(
+    AssetFile(f"weights/bert-base-uncased/{name}", HubFile(_BERT[0], name, _BERT[1]))
+    for name in ("tokenizer.json", "tokenizer_config.json")
+)
+# Published on a drive for people, which hands large files out under this address.
+MPS = AssetFile(
+    "weights/mps/MPS_overall_checkpoint.pth",
+    "https://drive.usercontent.google.com/download?id=17qrK_aJkVNM75ZEvMEePpLj6L867MLkN&export=download&confirm=t",
+)
+
 BUNDLES = {
     "sd15": Bundle(
         "Stable Diffusion v1.5 in a single file, and its tokenizer",
@@ -220,6 +236,14 @@ BUNDLES = {
         "LAION aesthetic predictor v2, and the CLIP ViT-L/14 it stands on",
         "Apache 2.0; CLIP and tokenizer MIT",
         (AESTHETIC, *CLIP, *TOKENIZER),
+    ),
+    "imagereward": Bundle(
+        "ImageReward v1.0, a preference score, and BERT's tokenizer", "Apache 2.0", (*IMAGEREWARD, *BERT_TOKENIZER)
+    ),
+    "mps": Bundle(
+        "MPS, overall preference (github.com/Kwai-Kolors/MPS), and CLIP's tokenizer",
+        "it states none; the tokenizer MIT",
+        (MPS, *TOKENIZER),
     ),
     "epd-tables": Bundle("the published EPD tables, from github.com/BeierZhu/EPD", "it states none", EPD_TABLES),
 }

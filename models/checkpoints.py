@@ -8,6 +8,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from errors import InputError, first_line, is_too_little_memory
 from models.digests import check_recorded
-from models.pickles import STORAGES, PickleReader, StandIn, plain_dict, plain_set, require_tree
+from models.pickles import DEEPEST, STORAGES, PickleReader, StandIn, plain_dict, plain_set, require_tree
 
 # What Lightning writes beside the weights: settings and scalars of the training run, of no use here. Objects of these
 # types are read as empty stand-ins; the classes that a file names are never imported.
@@ -113,6 +114,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _tensors_of(content, path)
 
 
+def read_module(path: Path) -> dict[str, Tensor]:
+    """`read_state_dict`, also of a module that was pickled whole, by the names that its `state_dict` would give.
+
+    Its classes are neither imported nor run: of each object only its tables of parameters, buffers and parts are looked
+    at, as plain data.
+    """
+    check_checkpoint(path)
+    if path.suffix == ".safetensors":
+        return read_weights(path)
+    try:
+        content = _plain_content(path)
+        if isinstance(content, StandIn):
+            return _tensors_below(content)
+    except UNREADABLE as error:
+        raise InputError(f"{path} is no readable torch checkpoint: {first_line(error)}") from error
+    return read_weights(path)
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """What a .safetensors file says about itself; nothing for files of other kinds."""
     if path.suffix != ".safetensors":
@@ -161,6 +180,59 @@ def load_archive(path: Path, *, mapped: bool) -> Any:
         if is_too_little_memory(error):
             raise
         raise pickle.UnpicklingError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _plain_content(path: Path) -> Any:
+    """What `torch.save` wrote, its tensors real, all other objects stand-ins; nothing of the file is run.
+
+    Raises pickle.UnpicklingError where it is damaged or forged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_entries(archive, path.stat().st_size)
+            root = archive.infolist()[0].filename.partition("/")[0]
+            numbers = cache(lambda key: bytearray(archive.read(f"{root}/data/{key}")))
+
+            def storage(described: tuple[str, torch.dtype, str, str, int]) -> Tensor:
+                _, dtype, key, _, count = described
+                if len(numbers(key)) != count * dtype.itemsize:
+                    raise pickle.UnpicklingError(f"{count} numbers are to lie in data/{key}, which has {numbers(key)}")
+                return torch.frombuffer(numbers(key), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+            def resolve(module: str, name: str) -> Any:
+                return {**_MADE, **_REAL}.get(f"{module}.{name}", StandIn)
+
+            pickled = archive.read(f"{root}/data.pkl")
+            return PickleReader(resolve, storage, most=MOST_PARTS).load(io.BytesIO(pickled))
+    except (FileNotFoundError, MemoryError, pickle.UnpicklingError):
+        raise
+    except Exception as error:  # zipfile raises many kinds for what is damaged
+        raise pickle.UnpicklingError(f"{looks_like(path)} ({error})") from error
+
+
+def _tensors_below(module: StandIn) -> dict[str, Tensor]:
+    """The tensors of a pickled module and of its parts, by name. Raises pickle.UnpicklingError where it is none."""
+    tensors: dict[str, Tensor] = {}
+    parts = [("", module)]
+    for _ in range(MOST_PARTS):
+        if not parts:
+            return tensors
+        prefix, part = parts.pop()
+        state = part.state if isinstance(part, StandIn) else None
+        tables = [state.get(f"_{table}") for table in ("parameters", "buffers", "modules")] if _is_table(state) else []
+        if not all(map(_is_table, tables)) or not tables or prefix.count(".") > DEEPEST:
+            raise pickle.UnpicklingError(
+                f"it holds a {type(part).__name__} and no module of torch at {prefix or 'its top'}"
+            )
+        passing = state.get("_non_persistent_buffers_set") or ()
+        named = {**tables[0], **{name: buffer for name, buffer in tables[1].items() if name not in passing}}
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
+        parts += [(f"{prefix}{name}.", child) for name, child in tables[2].items() if child is not None]
+    raise pickle.UnpicklingError(f"it has more than {MOST_PARTS:,} parts")
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def check_archive(path: Path) -> list[str]:
@@ -244,6 +316,19 @@ _MADE = {
     "collections.OrderedDict": plain_dict,
     "builtins.set": plain_set,
     "__builtin__.set": plain_set,
+}
+
+
+def _real_tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> Tensor:
+    """A tensor of the numbers of a storage; few of them may not be claimed to be many."""
+    if math.prod(size) > max(len(storage), LARGEST_REPEATED):
+        raise pickle.UnpicklingError(f"a tensor of {math.prod(size):,} numbers is made of {len(storage):,}")
+    return storage.as_strided(tuple(size), tuple(stride), offset)
+
+
+_REAL = {
+    "torch._utils._rebuild_tensor_v2": _real_tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
 }
 
 

@@ -254,11 +254,20 @@ def load_transformers_checkpoint(folder: Path) -> CLIPModel:
         raise InputError(f"{folder / 'config.json'} is no readable configuration: {first_line(error)}") from error
     if config is None:
         raise InputError(f"{folder / 'config.json'} describes a model of kind {kind!r}, not 'clip'.")
+    return from_transformers(read_weights(weights_file), config, source=str(weights_file))
+
+
+def from_transformers(state_dict: Mapping[str, Tensor], config: CLIPConfig, *, source: str) -> CLIPModel:
+    """Make a CLIP model (float32, CPU, in evaluation mode) of tensors under transformers' names.
+
+    Raises:
+        InputError: tensors are missing, left over or of another shape; each is listed. Or there is too little memory.
+    """
     # Older files carry along the numbers 0, 1, 2, ... of the positions.
-    state = {name: weight for name, weight in read_weights(weights_file).items() if "position_ids" not in name}
-    model = _without_memory(config, state, str(weights_file))
-    check_memory(str(weights_file), _float32_size(model), torch.device("cpu"))
-    _check_tensors(state, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, str(weights_file))
+    state = {name: weight for name, weight in state_dict.items() if "position_ids" not in name}
+    model = _without_memory(config, state, source)
+    check_memory(source, _float32_size(model), torch.device("cpu"))
+    _check_tensors(state, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, source)
     return _filled(model, {name: weight.to(torch.float32) for name, weight in state.items()})
 
 

@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from models.options import ModelOptions
 from models.registry import usual_prompts
 from schedules import SCHEDULES
 from training.ppo.cold_start import DRAWN, TRAINED
+from training.ppo.reward_names import reward_name
 from training.runs.configuration import OVERRIDE, Disagreements, LoadedConfig, Schema, knob, raise_all
 from training.runs.run_folder import name_fault
 from training.solver import USUAL_RHO, Solver, model_of
@@ -80,16 +80,21 @@ class RewardConfig:
     """The training reward."""
 
     weights_path: str = knob(
-        "", "preference checkpoint in HPSv2.1's (open_clip) layout, or pickscore, clip_score, aesthetic", required=True
+        "",
+        "preference checkpoint in HPSv2.1's (open_clip) layout, or pickscore, clip_score, aesthetic, imagereward, mps, "
+        "or a function of yours, my_module:my_reward",
+        required=True,
     )
     mix: dict[str, float] = knob(  # noqa: RUF009 - a factory, see knob
         {},
-        "further rewards (pickscore, clip_score, aesthetic or a checkpoint) -> weight beside weights_path's 1; each is "
-        "standardised by the running mean and deviation of all its scores so far",
+        "further rewards, named as weights_path is -> weight beside weights_path's 1; each is standardised by the "
+        "running mean and deviation of all its scores so far",
     )
     batch_size: int = knob(16, "images per forward pass of the reward model, per device", at_least=1)
     enable_amp: bool = knob(False, "half precision in the reward model; CUDA only")
-    cache_dir: str | None = knob(None, "folder of the rewards' tokenizer; null: the one named beside each checkpoint")
+    cache_dir: str | None = knob(
+        None, "folder of the CLIP rewards' tokenizer; null: the one named beside each checkpoint"
+    )
 
 
 @dataclass
@@ -382,11 +387,11 @@ def _disagreements(config: Config) -> Disagreements:
     yield from _judge_disagreements(config)
     if fault := name_fault(config.run.run_name):
         yield {"run.run_name"}, fault
-    names = [Path(path).stem for path in (config.reward.weights_path, *config.reward.mix)]
+    names = [reward_name(path) for path in (config.reward.weights_path, *config.reward.mix)]
     if len(set(names)) < len(names):
         yield (
             {"reward.weights_path", "reward.mix"},
-            f"reward.mix: two checkpoints are called {max(names, key=names.count)}",
+            f"reward.mix: two rewards are called {max(names, key=names.count)}",
         )
     if not config.ppo.decode_rgb:
         yield {"ppo.decode_rgb"}, "ppo.decode_rgb=false: every reward here scores RGB images; set it to true"

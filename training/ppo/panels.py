@@ -26,6 +26,7 @@ class VerifierPanel:
     """The exact verifier of the shapes world as a judge: the share of the caption's parts that hold, in [0, 1]."""
 
     name = "verifier"
+    reads_prompts = True
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [N] of images [N, 3, 64, 64] in [0, 1]."""
@@ -58,9 +59,7 @@ def judging_panel(model: str, weights: Path, denoiser: Denoiser, prompts: Sequen
         for prompt in prompts:
             scenes.parse(prompt)
         require_verifiable(denoiser)
-    files = find_reward_files(weights)
-    described = [files.weights, files.weights.with_suffix(".json"), files.tokenizer]
-    judged_by = [path for path in described if path.exists()]
+    judged_by = find_reward_files(weights).paths()
     judged_by += [Path(clip.__file__), *sorted(Path(rewards.__file__).parent.glob("*.py"))]
     if model == SHAPES:
         judged_by += [Path(scenes.__file__), Path(verify.__file__)]

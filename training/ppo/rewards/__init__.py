@@ -8,47 +8,62 @@ from pathlib import Path
 import torch
 
 from errors import InputError
-from models.asset_table import BUNDLES, CLIP, ROOT
+from models.asset_table import BUNDLES, ROOT
 from models.loading import read_json
-from training.ppo.rewards import reward_hps
-from training.ppo.rewards.aesthetic import AestheticScore
-from training.ppo.rewards.clip_score import ClipScore
+from training.ppo.reward_names import FUNCTION, reward_name
+from training.ppo.rewards import aesthetic, clip_score, image_reward, mps, pickscore, reward_hps
+from training.ppo.rewards.function import FunctionReward, find_function
 from training.ppo.rewards.mix import WeightedMix
-from training.ppo.rewards.pickscore import PickScore
+from training.ppo.rewards.named import RewardFiles
 from training.ppo.rewards.protocol import Reward
-from training.ppo.rewards.reward_hps import DEFAULT_TOKENIZER, RewardFiles, RewardHPS
+from training.ppo.rewards.reward_hps import DEFAULT_TOKENIZER, RewardHPS
 
 __all__ = ["Reward", "RewardFiles", "RewardHPS", "WeightedMix", "build_reward", "find_reward_files", "load_reward"]
 
-# Rewards that go by a name, and the assets that each needs.
-NAMED = {"pickscore": "pickscore", "clip_score": "clip", "aesthetic": "aesthetic"}
+NAMED = {
+    "pickscore": pickscore.REWARD,
+    "clip_score": clip_score.REWARD,
+    "aesthetic": aesthetic.REWARD,
+    "imagereward": image_reward.REWARD,
+    "mps": mps.REWARD,
+}
+"""Rewards that go by a name, a module each."""
 
 
 def find_reward_files(reward: str | Path, tokenizer_folder: str | Path | None = None) -> RewardFiles:
     """Find what belongs to a reward, without loading it: a dry run needs no more.
 
     Args:
-        reward: a name (`pickscore`, `clip_score`, `aesthetic`) or a checkpoint in open_clip's layout.
-        tokenizer_folder: used instead of the reward's own tokenizer.
+        reward: a name (of `NAMED`), `my_module:my_reward` (see `FunctionReward`) or a checkpoint in open_clip's layout.
+        tokenizer_folder: used instead of the reward's own tokenizer, where that is CLIP's.
 
     Raises:
-        InputError: files are missing or malformed; says which command fetches them.
+        InputError: files are missing or malformed, and it says which command fetches them; or there is no such
+            function.
     """
-    if str(reward) not in NAMED:
-        return reward_hps.find_reward_files(reward, tokenizer_folder)
-    bundle = NAMED[str(reward)]
-    files = [ROOT / asset.path for asset in BUNDLES[bundle].files if asset.path.startswith("weights/")]
+    if str(reward) in NAMED:
+        return _named_files(str(reward), tokenizer_folder)
+    if FUNCTION.fullmatch(str(reward)):
+        return find_function(str(reward))
+    return reward_hps.find_reward_files(reward, tokenizer_folder)
+
+
+def _named_files(name: str, tokenizer_folder: str | Path | None) -> RewardFiles:
+    named = NAMED[name]
+    files = tuple(ROOT / asset.path for asset in BUNDLES[named.bundle].files if asset.path.startswith("weights/"))
     absent = [str(path) for path in files if not path.is_file()]
     if absent:
         raise InputError(
-            f"Reward {reward} needs files that are not there: {', '.join(absent)}. "
-            f"Fetch them:  python -m models.assets fetch {bundle}"
+            f"Reward {name} needs files that are not there: {', '.join(absent)}. "
+            f"Fetch them:  python -m models.assets fetch {named.bundle}"
         )
     weights = next(path for path in files if path.suffix != ".json")
-    config = next(path for path in files if path.suffix == ".json")
+    config = next((path for path in files if path.suffix == ".json"), weights.with_suffix(".json"))
     tokenizer = DEFAULT_TOKENIZER if tokenizer_folder is None else Path(tokenizer_folder)
+    if named.tokenizer is not None:
+        tokenizer = ROOT / named.tokenizer
     reward_hps.check_tokenizer(weights, tokenizer)
-    return RewardFiles(weights, read_json(config), tokenizer, assumed=False)
+    return RewardFiles(weights, read_json(config) if config.is_file() else {}, tokenizer, others=files)
 
 
 def load_reward(
@@ -58,24 +73,19 @@ def load_reward(
     batch_size: int,
     amp_dtype: torch.dtype | None = None,
     tokenizer_folder: str | Path | None = None,
-) -> RewardHPS | PickScore | ClipScore | AestheticScore:
-    """Load one reward, named as `find_reward_files` takes it; the rest as `ClipScorer` takes it.
+) -> Reward:
+    """Load one reward, named as `find_reward_files` takes it; the rest as `BatchedScorer` takes it.
 
     Raises:
-        InputError: a file is missing or malformed.
+        InputError: a file is missing or malformed, or there is no such function.
     """
     files = find_reward_files(reward, tokenizer_folder)
     scoring = {"device": device, "batch_size": batch_size, "amp_dtype": amp_dtype}
-    match str(reward):
-        case "pickscore":
-            return PickScore(files.weights.parent, tokenizer_folder=files.tokenizer, **scoring)
-        case "clip_score":
-            return ClipScore(files.weights.parent, tokenizer_folder=files.tokenizer, **scoring)
-        case "aesthetic":
-            clip_folder = (ROOT / CLIP[0].path).parent
-            return AestheticScore(files.weights, clip_folder, tokenizer_folder=files.tokenizer, **scoring)
-        case _:
-            return RewardHPS(reward, tokenizer_folder=tokenizer_folder, **scoring)
+    if str(reward) in NAMED:
+        return NAMED[str(reward)].load(files, **scoring)
+    if FUNCTION.fullmatch(str(reward)):
+        return FunctionReward(str(reward))
+    return RewardHPS(reward, tokenizer_folder=tokenizer_folder, **scoring)
 
 
 def build_reward(
@@ -98,7 +108,7 @@ def build_reward(
     """
     for reward in weights:  # before gigabytes are read in vain
         find_reward_files(reward, tokenizer_folder)
-    names = [Path(path).stem for path in weights]
+    names = [reward_name(reward) for reward in weights]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"Rewards go by the names of their files, and two are called {', '.join(twice)}: rename one.")

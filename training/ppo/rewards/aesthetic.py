@@ -6,16 +6,20 @@ predictor), the layers under the names `layers.0`, `.2`, `.4`, `.6`, `.7`; what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from errors import InputError
+from models.asset_table import CLIP
 from models.checkpoints import read_state_dict
+from training.ppo.rewards.batched import require_pairs
 from training.ppo.rewards.folder_scorer import FolderScorer
+from training.ppo.rewards.named import NamedReward, RewardFiles
 
 LAYERS = (0, 2, 4, 6, 7)
 WIDTHS = (1024, 128, 64, 16, 1)
@@ -25,6 +29,7 @@ class AestheticScore(FolderScorer):
     """How much people are expected to like an image, about 1 to 10, whatever its prompt."""
 
     reward_name = "aesthetic"
+    reads_prompts = False
 
     def __init__(
         self,
@@ -49,8 +54,7 @@ class AestheticScore(FolderScorer):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [N, 3, H, W] in [0, 1]: [N] float32; the N prompts are not looked at. NaN stays NaN."""
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        require_pairs(images, prompts)
         features = functional.normalize(self.image_features(images), dim=-1)
         return features @ self.weight + self.bias
 
@@ -66,7 +70,15 @@ def read_head(path: Path, features: int) -> tuple[Tensor, Tensor]:
     """
     if not path.is_file():
         raise InputError(f"The aesthetic predictor {path} is missing: python -m models.assets fetch aesthetic")
-    state = read_state_dict(path)
+    return linear_head(read_state_dict(path), features, str(path))
+
+
+def linear_head(state: Mapping[str, Tensor], features: int, source: str) -> tuple[Tensor, Tensor]:
+    """`read_head` of the layers themselves; `source` is what messages call them. ImageReward has the same ones.
+
+    Raises:
+        InputError: they are other layers, or of other widths.
+    """
     widths = (features, *WIDTHS)
     expected = {}
     for index, layer in enumerate(LAYERS):
@@ -76,8 +88,8 @@ def read_head(path: Path, features: int) -> tuple[Tensor, Tensor]:
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         raise InputError(
-            f"{path} is no LAION aesthetic predictor v2 for {features} image features: {', '.join(wrong)} are missing, "
-            "left over or of another shape."
+            f"{source} is no stack of linear layers for {features} features: {', '.join(wrong)} are missing, left "
+            "over or of another shape."
         )
     # Composed in float64, as a product of matrices loses digits that the layers one after another do not.
     weight, bias = torch.eye(features, dtype=torch.float64), torch.zeros(features, dtype=torch.float64)
@@ -85,3 +97,11 @@ def read_head(path: Path, features: int) -> tuple[Tensor, Tensor]:
         matrix = state[f"layers.{layer}.weight"].double()
         weight, bias = matrix @ weight, matrix @ bias + state[f"layers.{layer}.bias"].double()
     return weight[0].float(), bias[0].float()
+
+
+def _load(files: RewardFiles, **scoring: Any) -> AestheticScore:
+    clip_folder = next(path.parent for path in files.others if path.name == Path(CLIP[1].path).name)
+    return AestheticScore(files.weights, clip_folder, tokenizer_folder=files.tokenizer, **scoring)
+
+
+REWARD = NamedReward("aesthetic", _load)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from training.ppo.rewards.folder_scorer import FolderScorer
+from training.ppo.rewards.named import NamedReward, RewardFiles
 
 
 class ClipScore(FolderScorer):
@@ -17,3 +19,10 @@ class ClipScore(FolderScorer):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [N, 3, H, W] in [0, 1] against their N prompts: [N] float32 in [0, 100]; NaN stays NaN."""
         return 100 * self.cosine(images, prompts).clamp(min=0)
+
+
+def _load(files: RewardFiles, **scoring: Any) -> ClipScore:
+    return ClipScore(files.weights.parent, tokenizer_folder=files.tokenizer, **scoring)
+
+
+REWARD = NamedReward("clip", _load)

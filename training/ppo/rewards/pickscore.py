@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from training.ppo.rewards.folder_scorer import FolderScorer
+from training.ppo.rewards.named import NamedReward, RewardFiles
 
 
 class PickScore(FolderScorer):
@@ -17,3 +19,10 @@ class PickScore(FolderScorer):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [N, 3, H, W] in [0, 1] against their N prompts: [N] float32, some 18 to 24; NaN stays NaN."""
         return self.model.logit_scale.exp().float() * self.cosine(images, prompts)
+
+
+def _load(files: RewardFiles, **scoring: Any) -> PickScore:
+    return PickScore(files.weights.parent, tokenizer_folder=files.tokenizer, **scoring)
+
+
+REWARD = NamedReward("pickscore", _load)

@@ -9,9 +9,13 @@ from torch import Tensor
 
 
 class Reward(Protocol):
-    """Judges images of prompts."""
+    """Judges images of prompts.
+
+    name: for people and logs. reads_prompts: False where a score depends on the image alone.
+    """
 
     name: str
+    reads_prompts: bool
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [N, 3, H, W] in [0, 1] against their N prompts: [N] float32, raw, higher is better.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +15,12 @@ from models import asset_table, clip
 from models.checkpoints import check_checkpoint
 from models.loading import load_tokenizer, read_json
 from training.ppo.rewards.clip_scorer import ClipScorer
+from training.ppo.rewards.named import RewardFiles
 
 DEFAULT_TOKENIZER = Path(__file__).resolve().parents[3] / "src" / "pipelines" / "sd15" / "tokenizer"
 
 # The published files and the option of the command that fetches each. 986 million weights of 2 bytes.
 _PUBLISHED = {asset.name: version for version, asset in asset_table.HPS.items()}
-
-
-class RewardFiles(NamedTuple):
-    """What a reward is made of."""
-
-    weights: Path
-    model_cfg: dict[str, Any]
-    tokenizer: Path
-    assumed: bool  # no description lay beside the weights: they are taken for a ViT-H/14
 
 
 def find_reward_files(weights_path: str | Path, tokenizer_folder: str | Path | None = None) -> RewardFiles:

@@ -165,7 +165,7 @@ def test_a_wrong_aesthetic_predictor_is_explained(tmp_path):
     with pytest.raises(InputError, match="assets fetch aesthetic"):
         aesthetic.read_head(tmp_path / "head.pth", 24)
     write_head(tmp_path / "head.pth", 25)
-    with pytest.raises(InputError, match=r"for 24 image features: layers\.0\.weight"):
+    with pytest.raises(InputError, match=r"for 24 features: layers\.0\.weight"):
         aesthetic.read_head(tmp_path / "head.pth", 24)
 
 
