@@ -153,9 +153,17 @@ def make_policy(solver: Solver, config: Config) -> SolverParameters:
 
 
 def make_search(policy: SolverParameters, source: RLRunner, prompts: PromptStream, config: Config) -> RewardGradient:
-    """Gradient ascent with ppo.rollout_batch_size images a step. Raises InputError for a reward without a gradient."""
+    """Gradient ascent with ppo.rollout_batch_size images a step.
+
+    Raises InputError for a reward without a gradient, and for a guidance that has none where it starts.
+    """
     try:
         source.reward.require_gradient()
     except InputError as error:
         raise InputError(f"search.method=reward_gradient: {error}") from None
+    if "guidance" in policy.learned and (policy.table().guidance == 1).any():
+        raise InputError(
+            "search.method=reward_gradient: ppo.train names guidance, and the start has a scale of exactly 1, at which "
+            "the network is not asked without the prompt and there is no gradient: start at another, or leave it out"
+        )
     return RewardGradient(policy, source, prompts, config.ppo, learning_rate=config.search.learning_rate)

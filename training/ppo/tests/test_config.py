@@ -379,7 +379,7 @@ def test_what_a_message_proposes_works():
         ("run: [\n", "not a readable YAML file"),
         ("run: 4\n", "run=4: expected keys and values"),
         ("runs: {seed: 1}\n", "unknown section runs; did you mean run?"),
-        ("4\n", "expected sections (run, data, model, reward, ppo, logging), found '4'"),
+        ("4\n", "expected sections (run, data, model, reward, ppo, search, logging), found '4'"),
         ("run: {seed: 1, seed: 2}\n", "the key seed is there twice"),
         ("run: {seed: !!bool xyz}\n", "not a readable YAML file"),
         ("run: !!python/object/apply:os.mkdir [made]\n", "not a readable YAML file"),

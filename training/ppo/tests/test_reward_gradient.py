@@ -42,10 +42,10 @@ def configured(train, *, rate=0.05, **ppo) -> Config:
     return dataclasses.replace(Config(), ppo=settings, search=SearchConfig("reward_gradient", learning_rate=rate))
 
 
-def a_search(train=tuple(DRAWN), *, reward=None, denoiser=None, max_rows=None, **settings) -> RewardGradient:
+def a_search(train=tuple(DRAWN), *, reward=None, denoiser=None, max_rows=None, scale=2.0, **settings) -> RewardGradient:
     """On the closed-form world."""
     config, denoiser = configured(train, **settings), denoiser or GaussianDenoiser()
-    table = prepare_table(cold_start_table(3), train, guidance_scale=2.0).table
+    table = prepare_table(cold_start_table(3), train, guidance_scale=scale).table
     solver = Solver("start", "epd", 4, table=table, sigmas=SIGMAS).on(denoiser)
     source = RLRunner(
         denoiser,
@@ -177,6 +177,11 @@ def test_too_wide_a_step_and_too_little_memory_are_told():
     search.source.roll_out = full
     with pytest.raises(InputError, match=r"lower ppo\.max_rows"):
         search.step()
+
+
+def test_a_guidance_without_a_gradient_is_refused():
+    with pytest.raises(InputError, match="the start has a scale of exactly 1"):
+        a_search(("guidance",), scale=1.0)
 
 
 class Flat(Brightness):
