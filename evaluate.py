@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from models.fingerprints import model_fingerprint
 from models.options import ModelOptions
 from models.pictures import to_pixels
 from models.prompts import first_prompts
+from models.registry import is_unconditional
 from training.measuring.comparison import CLASSICAL_BASELINE, TOTAL, Comparison, Entry, parse_baseline
 from training.measuring.evaluation import (
     PREVIEWS,
@@ -54,6 +55,7 @@ from training.solver import (
 )
 
 SHAPES_REWARD = Path("weights/shapes_reward.pt")
+USUAL_PROMPTS = Path("src/prompts/shapes_heldout.csv")
 SHAPES_VALIDATION = Path("src/prompts/shapes_validation.csv")
 USUAL_REWARD = Path("weights/HPS_v2.1_compressed.pt")
 
@@ -120,11 +122,11 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
 @click.option(
     "--prompt-file",
     type=click.Path(path_type=Path),
-    default=Path("src/prompts/shapes_heldout.csv"),
-    show_default=True,
-    help="A .txt (one a line) or .csv (column `text`).",
+    help=f"A .txt (one a line) or .csv (column `text`); none for an unconditional model. [{USUAL_PROMPTS}]",
 )
-@click.option("--number", type=click.IntRange(min=2), default=128, show_default=True, help="Prompts, from the top.")
+@click.option(
+    "--number", type=click.IntRange(min=2), default=128, show_default=True, help="Prompts, from the top; or images."
+)
 @click.option(
     "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First noise seed; bootstrap seed."
 )
@@ -173,7 +175,7 @@ def main(
     predictors: tuple[str, ...],
     exps: Path,
     baselines: tuple[str, ...],
-    prompt_file: Path,
+    prompt_file: Path | None,
     number: int,
     seed: int,
     guidance: float | None,
@@ -199,9 +201,14 @@ def main(
     if predictors and "epd" not in names:
         raise InputError("--predictor_path is given, but --solvers has no epd: add it")
     weights = reward_path or (SHAPES_REWARD if model == SHAPES else USUAL_REWARD)
-    find_reward_files(weights)
-    prompts = first_prompts(prompt_file, number)
     chosen_on = validation_file or (SHAPES_VALIDATION if model == SHAPES else None)
+    if is_unconditional(model):
+        _refuse_prompts(model, reward_path, {"--prompt-file": prompt_file, "--validation-file": validation_file})
+        prompts, asked = [""] * number, f"{number} images without a prompt"
+    else:
+        prompt_file = prompt_file or USUAL_PROMPTS
+        prompts, asked = first_prompts(prompt_file, number), f"the first {number} of {prompt_file}"
+    find_reward_files(weights)
     validation_prompts = None if chosen_on is None else first_prompts(chosen_on, validation_number)
     tables = _predictors(model, model_options, predictors, exps, budgets) if "epd" in names else []
 
@@ -247,7 +254,7 @@ def main(
         click.echo(f"{len(rivals)} settings of classical solvers on {len(validation_prompts)} prompts of {chosen_on}")
         validation = scene.choose(rivals, validation_prompts)
         rivals = validation.contenders()
-    click.echo(f"{len(tables) + len(rivals)} solvers and the reference on {number} prompts of {prompt_file}")
+    click.echo(f"{len(tables) + len(rivals)} solvers and the reference on {asked}")
     comparison, reference, real = scene.compare([*tables, *rivals], prompts, validation)
     click.echo("taking intervals, about a second a solver")
     report = Report(
@@ -259,7 +266,7 @@ def main(
         settings={
             "command": shlex.join(["python", *sys.argv]),
             "model": f"{model}, {model_options} (sha256 {scene.model_sha256[:16]})",
-            "prompts": f"the first {number} of {prompt_file}, seeds {seed} to {seed + number - 1}",
+            "prompts": f"{asked}, seeds {seed} to {seed + number - 1}",
             "guidance": scale,
             "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REFERENCE_SCHEDULE}, from the same noise",
             "preference model": str(weights),
@@ -345,6 +352,18 @@ class Scene:
 
     def _features(self, evaluation: Evaluation, real: Tensor, prompts: Sequence[str]) -> Tensor:
         return evaluation.features(real, {"true images of": list(prompts), "seed": self.seed})
+
+
+def _refuse_prompts(model: str, reward: Path | None, files: Mapping[str, Path | None]) -> None:
+    """Raise InputError where an unconditional model is given prompts, by the option, or no reward that needs none."""
+    for option, file in files.items():
+        if file is not None:
+            raise InputError(f"{option} {file}: {model} is unconditional and takes no prompt: leave it out")
+    if reward is None:
+        raise InputError(
+            f"--reward is missing: {model} is unconditional, so name one that looks at the image alone: aesthetic, or "
+            "a function of yours, my_module:my_reward"
+        )
 
 
 def _listed(text: str, option: str) -> list[str]:

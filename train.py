@@ -22,7 +22,7 @@ from models import Denoiser, load_denoiser
 from models.devices import resolve_device
 from models.options import ModelOptions
 from models.prompts import read_prompts
-from models.registry import usual_prompts
+from models.registry import is_unconditional, usual_prompts
 from schedules import SCHEDULES
 from solvers import SAMPLERS
 from training.distillation import SEARCHED_POSITIONS
@@ -55,7 +55,10 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.option("--dataset_name", help="The model's world: shapes, ms_coco (Stable Diffusion 1.5), or a name of yours.")
 @click.option("--model_path", help="Registered name, pipeline folder or file. [what dataset_name stands for]")
-@click.option("--prompt-file", help="A .txt (one a line) or .csv (column `text`). [the model's usual ones]")
+@click.option(
+    "--prompt-file",
+    help="A .txt (one a line) or .csv (column `text`); none of an unconditional model. [the model's usual ones]",
+)
 @click.option("--num_steps", type=click.IntRange(2, 1000), default=4, show_default=True, help="Grid points.")
 @click.option(
     "--num_points",
@@ -164,7 +167,7 @@ def main(
             table = untrained_table(options, denoiser)
             click.echo(f"wrote {write_start(folder or claim_folder(outdir, options), options, table, denoiser)}")
         return
-    prompts = read_prompts(options.prompt_file)
+    prompts = [""] if options.prompt_file is None else read_prompts(options.prompt_file)
     costs = options.evaluations()
     parts = ", ".join(f"{name} {count:,}" for name, count in costs.items())
     click.echo(f"network evaluations, before guidance and gradients: {sum(costs.values()):,} ({parts})")
@@ -185,8 +188,9 @@ def _options(told: dict[str, object]) -> Options:
         raise InputError("--dataset_name is missing: shapes, ms_coco, or a name of yours with --model_path")
     if not re.fullmatch(r"\w+", name):
         raise InputError(f"--dataset_name {name!r}: use letters, digits and _ only, it becomes part of a folder's name")
-    prompt_file = told["prompt_file"] or usual_prompts(told["model_path"], MODEL_OF_DATASET.get(name, name))
-    if prompt_file is None and not told["init_only"]:
+    model = MODEL_OF_DATASET.get(name, name)
+    prompt_file = told["prompt_file"] or usual_prompts(told["model_path"], model)
+    if prompt_file is None and not told["init_only"] and not is_unconditional(told["model_path"] or model):
         raise InputError(f"--prompt-file is missing: {name} has no prompts of its own")
     rho = USUAL_RHO.get(told["schedule_type"], 1.0) if rho is None else rho
     return Options(**{**told, **settled(told), "schedule_rho": rho, "prompt_file": prompt_file})

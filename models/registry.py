@@ -171,6 +171,14 @@ def default_guidance_scale(spec: str) -> float:
     return traits_of(spec).guidance.usual_scale
 
 
+def is_unconditional(spec: str | None) -> bool:
+    """Whether the files of a model say that it takes no prompts; False where they are not there."""
+    try:
+        return spec is not None and not traits_of(spec).takes_prompts
+    except InputError:
+        return False
+
+
 def check_assets(spec: str, options: ModelOptions = AS_IT_IS) -> None:
     """Load nothing; raise `InputError` where files of the registered model `spec`, or of the options, are missing.
 

@@ -123,10 +123,12 @@ def prepare(options: Options, denoiser: Denoiser, prompts: list[str]) -> Lesson:
     """Draw the trajectories' prompts and seeds from `prompts`.
 
     Raises:
-        InputError: prompts that the model cannot take, or a schedule or an AFS that does not suit it.
+        InputError: prompts that the model cannot take, or a schedule, a guidance or an AFS that does not suit it.
     """
     if options.afs:
         check_afs(denoiser)
+    if options.guidance_rate is not None:
+        denoiser.check_guidance(options.guidance_rate)
     lesson = Lesson(options.sigmas(denoiser, options.M), *_drawn(options, prompts))
     denoiser.validate_prompts(lesson.prompts)
     return lesson

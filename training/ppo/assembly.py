@@ -17,15 +17,15 @@ from errors import InputError
 from models.denoiser import Denoiser
 from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.prompts import read_prompts
-from models.registry import check_assets, default_guidance_scale, load_denoiser, traits_of
+from models.registry import check_assets, default_guidance_scale, is_unconditional, load_denoiser, traits_of
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
 from training.parameters import GRID, PARTS
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
 from training.ppo.cold_start import ColdStart, prepare_table, trainable
-from training.ppo.config import Config, apply_snapshot, group_size, model_options, with_usual
+from training.ppo.config import Config, apply_snapshot, group_size, model_options, model_spec, with_usual
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch
-from training.ppo.panels import SHAPES, VerifierPanel, require_verifiable
+from training.ppo.panels import SHAPES, VerifierPanel, require_readable, require_verifiable
 from training.ppo.rewards import Reward, build_reward, find_reward_files, load_reward
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptStream
@@ -33,7 +33,7 @@ from training.ppo.search import Policy, Search, method_called
 from training.runs.command_line import started_processes
 from training.runs.configuration import LoadedConfig
 from training.snapshot import is_plain
-from training.solver import Origin, Schedule, Solver, load_solver, model_of, solver_of
+from training.solver import Origin, Schedule, Solver, load_solver, solver_of
 
 COCO_PROMPTS = "MS-COCO_val2014_30k_captions.csv"
 FETCH_COCO = f"Fetch {COCO_PROMPTS} (some 2 MB):  python -m models.assets fetch coco-prompts"
@@ -258,12 +258,6 @@ def from_plain(state: Mapping[str, Any], config: Config, checkpoint: Path) -> St
     return Start(config, snapshot, solver, tuple(map(str, state["notes"])))
 
 
-def model_spec(config: Config) -> str | None:
-    """What `load_denoiser` is asked for; None while only the predictor would say."""
-    model = config.model
-    return model.model_path or model_of(model.dataset_name, model.backend)
-
-
 def guidance_scale(config: Config) -> float | None:
     """The scale of classifier-free guidance, 1 for none."""
     return 1.0 if config.model.guidance_type == "uncond" else config.model.guidance_rate
@@ -293,14 +287,14 @@ def path_faults(config: Config) -> Iterator[str]:
     ]
     checks.append((f"search.method={config.search.method}", lambda: method_called(config.search.method)))
     if config.data.prompt_csv is not None:
-        checks.append((f"data.prompt_csv={config.data.prompt_csv}", lambda: _read_prompts(config.data.prompt_csv)))
+        checks.append((f"data.prompt_csv={config.data.prompt_csv}", lambda: _check_prompts(config)))
     if spec is not None:
         checks.append((f"model {spec}", lambda: check_assets(spec, model_options(config))))
     if config.model.compile:
         checks.append(("model.compile=true", lambda: check_compiler(resolve_device(config.run.device))))
     for path in (config.reward.weights_path, *config.reward.mix):
         checks.append((f"reward {path}", lambda path=path: find_reward_files(path, config.reward.cache_dir)))
-    if logging.eval_interval and logging.eval_prompts is not None:
+    if logging.eval_interval:
         checks.append((f"logging.eval_prompts={logging.eval_prompts}", lambda: _heldout_prompts(config)))
         if logging.panel == VERIFIER:
             checks.append((f"logging.panel={VERIFIER}", lambda: [parse(prompt) for prompt in _heldout_prompts(config)]))
@@ -340,7 +334,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
             f"or choose a model of the family {backend}"
         )
     start = replace(start, solver=start.solver.on(denoiser))
-    prompts = read_prompts(config.data.prompt_csv)
+    prompts = _training_prompts(config)
     denoiser.validate_prompts(prompts)
     reward = build_reward(
         {config.reward.weights_path: 1.0, **config.reward.mix},
@@ -349,6 +343,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
         amp_dtype=_amp_dtype(config, fabric.device),
         tokenizer_folder=config.reward.cache_dir,
     )
+    require_readable(denoiser, reward.readers())
     ppo = config.ppo
     runner = RLRunner(
         denoiser,
@@ -366,6 +361,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
     heldout = _heldout_prompts(config) if config.logging.eval_interval else []
     denoiser.validate_prompts(heldout)
     panel = _panel(config, denoiser) if heldout else None
+    require_readable(denoiser, [panel.name] if panel is not None and panel.reads_prompts else [])
     if fabric.is_global_zero:
         reward.say_what_is_cut([*prompts, *heldout])
         if panel is not None:
@@ -431,6 +427,18 @@ def _amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.float16 if config.reward.enable_amp and device.type == "cuda" else None
 
 
+def _check_prompts(config: Config) -> None:
+    """Raise InputError where there are none in the file, or the model takes none."""
+    if is_unconditional(model_spec(config)):
+        raise InputError(f"model {model_spec(config)} is unconditional and takes no prompts: set the key to null")
+    _read_prompts(config.data.prompt_csv)
+
+
+def _training_prompts(config: Config) -> list[str]:
+    """What is trained on; of an unconditional model the empty prompt, which every image has."""
+    return [""] if config.data.prompt_csv is None else _read_prompts(config.data.prompt_csv)
+
+
 def _read_prompts(path: str) -> list[str]:
     if Path(path).name == COCO_PROMPTS and not Path(path).exists():
         raise InputError(f"there is no such file. {FETCH_COCO}")
@@ -444,6 +452,8 @@ def _check_writable(folder: Path) -> None:
 
 
 def _heldout_prompts(config: Config) -> list[str]:
+    if config.logging.eval_prompts is None:  # of an unconditional model: images differ by their seeds
+        return [""] * config.logging.eval_count
     prompts = read_prompts(config.logging.eval_prompts)
     if len(prompts) < config.logging.eval_count:
         raise InputError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.options import ModelOptions
-from models.registry import usual_prompts
+from models.registry import is_unconditional, usual_prompts
 from schedules import SCHEDULES
 from training.ppo.cold_start import DRAWN, TRAINED
 from training.ppo.reward_names import reward_name
@@ -44,7 +44,9 @@ class DataConfig:
         "", "snapshot (.pkl or .json), its folder, or an experiment number in exps/", required=True
     )
     prompt_csv: str | None = knob(
-        None, "training prompts: a CSV file with a column `text`; null: the model's usual ones", required=True
+        None,
+        "training prompts: a CSV file with a column `text`; null: the model's usual ones, none of an unconditional one",
+        required=True,
     )
     shuffle: bool = knob(True, "a new prompt order each epoch, drawn from run.seed; false: the file's order")
 
@@ -208,7 +210,9 @@ class LoggingConfig:
         "steps between held-out evaluations of the mean table; 0: none; null: 25, or none where eval_prompts is null",
         at_least=0,
     )
-    eval_prompts: str | None = knob(None, "held-out prompts: a CSV file with a column `text`")
+    eval_prompts: str | None = knob(
+        None, "held-out prompts: a CSV file with a column `text`; null of an unconditional model"
+    )
     eval_count: int = knob(
         64, "held-out images per evaluation: prompts from the top of the file, one image each", at_least=2
     )
@@ -312,13 +316,19 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
     if model.model_path is None and chosen.get("dataset_name") == fixed["dataset_name"]:
         chosen["model_path"] = metadata.get("model_path")
     config = with_usual(dataclasses.replace(loaded.config, model=dataclasses.replace(model, **chosen)))
-    if config.data.prompt_csv is None:
+    if config.data.prompt_csv is None and not is_unconditional(model_spec(config)):
         faults.append(
             f"data.prompt_csv is null and {config.model.model_path or config.model.dataset_name} is no model that has "
             f"usual prompts: name a CSV file with a column `text`"
         )
     raise_all(faults)
     return config, notes
+
+
+def model_spec(config: Config) -> str | None:
+    """What `load_denoiser` is asked for; None while only the predictor would say."""
+    model = config.model
+    return model.model_path or model_of(model.dataset_name, model.backend)
 
 
 def model_options(config: Config) -> ModelOptions:
@@ -455,7 +465,8 @@ def _search_disagreements(config: Config) -> Disagreements:
 
 def _judge_disagreements(config: Config) -> Disagreements:
     logging = config.logging
-    if logging.eval_prompts is None and (logging.eval_interval or (logging.eval_interval is None and logging.panel)):
+    judged = logging.eval_interval or (logging.eval_interval is None and logging.panel)
+    if judged and logging.eval_prompts is None and not is_unconditional(model_spec(config)):
         asked = "eval_interval" if logging.eval_interval else "panel"
         yield (
             {"logging.eval_interval", "logging.eval_prompts", "logging.panel"},

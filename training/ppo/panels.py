@@ -49,11 +49,21 @@ def require_verifiable(denoiser: Denoiser) -> None:
         )
 
 
+def require_readable(denoiser: Denoiser, readers: Sequence[str]) -> None:
+    """Raise InputError where there are rewards, by name, that read prompts, and the model takes none."""
+    if readers and not denoiser.takes_prompts:
+        raise InputError(
+            f"{', '.join(readers)} would read prompts, and model {denoiser.name} is unconditional: choose a reward "
+            "that looks at the image alone, aesthetic or a function of yours, my_module:my_reward"
+        )
+
+
 def judging_panel(model: str, weights: Path, denoiser: Denoiser, prompts: Sequence[str], batch: int) -> Panel:
     """What judges the images of a model: the reward `weights` and, in the shapes world, the verifier.
 
     Raises:
-        InputError: the reward's files are missing or malformed, or the verifier cannot judge a prompt or the images.
+        InputError: the reward's files are missing or malformed, it reads prompts where the model takes none, or the
+            verifier cannot judge a prompt or the images.
     """
     if model == SHAPES:
         for prompt in prompts:
@@ -64,6 +74,7 @@ def judging_panel(model: str, weights: Path, denoiser: Denoiser, prompts: Sequen
     if model == SHAPES:
         judged_by += [Path(scenes.__file__), Path(verify.__file__)]
     reward = load_reward(weights, device=denoiser.device, batch_size=batch)
+    require_readable(denoiser, [reward.name] if reward.reads_prompts else [])
     reward.say_what_is_cut(prompts)
     return Panel(reward, verified if model == SHAPES else None, fingerprint(judged_by))
 

@@ -78,6 +78,10 @@ class WeightedMix:
         """Score images [N, 3, H, W] in [0, 1] with each reward: name -> [N] float32. Raises InputError if one fails."""
         return {name: scores_by(reward, images, prompts) for name, (reward, _) in self._parts.items()}
 
+    def readers(self) -> list[str]:
+        """The names of those that read prompts."""
+        return [name for name, (reward, _) in self._parts.items() if reward.reads_prompts]
+
     def say_what_is_cut(self, prompts: Sequence[str]) -> None:
         """See `Reward.say_what_is_cut`, for each reward."""
         for reward, _ in self._parts.values():
