@@ -49,9 +49,9 @@ class Options:
     schedule_type, schedule_rho: of the grid, at first. trajectories: how many the teacher is followed on; a quarter of
     them is held out. batch: trajectories an update. batch_gpu: trajectories at once on the device. total_kimg:
     thousands of trajectories that all updates together see. lr, coslr: Adam's step size, and whether it decays. target:
-    what the last states are compared as. prompt_file: None with init_only, and of an unconditional model. init_only: write a start, train nothing.
-    start: SEARCH, or one of `training.starts`. train: what is learned, of DISTILLABLE; None with init_only. The others:
-    see `models.options.ModelOptions`.
+    what the last states are compared as. prompt_file: None with init_only, and of an unconditional model. init_only:
+    write a start, train nothing. start: SEARCH, or one of `training.starts`. train: what is learned, of DISTILLABLE;
+    None with init_only. The others: see `models.options.ModelOptions`.
     """
 
     dataset_name: str

@@ -17,7 +17,6 @@ from torch.nn import functional
 from errors import InputError
 from models.asset_table import CLIP
 from models.checkpoints import read_state_dict
-from training.ppo.rewards.batched import require_pairs
 from training.ppo.rewards.folder_scorer import FolderScorer
 from training.ppo.rewards.named import NamedReward, RewardFiles
 
@@ -52,11 +51,9 @@ class AestheticScore(FolderScorer):
         weight, bias = read_head(head, self.model.config.projection_dim)
         self.weight, self.bias = weight.to(self.device), bias.to(self.device)
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [N, 3, H, W] in [0, 1]: [N] float32; the N prompts are not looked at. NaN stays NaN."""
-        require_pairs(images, prompts)
-        features = functional.normalize(self.image_features(images), dim=-1)
-        return features @ self.weight + self.bias
+    def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `ClipScorer`; the prompts are not looked at."""
+        return functional.normalize(features, dim=-1) @ self.weight + self.bias
 
     def say_what_is_cut(self, prompts: Sequence[str]) -> None:
         """Nothing is: no prompt is looked at."""

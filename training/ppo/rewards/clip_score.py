@@ -16,9 +16,9 @@ class ClipScore(FolderScorer):
 
     reward_name = "clip_score"
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [N, 3, H, W] in [0, 1] against their N prompts: [N] float32 in [0, 100]; NaN stays NaN."""
-        return 100 * self.cosine(images, prompts).clamp(min=0)
+    def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `ClipScorer`: [N] in [0, 100]."""
+        return 100 * self.cosine(features, prompts).clamp(min=0)
 
 
 def _load(files: RewardFiles, **scoring: Any) -> ClipScore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from models.recent import RecentTensors
 from training.ppo.rewards.batched import BatchedScorer, require_pairs
 
 
-class ClipScorer(BatchedScorer):
+class ClipScorer(BatchedScorer, ABC):
     """A frozen CLIP model; its scores are differentiable in the images."""
 
     reads_prompts = True
@@ -49,23 +50,26 @@ class ClipScorer(BatchedScorer):
         self._context_length: int = model.config.text_config.max_position_embeddings
         self._text_features = RecentTensors()
 
-    def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosine similarity of each image's features with those of its own prompt, [N] float32 in [-1, 1].
+    @abstractmethod
+    def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images by their `image_features` [N, D], N > 0, against their N prompts: [N] float32; NaN stays NaN."""
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [N, 3, H, W], N > 0, RGB in [0, 1], on any device, against their N prompts: [N] float32.
 
         A non-finite pixel, or a half-precision overflow, gives that image NaN. It is returned as it is: only the caller
         knows which samples must go with it.
-
-        Args:
-            images: [N, 3, H, W], N > 0, RGB in [0, 1], any floating-point type, on any device.
-            prompts: N texts.
 
         Raises:
             ValueError: the numbers of images and prompts differ, or the images are no [N, 3, H, W] of floats.
         """
         require_pairs(images, prompts)
-        image_features = functional.normalize(self.image_features(images), dim=-1)
+        return self.score_features(self.image_features(images), prompts)
+
+    def cosine(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine similarity of each image's features [N, D] with those of its own prompt, [N] float32 in [-1, 1]."""
         text_features = functional.normalize(self.text_features(prompts), dim=-1)
-        return (image_features * text_features).sum(dim=-1)
+        return (functional.normalize(features, dim=-1) * text_features).sum(dim=-1)
 
     def say_what_is_cut(self, prompts: Sequence[str]) -> None:
         """Warn in one line, once for a whole job, of prompts too long for it, which it judges by their beginning."""

@@ -16,9 +16,9 @@ class PickScore(FolderScorer):
 
     reward_name = "pickscore"
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [N, 3, H, W] in [0, 1] against their N prompts: [N] float32, some 18 to 24; NaN stays NaN."""
-        return self.model.logit_scale.exp().float() * self.cosine(images, prompts)
+    def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `ClipScorer`: [N], some 18 to 24."""
+        return self.model.logit_scale.exp().float() * self.cosine(features, prompts)
 
 
 def _load(files: RewardFiles, **scoring: Any) -> PickScore:

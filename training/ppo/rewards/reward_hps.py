@@ -98,13 +98,9 @@ class RewardHPS(ClipScorer):
             amp_dtype=amp_dtype,
         )
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score each image against its own prompt; see `ClipScorer.cosine` for arguments, NaN and what is raised.
-
-        Returns:
-            [N] float32 in [-1, 1], on the reward's device. HPS v2.1 gives photographs some 0.2 to 0.35.
-        """
-        return self.cosine(images, prompts)
+    def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `ClipScorer`: [N] in [-1, 1]. HPS v2.1 gives photographs some 0.2 to 0.35."""
+        return self.cosine(features, prompts)
 
 
 def _load_model(files: RewardFiles) -> CLIPModel:
