@@ -52,7 +52,7 @@ class AestheticScore(FolderScorer):
         self.weight, self.bias = weight.to(self.device), bias.to(self.device)
 
     def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `ClipScorer`; the prompts are not looked at."""
+        """See `FeatureScorer`; the prompts are not looked at."""
         return functional.normalize(features, dim=-1) @ self.weight + self.bias
 
     def say_what_is_cut(self, prompts: Sequence[str]) -> None:

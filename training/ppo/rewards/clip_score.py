@@ -17,7 +17,7 @@ class ClipScore(FolderScorer):
     reward_name = "clip_score"
 
     def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `ClipScorer`: [N] in [0, 100]."""
+        """See `FeatureScorer`: [N] in [0, 100]."""
         return 100 * self.cosine(features, prompts).clamp(min=0)
 
 

@@ -17,8 +17,8 @@ from models.recent import RecentTensors
 from training.ppo.rewards.batched import BatchedScorer, require_pairs
 
 
-class ClipScorer(BatchedScorer, ABC):
-    """A frozen CLIP model; its scores are differentiable in the images."""
+class ClipScorer(BatchedScorer):
+    """A frozen CLIP model; what it says is differentiable in the images."""
 
     reads_prompts = True
 
@@ -50,22 +50,6 @@ class ClipScorer(BatchedScorer, ABC):
         self._context_length: int = model.config.text_config.max_position_embeddings
         self._text_features = RecentTensors()
 
-    @abstractmethod
-    def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images by their `image_features` [N, D], N > 0, against their N prompts: [N] float32; NaN stays NaN."""
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [N, 3, H, W], N > 0, RGB in [0, 1], on any device, against their N prompts: [N] float32.
-
-        A non-finite pixel, or a half-precision overflow, gives that image NaN. It is returned as it is: only the caller
-        knows which samples must go with it.
-
-        Raises:
-            ValueError: the numbers of images and prompts differ, or the images are no [N, 3, H, W] of floats.
-        """
-        require_pairs(images, prompts)
-        return self.score_features(self.image_features(images), prompts)
-
     def cosine(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosine similarity of each image's features [N, D] with those of its own prompt, [N] float32 in [-1, 1]."""
         text_features = functional.normalize(self.text_features(prompts), dim=-1)
@@ -94,3 +78,23 @@ class ClipScorer(BatchedScorer, ABC):
             for prompt, features in zip(chunk, embedded, strict=True):
                 found[prompt] = self._text_features.keep(prompt, features.clone())
         return torch.stack([found[prompt] for prompt in prompts])
+
+
+class FeatureScorer(ClipScorer, ABC):
+    """A CLIP model that scores an image by its features alone: who needs both asks the image tower once."""
+
+    @abstractmethod
+    def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images by their `image_features` [N, D], N > 0, against their N prompts: [N] float32; NaN stays NaN."""
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [N, 3, H, W], N > 0, RGB in [0, 1], on any device, against their N prompts: [N] float32.
+
+        A non-finite pixel, or a half-precision overflow, gives that image NaN. It is returned as it is: only the caller
+        knows which samples must go with it.
+
+        Raises:
+            ValueError: the numbers of images and prompts differ, or the images are no [N, 3, H, W] of floats.
+        """
+        require_pairs(images, prompts)
+        return self.score_features(self.image_features(images), prompts)

@@ -9,11 +9,11 @@ import torch
 
 from models import clip
 from models.loading import load_tokenizer
-from training.ppo.rewards.clip_scorer import ClipScorer
+from training.ppo.rewards.clip_scorer import FeatureScorer
 
 
-class FolderScorer(ClipScorer):
-    """A `ClipScorer` that is read from a folder; `reward_name` is the name of its kind."""
+class FolderScorer(FeatureScorer):
+    """A `FeatureScorer` that is read from a folder; `reward_name` is the name of its kind."""
 
     reward_name: ClassVar[str]
 

@@ -17,7 +17,7 @@ class PickScore(FolderScorer):
     reward_name = "pickscore"
 
     def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `ClipScorer`: [N], some 18 to 24."""
+        """See `FeatureScorer`: [N], some 18 to 24."""
         return self.model.logit_scale.exp().float() * self.cosine(features, prompts)
 
 

@@ -14,7 +14,7 @@ from errors import InputError
 from models import asset_table, clip
 from models.checkpoints import check_checkpoint
 from models.loading import load_tokenizer, read_json
-from training.ppo.rewards.clip_scorer import ClipScorer
+from training.ppo.rewards.clip_scorer import FeatureScorer
 from training.ppo.rewards.named import RewardFiles
 
 DEFAULT_TOKENIZER = Path(__file__).resolve().parents[3] / "src" / "pipelines" / "sd15" / "tokenizer"
@@ -65,7 +65,7 @@ def check_tokenizer(weights: Path, folder: Path) -> None:
         )
 
 
-class RewardHPS(ClipScorer):
+class RewardHPS(FeatureScorer):
     """Scores how well an image answers its prompt: the cosine similarity of CLIP's image and text features."""
 
     def __init__(
@@ -99,7 +99,7 @@ class RewardHPS(ClipScorer):
         )
 
     def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `ClipScorer`: [N] in [-1, 1]. HPS v2.1 gives photographs some 0.2 to 0.35."""
+        """See `FeatureScorer`: [N] in [-1, 1]. HPS v2.1 gives photographs some 0.2 to 0.35."""
         return self.cosine(features, prompts)
 
 
