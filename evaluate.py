@@ -7,46 +7,64 @@ if __name__ == "__main__":
 
     end_at_once_on_signals()
 
+import logging
 import shlex
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
+from benchmarks.evaluation_cost import Cost, Drawn
 from errors import InputError, shows_input_errors
-from files import only_writer
-from models import Denoiser, load_denoiser
-from models.devices import DTYPES, resolve_device, resolve_dtype
-from models.fingerprints import model_fingerprint
+from files import only_writer, write_atomically
+from models import load_denoiser
+from models.assets import machine
+from models.devices import DTYPES, resolve_dtype
+from models.inception import RESIZES, Resize, inception_file
 from models.options import ModelOptions
 from models.pictures import to_pixels
 from models.prompts import first_prompts
-from models.registry import is_unconditional
-from training.measuring.comparison import CLASSICAL_BASELINE, TOTAL, Comparison, Entry, parse_baseline
+from models.registry import check_assets, is_unconditional
+from training.image_folder import ImageRequest, SolverFolders
+from training.measuring.comparison import (
+    CLASSICAL_BASELINE,
+    TOTAL,
+    parse_baseline,
+)
 from training.measuring.evaluation import (
     PREVIEWS,
-    REFERENCE_SCHEDULE,
-    REFERENCE_SOLVER,
     REFERENCE_STEPS,
-    Evaluation,
-    Measured,
-    Setting,
     Store,
     reference_solver,
 )
+from training.measuring.page import page
+from training.measuring.protocol import Protocol, load_protocol
+from training.measuring.real_images import (
+    DISTANCES,
+    FEWEST_FOR_FID,
+    Note,
+    RealImages,
+    clip_files,
+    load_extractors,
+    parse_distances,
+    real_files,
+)
 from training.measuring.report import Report
-from training.ppo.panels import SHAPES, judging_panel, true_images
+from training.ppo.panels import SHAPES, judges_of, true_images
 from training.ppo.rewards import find_reward_files
-from training.runs.command_line import Finite, require_one_process, takes_model_options
+from training.ppo.scene import Scene
+from training.runs.command_line import Finite, require_processes, takes_model_options
+from training.runs.fabric import fabric_of
 from training.solver import (
     CLASSICAL,
     TRIED_SCHEDULES,
+    Schedule,
     Solver,
     classical_solvers,
     load_solver,
@@ -59,18 +77,59 @@ USUAL_PROMPTS = Path("src/prompts/shapes_heldout.csv")
 SHAPES_VALIDATION = Path("src/prompts/shapes_validation.csv")
 USUAL_REWARD = Path("weights/HPS_v2.1_compressed.pt")
 
+Found = TypeVar("Found")
+
 EXAMPLES = """
 \b
 Examples:
   python evaluate.py --model shapes --solvers epd,ddim,heun,dpm2,dpmpp,ipndm --nfe 4,6,8,12,20
   python evaluate.py --solvers epd,dpmpp,dpmpp:2 --nfe 4,8 --predictor_path 1 --baseline classical --baseline dpmpp@8
   python evaluate.py --nfe 4 --guidances 1.5,2,3,5,7.5 --schedules discrete,polynomial
+  python evaluate.py --model sd15 --prompt-file src/prompts/MS-COCO_val2014_30k_captions.csv --number 30000 --pair
+      --reference-steps 0 --real coco_val2014_legacy.npz --resize legacy --reward weights/HPS_v2.1_compressed.pt
+      --reward clip_score --num-devices 8
 
 Every measurement is kept: the same call again is quick, and one that was stopped goes on.
 """
 
 
+def _take_protocol(context: click.Context, _: click.Parameter, name: str | None) -> Protocol | None:
+    """Let a protocol's options stand in for the command's defaults."""
+    if name is None:
+        return None
+    parameters = {
+        option.removeprefix("--"): parameter
+        for parameter in context.command.params
+        for option in parameter.opts
+        if option not in ("--protocol", "--dry-run")
+    }
+    try:
+        protocol = load_protocol(name, parameters)
+    except InputError as error:
+        raise click.UsageError(str(error)) from None
+    context.default_map = {
+        parameters[key].name: ",".join(map(str, value))
+        if isinstance(value, list) and not parameters[key].multiple
+        else value
+        for key, value in protocol.options.items()
+    }
+    return protocol
+
+
 @click.command(epilog=EXAMPLES)
+@click.option(
+    "--protocol",
+    is_eager=True,
+    callback=_take_protocol,
+    metavar="NAME",
+    help="Take what is not said here from evaluations/NAME.yaml, or from the file of that path, and put the published "
+    "figures that it names beside ours.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what it would cost, and which files are missing and how to fetch them; draw nothing.",
+)
 @click.option("--model", default=SHAPES, show_default=True, help="Registered name, pipeline folder or single file.")
 @click.option(
     "--solvers",
@@ -121,11 +180,23 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
 )
 @click.option(
     "--prompt-file",
+    "prompt_files",
+    multiple=True,
     type=click.Path(path_type=Path),
-    help=f"A .txt (one a line) or .csv (column `text`); none for an unconditional model. [{USUAL_PROMPTS}]",
+    help="A .txt (one a line), .csv (column `text`) or .json list; may be repeated: a table of their own for each; "
+    f"none for an unconditional model. [{USUAL_PROMPTS}]",
 )
 @click.option(
-    "--number", type=click.IntRange(min=2), default=128, show_default=True, help="Prompts, from the top; or images."
+    "--number",
+    type=click.IntRange(min=2),
+    default=128,
+    show_default=True,
+    help="Prompts of each, from the top; or images.",
+)
+@click.option(
+    "--pair",
+    is_flag=True,
+    help="Take the prompts as they stand, repeated ones too: prompt i with seed i, as published numbers are made.",
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First noise seed; bootstrap seed."
@@ -138,11 +209,43 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
 )
 @click.option(
     "--reward",
-    "reward_path",
+    "reward_paths",
+    multiple=True,
     type=click.Path(path_type=Path),
-    help="Preference checkpoint, or pickscore, clip_score, aesthetic, imagereward, mps, or my_module:my_reward. "
+    help="Preference checkpoint, or pickscore, clip_score, aesthetic, imagereward, mps, or my_module:my_reward; may be "
+    "repeated: all in one pass over the images; the first is called the reward. "
     f"[{SHAPES_REWARD} for shapes, otherwise {USUAL_REWARD}]",
 )
+@click.option(
+    "--real",
+    "real_path",
+    type=click.Path(path_type=Path),
+    help="Real images for --distances: a folder of them, or a .npz of scripts.image_statistics or of other FID code.",
+)
+@click.option(
+    "--distances",
+    help=f"To --real, separated by commas: {', '.join(DISTANCES)}. [fid where --real is given]",
+)
+@click.option(
+    "--resize",
+    type=click.Choice(RESIZES),
+    default="clean",
+    show_default=True,
+    help="For FID and KID: clean as clean-fid does, or legacy, by the network, as most published numbers.",
+)
+@click.option(
+    "--reference-steps",
+    type=click.IntRange(0, 1000),
+    default=REFERENCE_STEPS,
+    show_default=True,
+    help="Steps of the fine reference that latent and pixel RMS are taken to; 0 for none, which saves its evaluations.",
+)
+@click.option(
+    "--tell",
+    type=Finite(min=0, min_open=True),
+    help="Say after the first prompts how many it takes to tell such a difference in reward.",
+)
+@click.option("--images", is_flag=True, help="Write every image to OUTDIR/images, a folder a solver.")
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
@@ -161,69 +264,239 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
     help="Where latents and measurements are kept; latents of Stable Diffusion take 64 kB an image and sampler.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--num-devices",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Devices, each with a process of its own, that share the prompts out; they must share --cache.",
+)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the network.")
 @shows_input_errors
 @takes_model_options
-def main(
-    model: str,
-    solvers: str,
-    nfe: str,
-    schedules: str,
-    guidances: str | None,
-    validation_file: Path | None,
-    validation_number: int,
-    predictors: tuple[str, ...],
-    exps: Path,
-    baselines: tuple[str, ...],
-    prompt_file: Path | None,
-    number: int,
-    seed: int,
-    guidance: float | None,
-    reward_path: Path | None,
-    batch: int,
-    outdir: Path,
-    cache: Path,
-    device: str,
-    dtype: str,
-    model_options: ModelOptions,
-) -> None:
-    """Print and save a table of solvers: reward, verifier, Fréchet distance, distance to a 200-step reference.
+def main(protocol: Protocol | None, *, dry_run: bool, **told: Any) -> None:
+    """Print and save a table of solvers: rewards, verifier, distances to real images and to a fine reference.
 
     Every prompt has one noise, the same for all solvers. Written to --outdir: report.md, results.csv, results.json,
-    metrics.png, and for each parallel NFE a sheet of images at each solver's best schedule by reward.
+    metrics.png, for each parallel NFE a sheet of images at each solver's best schedule by reward, and all of it as one
+    page, index.html.
     """
-    require_one_process()
-    names, budgets = _listed(solvers, "--solvers"), _budgets(nfe)
-    tried = [parse_schedule(text) for text in _listed(schedules, "--schedules")]
-    classical = [name for name in names if name != "epd"]
-    for name in classical:
+    asked = Asked(**told)
+    require_processes(asked.num_devices)
+    for name in asked.classical:
         parse_classical(name)
-    if predictors and "epd" not in names:
+    _ = asked.budgets, asked.tried, asked.wanted, asked.scales(1.0)  # what cannot be read is said before all else
+    if asked.predictors and "epd" not in asked.names:
         raise InputError("--predictor_path is given, but --solvers has no epd: add it")
-    weights = reward_path or (SHAPES_REWARD if model == SHAPES else USUAL_REWARD)
-    chosen_on = validation_file or (SHAPES_VALIDATION if model == SHAPES else None)
-    if is_unconditional(model):
-        _refuse_prompts(model, reward_path, {"--prompt-file": prompt_file, "--validation-file": validation_file})
-        prompts, asked = [""] * number, f"{number} images without a prompt"
+    if asked.unconditional:
+        _refuse_prompts(asked)
+    if dry_run:
+        preview(asked)
     else:
-        prompt_file = prompt_file or USUAL_PROMPTS
-        prompts, asked = first_prompts(prompt_file, number), f"the first {number} of {prompt_file}"
-    find_reward_files(weights)
-    validation_prompts = None if chosen_on is None else first_prompts(chosen_on, validation_number)
-    tables = _predictors(model, model_options, predictors, exps, budgets) if "epd" in names else []
+        compare(asked, protocol)
 
-    number_type = resolve_dtype(dtype)
-    denoiser = load_denoiser(model, device=resolve_device(device), dtype=number_type, options=model_options)
-    denoiser.validate_prompts([*prompts, *(validation_prompts or [])])
-    scale = denoiser.default_guidance_scale if guidance is None else guidance
-    scales = [scale] if guidances is None else _scales(guidances)
-    if f"{CLASSICAL_BASELINE}@{TOTAL}" in baselines:
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for; each as its option says."""
+
+    model: str
+    solvers: str
+    nfe: str
+    schedules: str
+    guidances: str | None
+    validation_file: Path | None
+    validation_number: int
+    predictors: tuple[str, ...]
+    exps: Path
+    baselines: tuple[str, ...]
+    prompt_files: tuple[Path, ...]
+    number: int
+    pair: bool
+    seed: int
+    guidance: float | None
+    reward_paths: tuple[Path, ...]
+    real_path: Path | None
+    distances: str | None
+    resize: Resize
+    reference_steps: int
+    tell: float | None
+    images: bool
+    batch: int
+    outdir: Path
+    cache: Path
+    device: str
+    num_devices: int
+    dtype: str
+    model_options: ModelOptions
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Solvers by name, `epd` among them."""
+        return _listed(self.solvers, "--solvers")
+
+    @cached_property
+    def classical(self) -> list[str]:
+        """The solvers that are no tables."""
+        return [name for name in self.names if name != "epd"]
+
+    @cached_property
+    def budgets(self) -> list[int]:
+        """Parallel evaluations."""
+        return _budgets(self.nfe)
+
+    @cached_property
+    def tried(self) -> list[Schedule]:
+        """Schedules."""
+        return [parse_schedule(text) for text in _listed(self.schedules, "--schedules")]
+
+    @cached_property
+    def unconditional(self) -> bool:
+        """Whether the model takes no prompts, as far as its files are there to say so."""
+        return is_unconditional(self.model)
+
+    @cached_property
+    def rewards(self) -> tuple[Path, ...]:
+        """Rewards, the first of which is called so."""
+        return self.reward_paths or (SHAPES_REWARD if self.model == SHAPES else USUAL_REWARD,)
+
+    @cached_property
+    def chosen_on(self) -> Path | None:
+        """The file of the prompts that settings are chosen on."""
+        return self.validation_file or (SHAPES_VALIDATION if self.model == SHAPES else None)
+
+    @cached_property
+    def wanted(self) -> list[str]:
+        """Distances to real images."""
+        if self.real_path is None:
+            if self.distances is not None:
+                raise InputError("--distances are taken to real images: name them with --real")
+            return []
+        return parse_distances(self.distances or "fid")
+
+    @cached_property
+    def read_from(self) -> tuple[Path, ...]:
+        """The files of the prompts that are scored; none of an unconditional model."""
+        return () if self.unconditional else self.prompt_files or (USUAL_PROMPTS,)
+
+    def prompts(self) -> list[str]:
+        """The prompts that are scored; of an unconditional model the empty prompt, which every image has."""
+        if self.unconditional:
+            return [""] * self.number
+        return [prompt for file in self.read_from for prompt in first_prompts(file, self.number, repeated=self.pair)]
+
+    @property
+    def count(self) -> int:
+        """How many prompts are scored."""
+        return self.number * (len(self.read_from) or 1)
+
+    @property
+    def scored(self) -> str:
+        """What is scored, in words."""
+        if self.unconditional:
+            return f"{self.number} images without a prompt"
+        return f"the first {self.number} of {' and of '.join(map(str, self.read_from))}"
+
+    def validation_prompts(self) -> list[str] | None:
+        """The prompts that settings are chosen on."""
+        return None if self.chosen_on is None else first_prompts(self.chosen_on, self.validation_number)
+
+    def check_real_images(self) -> None:
+        """Raise InputError where the real images cannot be used, as far as that is seen without their features."""
+        if self.real_path is not None and self.real_path.is_dir():
+            real_files(self.real_path)
+        elif self.real_path is not None:
+            RealImages.load(self.real_path)
+
+    def scales(self, usual: float) -> list[float]:
+        """Guidance scales that are tried."""
+        return [usual] if self.guidances is None else _scales(self.guidances)
+
+    def rivals(self, budgets: Sequence[int], usual: float, say: Note) -> list[Solver]:
+        """The classical solvers at all their settings."""
+        solvers = classical_solvers(self.classical, budgets, self.tried, note=say)
+        return [solver.guided(scale) for solver in solvers for scale in self.scales(usual)]
+
+    def tables(self, say: Note) -> list[Solver]:
+        """The predictors."""
+        return _predictors(self, say) if "epd" in self.names else []
+
+    def request(self, prompts: Sequence[str], solver: Solver, dtype: torch.dtype) -> ImageRequest:
+        """The images of one solver."""
+        return ImageRequest(
+            prompts=prompts,
+            seeds=[self.seed + index for index in range(len(prompts))],
+            solver=solver,
+            model=self.model,
+            batch_size=self.batch,
+            dtype=dtype,
+            paired=True,
+            model_options=self.model_options,
+        )
+
+
+def preview(asked: Asked) -> None:
+    """Say what it would cost, and what is missing."""
+    missing: list[str] = []
+
+    def there(find: Callable[[], Found]) -> Found | None:
+        try:
+            return find()
+        except InputError as error:
+            missing.append(str(error))
+            return None
+
+    there(asked.prompts)
+    there(asked.validation_prompts)
+    there(asked.check_real_images)
+    there(lambda: check_assets(asked.model, asked.model_options))
+    for reward in asked.rewards:
+        there(lambda reward=reward: find_reward_files(reward))
+    for needing, find in (({"fid", "kid"}, inception_file), ({"cmmd"}, clip_files)):
+        if needing & set(asked.wanted):
+            there(find)
+    tables = there(lambda: asked.tables(_nothing)) or []
+    number_type = resolve_dtype(asked.dtype)
+    cost = Cost.of(asked.model, asked.model_options, number_type)
+    usual = cost.denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
+    rivals = asked.rivals(asked.budgets, usual, _nothing)
+    chosen = list({(solver.label, solver.num_steps): solver for solver in rivals}.values())
+    scored = rivals if asked.chosen_on is None else chosen
+    drawn = [Drawn("scored (at least one setting a metric)", asked.count, [*tables, *scored])]
+    if asked.chosen_on is not None and len(rivals) > len(chosen):
+        drawn.append(Drawn("to choose settings on", asked.validation_number, rivals))
+    if asked.reference_steps:
+        drawn.append(Drawn("reference", asked.count, [reference_solver(cost.denoiser, usual, asked.reference_steps)]))
+    features = 1 + len({distance == "cmmd" for distance in asked.wanted})
+    for line in cost.lines(drawn, features=features, images=asked.images, devices=asked.num_devices):
+        click.echo(line)
+    for line in missing or ["every file is there"]:
+        click.echo(f"missing: {line}" if missing else line)
+    click.echo("dry run: nothing was drawn")
+
+
+def compare(asked: Asked, protocol: Protocol | None) -> None:
+    """Draw, judge, and report."""
+    for reward in asked.rewards:
+        find_reward_files(reward)
+    asked.check_real_images()
+    prompts, validation_prompts = asked.prompts(), asked.validation_prompts()
+    number_type = resolve_dtype(asked.dtype)
+
+    fabric = fabric_of(asked.device, asked.num_devices)
+    fabric.launch()
+    say = click.echo if fabric.is_global_zero else _nothing
+    if not fabric.is_global_zero:
+        logging.disable(logging.WARNING)  # said by the first process
+    tables = asked.tables(say)
+    denoiser = load_denoiser(asked.model, device=fabric.device, dtype=number_type, options=asked.model_options)
+    everything = [*prompts, *(validation_prompts or [])]
+    denoiser.validate_prompts(everything)
+    scale = denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
+    budgets = asked.budgets
+    if f"{CLASSICAL_BASELINE}@{TOTAL}" in asked.baselines:
         budgets = sorted({*budgets, *(table.evaluations.total for table in tables)})
-    rivals = [
-        rival.guided(one).on(denoiser)
-        for rival in classical_solvers(classical, budgets, tried, note=click.echo)
-        for one in scales
-    ]
+    rivals = [rival.on(denoiser) for rival in asked.rivals(budgets, scale, say)]
     silent = [table.guidance_scale is None and not table.has_guidance_column for table in tables]
     tables = [
         (table.guided(scale) if says_none else table).on(denoiser)
@@ -233,137 +506,122 @@ def main(
         raise InputError(
             "nothing to compare: no solver can spend any of the evaluations of --nfe, and there is no predictor"
         )
-    chosen_baselines = [
-        parse_baseline(text, list(dict.fromkeys(solver.label for solver in [*tables, *rivals]))) for text in baselines
-    ]
+    labels = list(dict.fromkeys(solver.label for solver in [*tables, *rivals]))
+    baselines = [parse_baseline(text, labels) for text in asked.baselines]
 
-    click.get_current_context().with_resource(only_writer(outdir))
+    if fabric.is_global_zero:
+        click.get_current_context().with_resource(only_writer(asked.outdir))
     scene = Scene(
         denoiser=denoiser,
-        model=model,
-        model_options=model_options,
-        weights=weights,
-        store=Store(cache, click.echo),
-        guidance_scale=scale,
-        seed=seed,
-        batch=batch,
+        model=asked.model,
+        model_options=asked.model_options,
+        judges=judges_of(asked.model, asked.rewards, denoiser, everything, asked.batch),
+        extractors=load_extractors(asked.wanted, asked.resize, denoiser.device),
+        distances=asked.wanted,
+        store=Store(asked.cache, say),
+        reference=reference_solver(denoiser, scale, asked.reference_steps) if asked.reference_steps else None,
+        seed=asked.seed,
+        batch=asked.batch,
         dtype=torch.promote_types(number_type, torch.float32),
+        fabric=fabric,
+        tell=asked.tell,
     )
+    real = scene.real_images(asked.real_path) if fabric.is_global_zero and asked.real_path is not None else None
+    if "fid" in asked.wanted and asked.count < FEWEST_FOR_FID:
+        say(
+            f"FID of {asked.count} images, fewer than {FEWEST_FOR_FID:,}, is mostly bias: compare it at equal numbers "
+            "only, or take --distances kid,cmmd, which have none or little"
+        )
     validation = None
     if validation_prompts is not None and len(rivals) > len({(one.label, one.num_steps) for one in rivals}):
-        click.echo(f"{len(rivals)} settings of classical solvers on {len(validation_prompts)} prompts of {chosen_on}")
+        say(f"{len(rivals)} settings of classical solvers on {len(validation_prompts)} prompts of {asked.chosen_on}")
         validation = scene.choose(rivals, validation_prompts)
         rivals = validation.contenders()
-    click.echo(f"{len(tables) + len(rivals)} solvers and the reference on {asked}")
-    comparison, reference, real = scene.compare([*tables, *rivals], prompts, validation)
-    click.echo("taking intervals, about a second a solver")
+    compared = [*tables, *rivals]
+    beside = "" if scene.reference is None else " and the reference"
+    say(f"{len(compared)} solvers{beside} on {asked.scored}")
+    request = asked.request(prompts, compared[0], scene.dtype)
+    folders = SolverFolders(asked.outdir / "images", request) if asked.images else None
+    evaluation = scene.draw(compared, prompts, folders)
+    if not fabric.is_global_zero:
+        return
+    comparison, reference = scene.compare(evaluation, compared, validation, real)
+    if folders is not None:
+        for entry in comparison.entries:
+            folders.write_log(entry.solver, (~entry.measured.exploded).tolist())
+    say("taking intervals, about a second a solver")
+    last = asked.seed - 1
     report = Report(
         comparison=comparison,
-        differences=comparison.differences(chosen_baselines),
+        differences=comparison.differences(baselines),
         reference=reference,
-        real=None if real is None else to_pixels(real[:PREVIEWS]),
+        real=to_pixels(true_images(prompts[:PREVIEWS], asked.seed)) if asked.model == SHAPES else None,
         prompts=prompts,
+        groups={
+            file.stem: slice(number * asked.number, (number + 1) * asked.number)
+            for number, file in enumerate(asked.read_from)
+        },
+        published=() if protocol is None else protocol.published,
         settings={
             "command": shlex.join(["python", *sys.argv]),
-            "model": f"{model}, {model_options} (sha256 {scene.model_sha256[:16]})",
-            "prompts": f"{asked}, seeds {seed} to {seed + number - 1}",
+            **({} if protocol is None else {"protocol": f"{protocol.name}: {protocol.about}"}),
+            "model": f"{asked.model}, {asked.model_options} (sha256 {scene.model_sha256[:16]})",
+            "prompts": f"{asked.scored}, seeds {asked.seed} to {last + asked.count}",
             "guidance": scale,
-            "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REFERENCE_SCHEDULE}, from the same noise",
-            "preference model": str(weights),
-            "Fréchet distance to": "true images of the same captions" if real is not None else "the reference's images",
-            "schedules tried": ", ".join(map(str, tried)),
-            "guidance scales tried": ", ".join(f"{one:g}" for one in scales),
+            "reference": "none" if reference is None else f"{reference.solver.label}, from the same noise",
+            "rewards": ", ".join(map(str, asked.rewards)),
+            "Fréchet distance to": scene.frechet_target,
+            "real images": "none"
+            if real is None
+            else f"{real.source}, {_counted(real.count)}, {asked.resize} resizing",
+            "schedules tried": ", ".join(map(str, asked.tried)),
+            "guidance scales tried": ", ".join(f"{one:g}" for one in asked.scales(scale)),
             "chosen on": "these prompts"
             if validation is None
-            else f"the first {validation_number} of {chosen_on}, seeds {seed} to {seed + validation_number - 1}",
+            else f"the first {asked.validation_number} of {asked.chosen_on}, seeds {asked.seed} to "
+            f"{last + asked.validation_number}",
             "predictors": ", ".join(f"{table.label} = {table.where}" for table in tables) or "none",
             "torch": torch.__version__,
-            "device": f"{denoiser.device}, {dtype}",
+            "device": f"{asked.num_devices} x {denoiser.device}, {asked.dtype}",
         },
     )
-    files = report.write(outdir)
-    click.echo("\n\n".join(["", report.table(), *report.difference_tables(), ""]))
-    click.echo("wrote " + ", ".join(map(str, files)))
+    files = [*report.write(asked.outdir), asked.outdir / "index.html"]
+    write_atomically(files[-1], page(report, lambda one, rows: evaluation.pixels(one.solver, rows).numpy(), _origin()))
+    say("\n\n".join(["", *report.tables(), ""]))
+    say("wrote " + ", ".join(map(str, files)))
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What stays the same from one set of prompts to another."""
-
-    denoiser: Denoiser
-    model: str
-    model_options: ModelOptions
-    weights: Path
-    store: Store
-    guidance_scale: float
-    seed: int
-    batch: int
-    dtype: torch.dtype
-
-    @cached_property
-    def model_sha256(self) -> str:
-        """Of the model's files, and how it was loaded."""
-        return model_fingerprint(self.model, self.model_options)
-
-    def compare(
-        self, solvers: Sequence[Solver], prompts: Sequence[str], validation: Comparison | None
-    ) -> tuple[Comparison, Measured, Tensor | None]:
-        """Solvers and the reference on prompts, and true images [N, 3, H, W] where the world can draw them."""
-        fine = reference_solver(self.denoiser, self.guidance_scale)
-        evaluation, entries = self._measured(solvers, prompts, fine)
-        reference, real = evaluation.reference(), self._real(prompts)
-        target = reference.features if real is None else self._features(evaluation, real, prompts)
-        compared = Comparison(entries, target, self.store, seed=self.seed, validation=validation)
-        return compared, reference, real
-
-    def choose(self, solvers: Sequence[Solver], prompts: Sequence[str]) -> Comparison:
-        """Solvers on the prompts that settings are chosen on: no reference, whose evaluations are most of the work."""
-        evaluation, entries = self._measured(solvers, prompts, None)
-        real = self._real(prompts)
-        target = None if real is None else self._features(evaluation, real, prompts)
-        return Comparison(entries, target, self.store, seed=self.seed)
-
-    def _measured(
-        self, solvers: Sequence[Solver], prompts: Sequence[str], reference: Solver | None
-    ) -> tuple[Evaluation, list[Entry]]:
-        setting = Setting(
-            prompts=prompts,
-            seeds=[self.seed + index for index in range(len(prompts))],
-            model_fingerprint=self.model_sha256,
-            batch_size=self.batch,
-            dtype=self.dtype,
-            previews=PREVIEWS,
+def _origin() -> str:
+    """The commit of this code, where it is a checkout, and the versions of what it runs on."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
         )
-        panel = judging_panel(self.model, self.weights, self.denoiser, prompts, self.batch)
-        entries = []
-        with tqdm(unit="evaluation") as bar:
-            evaluation = Evaluation(self.denoiser, panel, setting, self.store, bar.update, reference=reference)
-            bar.reset(total=evaluation.evaluations_ahead(solvers))
-            if reference is not None:
-                bar.set_description("reference")
-                evaluation.reference()
-            for solver in solvers:
-                bar.set_description(f"{solver.label} {solver.grid_name}, NFE {solver.evaluations.parallel}")
-                entries.append(Entry(solver, evaluation.measure(solver)))
-        return evaluation, entries
-
-    def _real(self, prompts: Sequence[str]) -> Tensor | None:
-        return true_images(prompts, self.seed) if self.model == SHAPES else None
-
-    def _features(self, evaluation: Evaluation, real: Tensor, prompts: Sequence[str]) -> Tensor:
-        return evaluation.features(real, {"true images of": list(prompts), "seed": self.seed})
+    except OSError:  # no git on this machine
+        found = None
+    commit = found.stdout.strip() if found is not None and found.returncode == 0 else "no git checkout"
+    return f"commit: {commit}\n" + "\n".join(machine())
 
 
-def _refuse_prompts(model: str, reward: Path | None, files: Mapping[str, Path | None]) -> None:
-    """Raise InputError where an unconditional model is given prompts, by the option, or no reward that needs none."""
-    for option, file in files.items():
-        if file is not None:
-            raise InputError(f"{option} {file}: {model} is unconditional and takes no prompt: leave it out")
-    if reward is None:
+def _refuse_prompts(asked: Asked) -> None:
+    """Raise InputError where an unconditional model is given prompts, or no reward that needs none."""
+    given = {"--prompt-file": asked.prompt_files, "--validation-file": (asked.validation_file,)}
+    for option, files in given.items():
+        for file in filter(None, files):
+            raise InputError(f"{option} {file}: {asked.model} is unconditional and takes no prompt: leave it out")
+    if not asked.reward_paths:
         raise InputError(
-            f"--reward is missing: {model} is unconditional, so name one that looks at the image alone: aesthetic, or "
-            "a function of yours, my_module:my_reward"
+            f"--reward is missing: {asked.model} is unconditional, so name one that looks at the image alone: "
+            "aesthetic, or a function of yours, my_module:my_reward"
         )
+
+
+def _nothing(*_: object) -> None:
+    """Is said."""
+
+
+def _counted(count: int | None) -> str:
+    return "how many is not said" if count is None else f"{count:,} images"
 
 
 def _listed(text: str, option: str) -> list[str]:
@@ -391,39 +649,38 @@ def _scales(text: str) -> list[float]:
     return scales
 
 
-def _predictors(
-    model: str, options: ModelOptions, sources: Sequence[str], root: Path, budgets: Sequence[int]
-) -> list[Solver]:
-    """The tables that were asked for, or all that lie in `root` and were made for the model and a wanted budget."""
-    found = [load_solver(source, root) for source in sources] if sources else list(_discovered(model, root))
+def _predictors(asked: Asked, say: Note) -> list[Solver]:
+    """The tables that were asked for, or all that lie in `exps` and were made for the model and a wanted budget."""
+    sources, root, model, options = asked.predictors, asked.exps, asked.model, asked.model_options
+    found = [load_solver(source, root) for source in sources] if sources else list(_discovered(model, root, say))
     fitting = []
     for solver in found:
         parallel = solver.evaluations.parallel
-        if parallel in budgets:
+        if parallel in asked.budgets:
             fitting.append(solver)
         elif sources:
             raise InputError(f"{solver.where}: takes {parallel} parallel evaluations; add {parallel} to --nfe")
         else:
-            click.echo(f"left out: {solver.where} takes {parallel} parallel evaluations")
+            say(f"left out: {solver.where} takes {parallel} parallel evaluations")
     for solver in fitting:
         if solver.model != model:
-            click.echo(f"{solver.where} was made for {solver.model}, not for {model}")
+            say(f"{solver.where} was made for {solver.model}, not for {model}")
         if solver.model_options.changes() != options.changes():
-            click.echo(f"{solver.where}: its model was loaded {solver.model_options}, and here {options}")
+            say(f"{solver.where}: its model was loaded {solver.model_options}, and here {options}")
     labels = [solver.label for solver in fitting]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise InputError(f"several predictors are called {min(twice)}: choose among them with --predictor_path")
     if not fitting:
-        click.echo(f"no predictor for {model} in {root}")
+        say(f"no predictor for {model} in {root}")
     return fitting
 
 
-def _discovered(model: str, root: Path) -> Iterator[Solver]:
+def _discovered(model: str, root: Path, say: Note) -> Iterator[Solver]:
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
         try:
             solver = load_solver(folder, root)
         except InputError as error:
-            click.echo(f"left out: {error}")
+            say(f"left out: {error}")
             continue
         if solver.model == model:
             yield solver

@@ -24,7 +24,7 @@ from training.measuring.statistics import Interval, bootstrap_indices, paired_di
 from training.ppo.assembly import guidance_scale, model_spec
 from training.ppo.config import model_options
 from training.ppo.export_epd_predictor import read_export, write_export
-from training.ppo.panels import judging_panel
+from training.ppo.panels import judges_of
 from training.runs.checkpoint import best_path, newest_checkpoint
 from training.runs.run_folder import RunFolder, read_metrics
 from training.solver import Solver, classical_solvers, load_solver, parse_schedule
@@ -215,8 +215,8 @@ class Scorer:
             dtype=torch.promote_types(dtype, torch.float32),
             previews=PREVIEWS,
         )
-        panel = judging_panel(spec, Path(config.reward.weights_path), self._denoiser, prompts, study.batch)
-        self._evaluation = Evaluation(self._denoiser, panel, setting, store, advance, reference=None)
+        judges = judges_of(spec, [Path(config.reward.weights_path)], self._denoiser, prompts, study.batch)
+        self._evaluation = Evaluation(self._denoiser, judges, setting, store, advance, reference=None)
         self._study, self._guidance_scale = study, guidance_scale(config)
 
     def on_model(self, solver: Solver) -> Solver:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from models.checkpoints import looks_like
 from models.digests import digest_of, recorded_digest
@@ -19,11 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository on a Hugging Face hub."""
+    """A file of a repository on a Hugging Face hub, of a model or of a dataset."""
 
     repository: str
     file: str
     revision: str = "main"
+    repo_type: Literal["model", "dataset"] = "model"
 
     def __str__(self) -> str:
         """For people."""
@@ -129,6 +131,13 @@ COCO_PROMPTS = AssetFile(
     "src/prompts/MS-COCO_val2014_30k_captions.csv",
     "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1/MS-COCO_val2014_30k_captions.csv",
 )
+HPD_PROMPTS = tuple(
+    AssetFile(
+        f"src/prompts/hpdv2/{style}.json",
+        HubFile("zhwang/HPDv2", f"benchmark/{style}.json", "260dbde75ab1c68e86d32a8e7739f1b49b100578", "dataset"),
+    )
+    for style in ("anime", "concept-art", "paintings", "photo")
+)
 PICKSCORE = tuple(
     AssetFile(f"weights/pickscore/{name}", HubFile(_PICKSCORE[0], name, _PICKSCORE[1]))
     for name in ("config.json", "model.safetensors")
@@ -220,6 +229,7 @@ BUNDLES = {
     ),
     "hpsv2.0": Bundle("HPS v2.0 and CLIP's tokenizer", "Apache 2.0; the tokenizer MIT", (HPS["v2.0"], *TOKENIZER)),
     "coco-prompts": Bundle("30,000 captions of MS-COCO val2014", "CC BY 4.0 (COCO's annotations)", (COCO_PROMPTS,)),
+    "hpsv2-prompts": Bundle("the four styles of HPSv2's benchmark, 800 prompts each", "Apache 2.0", HPD_PROMPTS),
     "pickscore": Bundle(
         "PickScore v1, a preference score, and CLIP's tokenizer",
         "its model card states none; the tokenizer MIT",

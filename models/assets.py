@@ -137,7 +137,7 @@ def _locate(asset: AssetFile) -> Remote:
     if isinstance(asset.source, str):
         return Remote(asset.source, "download", asset.size)
     source = asset.source
-    url = hf_hub_url(source.repository, source.file, revision=source.revision)
+    url = hf_hub_url(source.repository, source.file, revision=source.revision, repo_type=source.repo_type)
     found = get_hf_file_metadata(url)
     if found.etag is None:
         raise OSError(f"{constants.ENDPOINT} does not answer like a Hugging Face hub (no ETag); check HF_ENDPOINT")

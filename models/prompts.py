@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 from errors import InputError
+from models import asset_table
 
 PROMPT_COLUMN = "text"
 MAXIMUM_SEED = 2**63 - 1
@@ -35,35 +37,45 @@ def text_fault(text: str) -> str | None:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a `.txt` file (one a line, blank lines skipped) or of a `.csv` file (column `text`), in order.
+    """The prompts of a `.txt` file (one a line, blank lines skipped), a `.csv` (column `text`) or a `.json` list.
 
     Raises InputError where the file is missing, unreadable, of another kind or empty, has not one such column, or lacks
     a cell, or a line of it is no prompt (`text_fault`).
     """
     file = Path(path)
-    readers = {".txt": _lines, ".csv": _text_column}
+    readers = {".txt": _lines, ".csv": _text_column, ".json": _listed}
     if file.suffix.lower() not in readers:
         raise InputError(
-            f"{file}: prompts are read from a .txt file (one a line) or a .csv file (column `{PROMPT_COLUMN}`)"
+            f"{file}: prompts are read from a .txt file (one a line), a .csv file (column `{PROMPT_COLUMN}`) or a "
+            ".json list"
         )
     try:
         content = file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{file}: there is no such prompt file") from None
+        raise InputError(f"{file}: there is no such prompt file{_fetched_by(file)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text (byte {error.start}); save the prompts as UTF-8") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
     if "\0" in content:
         raise InputError(f"{file}: holds NUL characters, as UTF-16 does; save the prompts as UTF-8")
+    place = "entry" if file.suffix.lower() == ".json" else "line"
     prompts = []
     for line, prompt in readers[file.suffix.lower()](file, content):
         if fault := text_fault(prompt):
-            raise InputError(f"{file}, line {line}: {fault}; write a prompt or remove the line")
+            raise InputError(f"{file}, {place} {line}: {fault}; write a prompt or remove it")
         prompts.append(prompt)
     if not prompts:
         raise InputError(f"{file}: holds no prompt; write at least one")
     return prompts
+
+
+def _fetched_by(file: Path) -> str:
+    """The command that fetches a file, where one does."""
+    for name, bundle in asset_table.BUNDLES.items():
+        if any(file.resolve() == (asset_table.ROOT / asset.path).resolve() for asset in bundle.files):
+            return f". Fetch it:  python -m models.assets fetch {name}"
+    return ""
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -99,6 +111,16 @@ def _lines(_: Path, content: str) -> Iterator[tuple[int, str]]:
             yield number, line.strip()
 
 
+def _listed(file: Path, content: str) -> Iterator[tuple[int, str]]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: no JSON ({error}); write a list of prompts") from None
+    if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
+        raise InputError(f"{file}: is no list of texts; write a list of prompts")
+    yield from ((number, prompt.strip()) for number, prompt in enumerate(found, start=1))
+
+
 def _text_column(file: Path, content: str) -> Iterator[tuple[int, str]]:
     if content.startswith(BYTE_ORDER_MARK):  # a second one: the header's name would look right and be another
         raise InputError(f"{file}, line 1: {text_fault(content)}; save the prompts as plain UTF-8")
@@ -129,9 +151,11 @@ def _cell(file: Path, line: int, row: dict[str | None, str | list[str] | None]) 
     return prompt.strip()
 
 
-def first_prompts(file: Path, number: int) -> list[str]:
-    """The first `number` different prompts of a file. Raises InputError where it has fewer."""
-    prompts = list(dict.fromkeys(read_prompts(file)))
+def first_prompts(file: Path, number: int, *, repeated: bool = False) -> list[str]:
+    """The first `number` different prompts of a file, or `repeated` as they stand. Raises InputError for fewer."""
+    lines = read_prompts(file)
+    prompts = lines if repeated else list(dict.fromkeys(lines))
     if len(prompts) < number:
-        raise InputError(f"{file}: has {len(prompts)} different prompts, --number {number} asks for more")
+        kind = "" if repeated else "different "
+        raise InputError(f"{file}: has {len(prompts)} {kind}prompts, --number {number} asks for more")
     return prompts[:number]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ from PIL import Image
 
 from errors import InputError
 from solvers import EPDTable
-from training.measuring.comparison import Baseline, Comparison, Entry, parse_baseline
+from training.measuring.comparison import Baseline, Comparison, Entry, SetDistance, parse_baseline
+from training.measuring.distances import paired_frechet_values
 from training.measuring.evaluation import METRICS, Measured, Store, key_of
+from training.measuring.page import page, verdicts
+from training.measuring.protocol import Published
 from training.measuring.report import Report
 from training.measuring.statistics import bootstrap_indices, frechet_distance, mean_interval, paired_difference_interval
 from training.solver import Schedule, Solver
@@ -28,6 +33,7 @@ def draw(seed, *shape):
 
 TARGET = draw(0, ROWS, 3)
 SHARED = draw(1, ROWS)  # how hard each prompt is, for every solver
+FRECHET = {"frechet": SetDistance("seen", "a target", lambda features: paired_frechet_values(features, TARGET))}
 
 
 def entry(label, solver, schedule, nfe, *, reward, distance, exploded=0):
@@ -37,9 +43,10 @@ def entry(label, solver, schedule, nfe, *, reward, distance, exploded=0):
         "latent_rms": distance + 0.01 * draw(seed + 1, ROWS).abs(),
         "pixel_rms": distance / 10 + 0.001 * draw(seed + 2, ROWS).abs(),
     }
+    features = {"seen": TARGET + distance * (1 + draw(seed + 3, ROWS, 3))}
     measured = Measured(
         values=values,
-        features=TARGET + distance * (1 + draw(seed + 3, ROWS, 3)),
+        features=features.__getitem__,
         exploded=torch.arange(ROWS) < exploded,
         previews=torch.full((2, 16, 16, 3), seed % 256, dtype=torch.uint8),
         key=f"{label}-{schedule}-{nfe}",
@@ -65,7 +72,7 @@ def entries():
 
 @pytest.fixture
 def comparison(entries, tmp_path):
-    return Comparison(entries, TARGET, Store(tmp_path / "kept", pytest.fail), seed=5)
+    return Comparison(entries, FRECHET, Store(tmp_path / "kept", pytest.fail), seed=5)
 
 
 def cell(comparison, label, nfe, metric):
@@ -90,7 +97,7 @@ def test_intervals_are_those_of_the_statistics(comparison, entries):
     values = entries[1].measured.values["reward"]
     assert cell(comparison, "ddim", 4, "reward").interval == mean_interval(values, indices)
     frechet = cell(comparison, "epd-00003", 4, "frechet").interval
-    assert frechet.estimate == frechet_distance(entries[0].measured.features, TARGET)
+    assert frechet.estimate == pytest.approx(frechet_distance(entries[0].measured.features("seen"), TARGET))
     assert frechet.low <= frechet.estimate <= frechet.high
 
 
@@ -121,8 +128,8 @@ def test_what_is_best_is_chosen_on_the_validation_prompts(entries, tmp_path):
     one, other = entries[1:3]  # ddim at 4 evaluations: the first has the better reward, the second the better distance
     swapped = [Entry(one.solver, other.measured), Entry(other.solver, one.measured)]
     store = Store(tmp_path / "kept", pytest.fail)
-    elsewhere = Comparison(swapped, TARGET, store, seed=5)
-    here = Comparison(entries, TARGET, store, seed=5, validation=elsewhere)
+    elsewhere = Comparison(swapped, FRECHET, store, seed=5)
+    here = Comparison(entries, FRECHET, store, seed=5, validation=elsewhere)
     assert cell(here, "ddim", 4, "reward").entry is other
     assert cell(here, "ddim", 4, "latent_rms").entry is one
     assert set(elsewhere.contenders()) == {one.solver, other.solver}
@@ -131,7 +138,7 @@ def test_what_is_best_is_chosen_on_the_validation_prompts(entries, tmp_path):
 
 def test_a_baseline_at_as_many_evaluations_in_all(entries, tmp_path):
     six = entry("ddim", "ddim", "discrete", 6, reward=9.0, distance=0.5)
-    compared = Comparison([*entries, six], TARGET, Store(tmp_path / "kept", pytest.fail), seed=5)
+    compared = Comparison([*entries, six], FRECHET, Store(tmp_path / "kept", pytest.fail), seed=5)
     baseline = parse_baseline("classical@total", ["ddim"])
     differences = compared.differences([baseline])
     assert str(baseline) == "classical@total"
@@ -192,7 +199,7 @@ def report(comparison, entries):
     return Report(
         comparison=comparison,
         differences=comparison.differences([Baseline("classical", None)]),
-        reference=entries[4].measured,
+        reference=entries[4],
         real=np.zeros((2, 16, 16, 3), dtype=np.uint8),
         prompts=[f"prompt {index}" for index in range(ROWS)],
         settings={"model": "none", "guidance": 7.5},
@@ -208,10 +215,7 @@ def test_the_csv_holds_every_schedule_and_marks_the_best(report, comparison):
         assert line["best"] == str(best)
         if best:
             assert float(line["estimate"]) == pytest.approx(cell_here.interval.estimate)
-        if best or line["metric"] != "frechet":
-            assert float(line["low"]) <= float(line["estimate"]) <= float(line["high"])
-        else:
-            assert line["low"] == line["high"] == ""
+        assert float(line["low"]) <= float(line["estimate"]) <= float(line["high"])
     assert {line["total_evaluations"] for line in lines if line["label"] == "epd-00003"} == {"6"}
 
 
@@ -254,3 +258,48 @@ def test_everything_is_written(report, tmp_path):
     narrow, wide = (Image.open(tmp_path / "out" / f"grid-nfe{nfe}.png").size for nfe in ("08", "04"))
     assert wide[0] - narrow[0] == 2 * (128 + 8)  # three solvers at 4 evaluations, one at 8
     assert Image.open(tmp_path / "out" / "metrics.png").size[0] > 1000
+
+
+def test_the_page_holds_everything_in_itself(report, comparison):
+    asked = []
+
+    def pictures(entry, rows):
+        asked.append((entry.solver.label, list(rows)))
+        return np.stack([np.full((16, 16, 3), row, dtype=np.uint8) for row in rows])
+
+    text = page(report, pictures, "commit: 1234").decode()
+    tags = [tag for tag in re.findall(r"<[^>]+>", text) if "src=" in tag or "href=" in tag]
+    assert tags
+    assert all('src="data:image/' in tag for tag in tags)
+    (sentence,) = [line for line in verdicts(report) if "epd-00003" in line]  # the only one that is ours
+    difference = found(report.differences, ("epd-00003", 4), "reward")
+    assert "is better than</b> heun with 4 (4 in all)" in sentence
+    assert f"{difference.interval.estimate:+.3g}" in sentence
+    shown = json.loads(re.search(r'id="images">(.*?)</script>', text)[1])
+    assert list(shown) == [*(f"{row.label}, {row.parallel} evaluations" for row in comparison.rows), "ddim"]
+    assert all(len(images) == 2 for images in shown.values())
+    gains = difference.row.cells["reward"].entry.measured.values["reward"]
+    gains = gains - difference.baseline_entry.measured.values["reward"]
+    order = gains.argsort(descending=True).tolist()
+    assert asked == [(label, [*order[:4], *order[-4:]]) for label in ("epd-00003", "heun")]
+    values = [float(value) for value in re.findall(r'<td data-value="([^"]+)"', text)]
+    assert len(values) == len(comparison.rows) * (2 + len(comparison.metrics))
+    assert "commit: 1234" in text
+    assert "guidance: 7.5" in text
+
+
+def test_published_figures_stand_in_their_cells(report):
+    figure = Published("epd", 4, "reward", 0.2482, "a paper")
+    beside = replace(report, published=(figure,))
+    (line,) = [line for line in beside.table().splitlines() if "published: 0.2482" in line]
+    assert line.startswith("| epd-00003 | 4 |")
+    assert "preference reward 0.2482 (a paper)" in beside.markdown()
+
+
+def test_groups_of_prompts_have_means_of_their_own(report, entries):
+    (table, *_) = replace(report, groups={"first": slice(0, 10), "second": slice(10, ROWS)}).group_tables()
+    line = next(line for line in table.splitlines() if line.startswith("| epd-00003"))
+    values = entries[0].measured.values["reward"]
+    found = [float(cell.split("[")[0]) for cell in line.split("|")[3:5]]
+    assert found == pytest.approx([values[:10].mean().item(), values[10:].mean().item()], rel=1e-3)
+    assert report.group_tables() == []

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 
@@ -20,12 +24,16 @@ from files import only_writer
 from models import clip, load_denoiser
 from models.families.stable_diffusion import StableDiffusion
 from models.generate import LATENT_LIMIT
+from models.inception import Inception
 from models.shapes.scenes import captions
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable
 from tests.by_hand import latents_by_hand
 from tests.plain_clip import write_letter_tokenizer
+from tests.test_distances import scipy_frechet
+from tests.tiny_inception import put_extractors
 from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
+from training.measuring.protocol import FOLDER
 from training.ppo import panels
 from training.ppo.rewards.reward_hps import RewardHPS
 from training.snapshot import save_snapshot
@@ -52,13 +60,6 @@ METADATA = {
 STEPS = 40  # of the reference: the true 200 take too long for a test
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_reference():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.measuring.evaluation.REFERENCE_STEPS", STEPS)
-        yield
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Pipeline, reward, prompts, predictor: everything that the command reads."""
@@ -75,14 +76,17 @@ def world(tmp_path_factory):
 
 
 def run(world, outdir, *arguments, cache=None, base=("--solvers", "ddim,heun,dpmpp:2", "--nfe", "2,4")):
+    usual = {"--reward": world / "reward.pt", "--prompt-file": world / "prompts.csv"}
+    files = [part for option, file in usual.items() if option not in arguments for part in (option, file)]
     return CliRunner().invoke(
         evaluate.main,
         [
             str(argument)
             for argument in (
-                *("--model", world / "pipeline", "--reward", world / "reward.pt", "--exps", world / "exps"),
-                *("--prompt-file", world / "prompts.csv", "--number", 6, "--seed", 3, "--batch", 4, "--guidance", 3),
+                *("--device", "cpu", "--model", world / "pipeline", "--exps", world / "exps", *files),
+                *("--number", 6, "--seed", 3, "--batch", 4, "--guidance", 3),
                 *("--schedules", "discrete,logsnr", "--outdir", outdir, "--cache", cache or outdir / "cache"),
+                *("--reference-steps", STEPS),
                 *(*base, *arguments),
             )
         ],
@@ -191,7 +195,7 @@ def test_a_second_call_asks_the_model_nothing_and_finds_the_same(world, evaluate
     folder, _ = evaluated
     before = (folder / "results.csv").read_text()
     monkeypatch.setattr(StableDiffusion, "denoise", None)
-    monkeypatch.setattr(StableDiffusion, "decode", None)
+    monkeypatch.setattr(RewardHPS, "image_features", None)
     result = run(world, world / "again", base=WITH_EPD, cache=folder / "cache")
     assert result.exit_code == 0, result.output
     assert (world / "again" / "results.csv").read_text() == before
@@ -403,7 +407,7 @@ def test_prompts_that_the_model_cannot_take_are_refused(world, tmp_path):
 
 def test_what_the_verifier_cannot_judge_is_refused_before_anything_is_drawn(world):
     with pytest.raises(InputError, match="'a red' is no caption"):
-        panels.judging_panel("shapes", world / "reward.pt", None, [*captions("heldout", 2, 0), "a red"], 4)
+        panels.judges_of("shapes", [world / "reward.pt"], None, [*captions("heldout", 2, 0), "a red"], 4)
 
 
 def test_prompts_that_the_reward_cuts_are_said(world, tmp_path, caplog):
@@ -420,10 +424,12 @@ def test_true_images_of_shapes_pass_the_verifier_and_depend_on_their_own_seed_on
     prompts = list(captions("heldout", 3, 0))
     images = panels.true_images(prompts, 11)
     assert images.shape == (3, 3, 64, 64)
-    for image, prompt in zip(images, prompts, strict=True):
-        assert panels.verified(image, prompt) == {"verifier": 1.0, "verified": 1.0}
+    judge = panels.VerifierJudge()
+    said = judge.judge(images, prompts)
+    assert said["verifier"].tolist() == said["verified"].tolist() == [1, 1, 1]
     assert torch.equal(panels.true_images(prompts[:2], 11), images[:2])
-    wrong = panels.verified(torch.zeros(3, 64, 64), prompts[0])
+    assert torch.equal(panels.true_images(prompts[1:], 11, 1), images[1:])
+    wrong = judge.judge(torch.zeros(1, 3, 64, 64), prompts[:1])
     assert wrong["verified"] == 0
     assert wrong["verifier"] < 0.5
 
@@ -431,7 +437,7 @@ def test_true_images_of_shapes_pass_the_verifier_and_depend_on_their_own_seed_on
 def test_the_examples_of_the_help_are_understood():
     help_text = CliRunner().invoke(evaluate.main, ["--help"]).output
     examples = [line.strip() for line in help_text.splitlines() if line.strip().startswith("python evaluate.py")]
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         evaluate.main.make_context("evaluate.py", shlex.split(example)[2:])
 
@@ -452,3 +458,205 @@ def test_the_world_of_shapes_is_evaluated_with_its_verifier(tmp_path):
     values = {line["metric"]: float(line["estimate"]) for line in results(tmp_path / "out")}
     assert values.keys() == {"reward", "verifier", "verified", "frechet", "latent_rms", "pixel_rms"}
     assert values["verifier"] > 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real images, several rewards, protocols, dry runs, several processes
+
+
+@pytest.fixture
+def real_images(monkeypatch, tmp_path):
+    """A folder of real images, with small networks in the place of InceptionV3 and CLIP."""
+    put_extractors(monkeypatch, tmp_path / "root")
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 256, (40 + number, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_distances_to_real_images_and_further_rewards_have_columns_and_differences(world, tmp_path, real_images):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        clip.save_open_clip_checkpoint(clip.new_clip(CLIP), tmp_path / "second.pt")
+    (tmp_path / "second.json").write_text(json.dumps({"model_cfg": CLIP, "tokenizer": str(world / "tokenizer")}))
+    result = run(
+        world,
+        tmp_path / "out",
+        *("--solvers", "ddim,heun", "--nfe", "2", "--schedules", "discrete"),
+        *("--reward", world / "reward.pt", "--reward", tmp_path / "second.pt"),
+        *("--real", real_images, "--distances", "fid,kid,cmmd", "--resize", "legacy", "--baseline", "ddim"),
+        *("--images", "--tell", "0.001", "--reference-steps", "0"),
+    )
+    assert result.exit_code == 0, result.output
+    metrics = ["reward", "second", "fid_legacy", "kid_legacy", "cmmd"]
+    assert [line["metric"] for line in results(tmp_path / "out") if line["label"] == "ddim"] == metrics
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [item["metric"] for item in content["differences"] if item["baseline"] == "ddim"] == metrics
+    drawn = sorted((tmp_path / "out" / "images").glob("heun*/*.png"))
+    assert len(drawn) == 6
+    seen, true = (
+        torch.cat([Inception("cpu", "legacy").features(read_pixels(file)) for file in files]).double().numpy()
+        for files in (drawn, sorted(real_images.iterdir()))
+    )
+    (fid,) = [line for line in results(tmp_path / "out") if (line["label"], line["metric"]) == ("heun", "fid_legacy")]
+    assert float(fid["estimate"]) == pytest.approx(scipy_frechet(seen, true), rel=1e-4)
+    (second,) = [line for line in results(tmp_path / "out") if (line["label"], line["metric"]) == ("heun", "second")]
+    images = torch.cat([read_pixels(file).float() / 255 for file in drawn])
+    expected = RewardHPS(tmp_path / "second.pt").score(images, PROMPTS).mean()
+    assert float(second["estimate"]) == pytest.approx(float(expected), abs=5e-3)  # of images rounded to 8 bits
+    for said in ("5 images of 5 sizes", "FID of 6 images, fewer than 2,048", "to tell 0.001 takes", "FID, legacy"):
+        assert said in result.output
+    assert "reference (" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def read_pixels(file):
+    return torch.from_numpy(np.array(Image.open(file).convert("RGB"))).movedim(-1, 0)[None]
+
+
+def test_prompts_are_taken_as_they_stand_where_they_are_paired(world, tmp_path):
+    (tmp_path / "twice.txt").write_text("a dog\na dog\na cat\n")
+    told = ("--prompt-file", tmp_path / "twice.txt", "--number", "3", "--reference-steps", "0", *DDIM_2)
+    assert "2 different prompts" in refused(run(world, tmp_path / "out", *told))
+    result = run(world, tmp_path / "out", *told, "--pair", "--images")
+    assert result.exit_code == 0, result.output
+    log = next((tmp_path / "out" / "images").glob("ddim-discrete*")) / "images.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(record["prompt"], record["seed"]) for record in records] == [("a dog", 3), ("a dog", 4), ("a cat", 5)]
+
+
+def test_several_prompt_files_have_a_table_each(world, tmp_path):
+    (tmp_path / "first.json").write_text(json.dumps(PROMPTS[:3]))
+    (tmp_path / "second.txt").write_text("\n".join(PROMPTS[3:]))
+    files = ("--prompt-file", tmp_path / "first.json", "--prompt-file", tmp_path / "second.txt")
+    result = run(world, tmp_path / "out", *files, "--number", "3", "--reference-steps", "0", *DDIM_2)
+    assert result.exit_code == 0, result.output
+    assert "## preference reward by prompts" in result.output
+    (whole,) = [line for line in results(tmp_path / "out") if (line["metric"], line["best"]) == ("reward", "True")]
+    (row,) = [
+        line
+        for line in result.output.partition("by prompts")[2].partition("##")[0].splitlines()
+        if line.startswith("| ddim")
+    ]
+    means = [float(cell.split("[")[0]) for cell in row.split("|")[3:5]]
+    assert sum(means) / 2 == pytest.approx(float(whole["estimate"]), abs=2e-4)
+
+
+def protocol(folder, content):
+    path = folder / "protocol.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_protocol_is_its_options_and_its_published_figures_stand_beside_ours(world, tmp_path):
+    figure = {"solver": "ddim", "nfe": 2, "metric": "reward", "value": 0.125, "source": "a paper, table 9"}
+    options = {"solvers": ["ddim", "heun"], "nfe": 2, "reference-steps": 0, "schedules": "discrete", "seed": 9}
+    path = protocol(tmp_path, {"about": "for a test", "options": options, "published": [figure]})
+    # `run` says seed and schedules itself, and the command line has the last word
+    result = run(world, tmp_path / "out", "--protocol", path, base=())
+    assert result.exit_code == 0, result.output
+    assert {line["label"] for line in results(tmp_path / "out")} == {"ddim", "heun"}
+    assert {line["parallel_evaluations"] for line in results(tmp_path / "out")} == {"2"}
+    (row,) = [line for line in result.output.splitlines() if line.startswith("| ddim | 2 |") and "published" in line]
+    assert "(published: 0.125)" in row
+    assert "published: ddim at 2 parallel evaluations, preference reward 0.125 (a paper, table 9)" in result.output
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert content["published"] == [figure]
+    assert content["settings"]["protocol"] == "protocol: for a test"
+    assert "seeds 3 to 8" in content["settings"]["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"option": {}}, "unknown key option; did you mean options?"),
+        ({"options": {"solver": "ddim"}}, "unknown key options.solver; did you mean solvers?"),
+        ({"options": {"nfe": {"a": 1}}}, "options.nfe is {'a': 1}; write a value, or a list"),
+        ({"options": {"nfe": "x"}}, "--nfe 'x': write numbers"),
+        ({"options": {"number": "x"}}, "Invalid value for '--number'"),
+        ({"published": [{"solver": "ddim", "nfe": 2, "metric": "reward", "value": 1.0}]}, "figure 1 has no source"),
+        (
+            {"published": [{"solver": "ddim", "nfe": 2, "metric": "reward", "value": "x", "source": "s"}]},
+            "value is 'x', not a number",
+        ),
+        ([], "it must be keys with values"),
+    ],
+)
+def test_protocols_that_cannot_be_used_get_one_clear_message(world, tmp_path, content, message):
+    result = run(world, tmp_path / "out", "--protocol", protocol(tmp_path, content), base=())
+    assert message in refused(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_protocol_that_is_not_there_is_told_with_those_that_are(world, tmp_path):
+    assert "known are" in refused(run(world, tmp_path / "out", "--protocol", "coco"))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_the_protocols_of_the_project_are_counted_and_say_what_is_missing(name):
+    result = CliRunner().invoke(evaluate.main, ["--protocol", name, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "network rows" in result.output
+    assert "GPU hours" in result.output
+    assert result.output.endswith("nothing was drawn\n")
+    if name != "shapes" and not Path("src/ms_coco").exists():
+        assert "python -m models.assets fetch sd15" in result.output
+
+
+def test_a_dry_run_counts_what_is_then_asked(world, tmp_path, calls):
+    told = ("--solvers", "ddim,heun", "--nfe", "4", "--schedules", "discrete", "--reference-steps", "10")
+    dry = run(world, tmp_path / "out", *told, "--dry-run", base=())
+    assert dry.exit_code == 0, dry.output
+    # guided: two rows an evaluation, of two solvers of 4 evaluations and the reference of 10, for 6 prompts
+    assert f"in all {6 * 2 * (4 + 4 + 10)} network rows" in dry.output
+    assert "every file is there" in dry.output
+    assert not calls
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--distances", "fid"), "name them with --real"),
+        (("--real", "none.npz"), "no such statistics file"),
+        (("--real", "none.npz", "--distances", "fud"), "unknown distance 'fud'"),
+        (("--num-devices", "0"), "--num-devices"),
+        (("--tell", "0"), "--tell"),
+    ],
+)
+def test_what_is_asked_of_real_images_and_scale_is_checked_first(world, tmp_path, arguments, message):
+    assert message in refused(run(world, tmp_path / "out", *arguments))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(world, tmp_path):
+    told = [
+        str(part) for part in ("--solvers", "ddim,heun", "--nfe", "2", "--reference-steps", "10", "--device", "cpu")
+    ]
+    alone = run(world, tmp_path / "one", *told, base=())
+    assert alone.exit_code == 0, alone.output
+    script = "import evaluate, training.measuring.evaluation as one; one.PART = 2; evaluate.main()"
+    (tmp_path / "two.py").write_text(script)
+    arguments = [
+        *("--model", world / "pipeline", "--reward", world / "reward.pt", "--exps", world / "exps"),
+        *("--prompt-file", world / "prompts.csv", "--number", 6, "--seed", 3, "--batch", 4, "--guidance", 3),
+        *("--schedules", "discrete,logsnr", "--outdir", tmp_path / "two", "--cache", tmp_path / "cache"),
+        *(*told, "--num-devices", 2),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "two.py", *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=560, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected, found = (
+        {
+            (line["label"], line["schedule"], line["metric"]): float(line["estimate"])
+            for line in results(tmp_path / part)
+        }
+        for part in ("one", "two")
+    )
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert done.stdout.count("taking intervals") == 1

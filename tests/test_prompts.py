@@ -65,6 +65,11 @@ def test_a_text_file_holds_one_prompt_a_line(tmp_path):
     assert read_prompts(file) == ["a red circle, small", "a blue ring"]
 
 
+def test_a_json_list_is_its_texts(tmp_path):
+    (tmp_path / "prompts.json").write_text('["a ring ", "two stars\\nbelow"]')
+    assert read_prompts(tmp_path / "prompts.json") == ["a ring", "two stars\nbelow"]
+
+
 @given(prompts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1), min_size=1))
 def test_a_table_gives_back_what_was_written(tmp_path_factory, prompts):
     prompts = [f"x{prompt}x" for prompt in prompts]  # no outer blanks, which are stripped
@@ -88,7 +93,12 @@ def test_a_table_gives_back_what_was_written(tmp_path_factory, prompts):
         ("a.csv", b"id,text\n1\n", "line 2: column `text` is empty"),
         ("a.csv", b"text\na red circle, small\n", "line 2: more fields than the header"),
         ("a.csv", b'text\n"a red circle\n', "near line 1: not a table"),
-        ("a.json", b"[]", r"\.txt file .* or a \.csv file"),
+        ("a.yaml", b"[]", r"\.txt file .*, a \.csv file .* or a \.json list"),
+        ("a.json", b"[]", "holds no prompt"),
+        ("a.json", b"[", "no JSON"),
+        ("a.json", b'{"text": "a ring"}', "is no list of texts"),
+        ("a.json", b'["a ring", 3]', "is no list of texts"),
+        ("a.json", b'["a ring", " "]', "entry 2: it is empty"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.txt", b"a red circle\n\xed\xb0\x80\n", "not UTF-8"),  # half of a surrogate pair, as UTF-8 would write it
         ("a.txt", "a red circle".encode("utf-16"), "not UTF-8"),

@@ -20,6 +20,8 @@ from training.measuring.statistics import (
     frechet_resamples,
     mean_interval,
     paired_difference_interval,
+    pairs_needed,
+    tellable_difference,
 )
 
 
@@ -98,6 +100,15 @@ def test_what_no_interval_can_be_made_of_is_refused():
         mean_interval(normal(0, 5), indices)
     with pytest.raises(ValueError, match="equal shapes"):
         paired_difference_interval(normal(0, 4), normal(0, 1), indices)
+
+
+def test_a_difference_that_can_be_told_is_told_four_times_in_five():
+    assert tellable_difference(2.0, 400) == pytest.approx((1.959964 + 0.841621) * 2 / 20, rel=1e-6)
+    assert pairs_needed(2.0, tellable_difference(2.0, 400) * (1 + 1e-9)) == 400
+    difference = tellable_difference(1.0, 100)
+    indices = bootstrap_indices(100, seeded(50))
+    told = [mean_interval(difference + normal(100 + run, 100), indices).excludes_zero for run in range(200)]
+    assert 0.7 <= sum(told) / len(told) <= 0.9
 
 
 def test_excludes_zero():

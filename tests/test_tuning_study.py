@@ -264,7 +264,7 @@ def fake_run(world: Path, root: Path, name: str, seed: int, gains: list[float]) 
 
 
 def entry(label: str, nfe: int, values: torch.Tensor) -> Entry:
-    measured = Measured({"reward": values}, torch.zeros(len(values), 2), values > 99, torch.zeros(0), label)
+    measured = Measured({"reward": values}, values > 99, torch.zeros(0), torch.zeros, label)
     solver = replace(classical_solver("ddim", nfe + 1, Schedule("discrete", 1.0)), label=label)
     return Entry(solver, measured)
 

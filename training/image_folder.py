@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,45 @@ def draw(
         if lost:
             note(f"{lost} of {len(records)} images are not finite: {reason} (see `finite` in {LOG_NAME})")
     return records
+
+
+class SolverFolders:
+    """A folder of images for each solver that an evaluation compares, written part by part, in whatever order."""
+
+    def __init__(self, root: Path, request: ImageRequest) -> None:
+        """`request`: paired, with any solver in it."""
+        self.root, self._request = root, request
+
+    def folder(self, solver: Solver) -> Path:
+        """Where a solver's images lie."""
+        scale = "own" if solver.guidance_scale is None else f"{solver.guidance_scale:g}"
+        name = f"{solver.label}-{solver.grid_name}-nfe{solver.evaluations.parallel:02d}-g{scale}"
+        return self.root / re.sub(r"[^\w.-]+", "_", name)
+
+    def holds(self, solver: Solver, rows: slice) -> bool:
+        """Whether the images of these prompts are all there."""
+        return all(
+            (self.folder(solver) / self._record(solver, row, finite=True).file).is_file() for row in _numbers(rows)
+        )
+
+    def write(self, solver: Solver, rows: slice, pixels: np.ndarray, finite: Sequence[bool]) -> None:
+        """Write the images uint8 [n, H, W, 3] of these prompts."""
+        for row, image, is_finite in zip(_numbers(rows), pixels, finite, strict=True):
+            record = self._record(solver, row, finite=is_finite)
+            write_atomically(self.folder(solver) / record.file, _png(image, record))
+
+    def write_log(self, solver: Solver, finite: Sequence[bool]) -> None:
+        """Write the images.jsonl of a solver's N images."""
+        write_atomically(self.folder(solver) / LOG_NAME, b"")
+        _log(self.folder(solver), [self._record(solver, row, finite=is_fine) for row, is_fine in enumerate(finite)])
+
+    def _record(self, solver: Solver, row: int, *, finite: bool) -> ImageRecord:
+        request = replace(self._request, solver=solver)
+        return _record(request, row, request.prompts[row], request.seeds[row], finite=finite)
+
+
+def _numbers(rows: slice) -> range:
+    return range(rows.start, rows.stop)
 
 
 def _log(folder: Path, records: Sequence[ImageRecord]) -> None:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
 from errors import InputError
 from models.randomness import generator_of
-from training.measuring.evaluation import METRICS, Measured, Store
-from training.measuring.statistics import (
-    FrechetResamples,
-    Interval,
-    bootstrap_indices,
-    frechet_difference_interval,
-    frechet_distance,
-    frechet_interval,
-    frechet_resamples,
-    mean_interval,
-    paired_difference_interval,
-)
+from training.measuring.evaluation import METRICS, Measured, Store, metric_of
+from training.measuring.statistics import Interval, bootstrap_indices, mean_interval, paired_difference_interval
 from training.solver import Solver
 
 CLASSICAL_BASELINE = "classical"
 TOTAL = "total"
+
+
+class SetDistance(NamedTuple):
+    """A metric of all images together, as values of each (see `training.measuring.distances`).
+
+    features: the name of the features that it is of. fingerprint: of what it is taken to. values: of features [N, D],
+    [N].
+    """
+
+    features: str
+    fingerprint: str
+    values: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,7 @@ class Difference:
         """`better` or `worse` where the interval excludes 0, otherwise `open`."""
         if not self.interval.excludes_zero:
             return "open"
-        return "better" if (self.interval.estimate > 0) == METRICS[self.metric].higher_is_better else "worse"
+        return "better" if (self.interval.estimate > 0) == metric_of(self.metric).higher_is_better else "worse"
 
 
 class Comparison:
@@ -116,7 +118,7 @@ class Comparison:
     def __init__(
         self,
         entries: Sequence[Entry],
-        frechet_target: Tensor | None,
+        distances: Mapping[str, SetDistance],
         store: Store,
         *,
         seed: int,
@@ -124,17 +126,17 @@ class Comparison:
     ) -> None:
         """Nothing is resampled yet.
 
-        frechet_target: features [N, D], row i for the prompt of row i of every entry; None: no Fréchet distance. seed:
-        of the bootstrap. validation: the same solvers on other prompts; what is best by a metric is then what is best
-        there, if it was measured there (see `contenders`).
+        distances: of all images together, by metric. seed: of the bootstrap. validation: the same solvers on other
+        prompts; what is best by a metric is then what is best there, if it was measured there (see `contenders`).
         """
         self.entries = list(entries)
         self.validation = validation
-        measured = {*entries[0].measured.values, *([] if frechet_target is None else ["frechet"])}
-        self.metrics = [name for name in METRICS if name in measured]
-        self._target, self._store, self._seed = frechet_target, store, seed
-        self._indices = bootstrap_indices(len(entries[0].measured.features), generator_of(seed))
-        self._estimates: dict[tuple[str, str], float] = {}
+        order = {name: float(number) for number, name in enumerate(METRICS)}  # rewards without a place follow the first
+        measured = dict.fromkeys((*entries[0].measured.values, *distances))
+        self.metrics = sorted(measured, key=lambda name: order.get(name, order["reward"] + 0.5))
+        self._distances, self._store, self._seed = dict(distances), store, seed
+        self._indices = bootstrap_indices(len(entries[0].measured.exploded), generator_of(seed))
+        self._values: dict[tuple[str, str], Tensor] = {}
         self._intervals: dict[tuple[str, str], Interval] = {}
 
     @property
@@ -157,25 +159,34 @@ class Comparison:
             groups.setdefault((entry.solver.evaluations.parallel, entry.solver.label), []).append(entry)
         return groups
 
+    def values(self, measured: Measured, metric: str) -> Tensor:
+        """Values [N] whose mean is the metric."""
+        if metric in measured.values:
+            return measured.values[metric]
+        key = (measured.key, metric)
+        if key not in self._values:
+            distance = self._distances[metric]
+            description = {"kind": "distance", "of": metric, "measured": measured.key, "to": distance.fingerprint}
+            self._values[key] = self._store.fetch(
+                description, lambda: {"values": distance.values(measured.features(distance.features)).cpu()}
+            )["values"]
+        return self._values[key]
+
     def estimate(self, measured: Measured, metric: str) -> float:
         """The metric's value."""
-        key = (measured.key, metric)
-        if key not in self._estimates:
-            if metric == "frechet":
-                self._estimates[key] = frechet_distance(measured.features, self._target)
-            else:
-                self._estimates[key] = measured.values[metric].mean().item()
-        return self._estimates[key]
+        return self.values(measured, metric).double().mean().item()
 
     def interval(self, measured: Measured, metric: str) -> Interval:
         """The metric's value with its interval."""
         key = (measured.key, metric)
         if key not in self._intervals:
-            if metric == "frechet":
-                self._intervals[key] = frechet_interval(self._frechet(measured))
-            else:
-                self._intervals[key] = mean_interval(measured.values[metric], self._indices)
+            self._intervals[key] = mean_interval(self.values(measured, metric), self._indices)
         return self._intervals[key]
+
+    def interval_of(self, measured: Measured, metric: str, rows: slice) -> Interval:
+        """The same on some of the prompts, for a metric of single images."""
+        values = measured.values[metric][rows]
+        return mean_interval(values, bootstrap_indices(len(values), generator_of(self._seed)))
 
     def best(self, entries: Sequence[Entry], metric: str) -> Entry:
         """The entry that is best by the metric, on the validation prompts if there are any; the first of several."""
@@ -185,7 +196,7 @@ class Comparison:
             elsewhere = {entry.solver: entry for entry in self.validation.entries}
             chosen = self.validation.best([elsewhere[entry.solver] for entry in entries], metric)
             return next(entry for entry in entries if entry.solver is chosen.solver)
-        sign = 1 if METRICS[metric].higher_is_better else -1
+        sign = 1 if metric_of(metric).higher_is_better else -1
         return max(entries, key=lambda entry: sign * self.estimate(entry.measured, metric))
 
     def contenders(self) -> list[Solver]:
@@ -208,27 +219,12 @@ class Comparison:
                 yield Difference(row, baseline, theirs, metric, self._difference(ours, theirs, metric))
 
     def _difference(self, ours: Entry, theirs: Entry, metric: str) -> Interval:
-        if metric == "frechet":
-            return frechet_difference_interval(self._frechet(ours.measured), self._frechet(theirs.measured))
-        return paired_difference_interval(ours.measured.values[metric], theirs.measured.values[metric], self._indices)
+        ours_values, theirs_values = (self.values(entry.measured, metric) for entry in (ours, theirs))
+        return paired_difference_interval(ours_values, theirs_values, self._indices)
 
     def _cell(self, entries: Sequence[Entry], metric: str) -> Cell:
         best = self.best(entries, metric)
         return Cell(best, self.interval(best.measured, metric))
-
-    def _frechet(self, measured: Measured) -> FrechetResamples:
-        description = {
-            "kind": "frechet",
-            "features": measured.key,
-            "target": hashlib.sha256(self._target.numpy().tobytes()).hexdigest(),
-            "seed": self._seed,
-            "resamples": len(self._indices),
-        }
-        kept = self._store.fetch(description, lambda: self._frechet_replicates(measured))
-        return FrechetResamples(self.estimate(measured, "frechet"), kept["replicates"])
-
-    def _frechet_replicates(self, measured: Measured) -> dict[str, Tensor]:
-        return {"replicates": frechet_resamples(measured.features, self._target, self._indices).replicates}
 
 
 def parse_baseline(text: str, labels: Sequence[str]) -> Baseline:

@@ -1,30 +1,32 @@
 """Samplers side by side: what each does to the same prompts and the same noise, measured once and kept on disk.
 
-Latents and what is measured of them are kept apart, each under the hash of everything that it depends on, down to the
-weights and the code that made it. A second run with the same settings reads them back, one that was stopped goes on
-where it was, and another reward, verifier or metric judges the latents that are there.
+Prompts are taken in parts. A part of a sampler is drawn, measured by every judge in one pass over its images and kept
+before the next begins, so that memory does not grow with the prompts, a run that was stopped goes on where it was, and
+several processes share the parts out by the folder that they keep them in. Latents and what each judge says of them are
+kept apart, each under the hash of everything that it depends on, down to the weights and the code that made it: another
+reward, verifier or metric judges the latents that are there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from errors import InputError
 from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
 from models.generate import bounded, decode
 from models.pictures import to_pixels
-from training.measuring.scoring import scores_by
+from training.measuring.real_images import Extractor
 from training.networks import Plain
 from training.runs.checkpoint import read_tensors, write_tensors
 from training.solver import Schedule, Solver, classical_solver
@@ -34,9 +36,9 @@ from training.solver import Schedule, Solver, classical_solver
 REFERENCE_SOLVER = "dpmpp:2"
 REFERENCE_STEPS = 200
 REFERENCE_SCHEDULE = Schedule("discrete", 1.0)
-REFERENCE_LABEL = f"reference ({REFERENCE_SOLVER}, {REFERENCE_STEPS} steps, {REFERENCE_SCHEDULE})"
 
-PREVIEWS = 6  # images of each solver that are kept for sheets
+PART = 128  # prompts of a part: what a kill loses at most, of one sampler
+PREVIEWS = 6  # images of each solver that are kept for sheets, at most a part
 
 # Files whose change may change latents, and what is measured of them, whatever the model; see `Denoiser.code`.
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,9 +47,10 @@ SAMPLING_CODE += [ROOT / "models" / f"{name}.py" for name in ("denoiser", "gener
 JUDGING_CODE = [Path(__file__).resolve(), ROOT / "models" / "pictures.py"]
 
 
-def reference_solver(denoiser: Denoiser, guidance_scale: float) -> Solver:
+def reference_solver(denoiser: Denoiser, guidance_scale: float, steps: int = REFERENCE_STEPS) -> Solver:
     """What all distances are taken to."""
-    solver = classical_solver(REFERENCE_SOLVER, REFERENCE_STEPS + 1, REFERENCE_SCHEDULE)
+    label = f"reference ({REFERENCE_SOLVER}, {steps} steps, {REFERENCE_SCHEDULE})"
+    solver = replace(classical_solver(REFERENCE_SOLVER, steps + 1, REFERENCE_SCHEDULE), label=label)
     return solver.guided(guidance_scale).on(denoiser)
 
 
@@ -59,6 +62,11 @@ class Metric(NamedTuple):
     meaning: str
 
 
+_FID = (
+    "Fréchet distance of InceptionV3's 2,048 features to real images, resized {}; the interval is that of its "
+    "expectation at this number of images, to real images as they are"
+)
+_KID = "squared maximum mean discrepancy of the same features with a cubic kernel, unbiased, over all pairs"
 METRICS: Mapping[str, Metric] = {
     "reward": Metric("preference reward", True, "mean score of the preference model, raw"),
     "verifier": Metric(
@@ -71,37 +79,56 @@ METRICS: Mapping[str, Metric] = {
         "between Gaussians fitted to unit-length image features of the preference model, squared feature units; the "
         "interval is that of its expectation at this number of images",
     ),
+    "fid_clean": Metric("FID, clean resizing", False, _FID.format("antialiased bicubic, as clean-fid does")),
+    "fid_legacy": Metric("FID, legacy resizing", False, _FID.format("by the network itself, without antialiasing")),
+    "kid_clean": Metric("KID, clean resizing", False, _KID),
+    "kid_legacy": Metric("KID, legacy resizing", False, _KID),
+    "cmmd": Metric(
+        "CMMD",
+        False,
+        "1,000 times the squared maximum mean discrepancy of CLIP ViT-L/14-336 features, unit-length, to real images",
+    ),
     "latent_rms": Metric(
         "latent RMS", False, "root mean square difference of the final latents from the reference of the same noise"
     ),
     "pixel_rms": Metric("pixel RMS", False, "the same of the 8-bit images, in units of the range [0, 1]"),
 }
-"""Every metric that an evaluation may have; `frechet` belongs to the set of images, each other one to an image."""
+"""The metrics that have names of their own; rewards beside the first go by theirs."""
 
 
-class ImageReward(Protocol):
-    """A preference model with image features; `training.ppo.rewards.reward_hps.RewardHPS` is one."""
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [N] of images [N, 3, H, W] in [0, 1]."""
-        ...
-
-    def image_features(self, images: Tensor) -> Tensor:
-        """Features [N, D]."""
-        ...
+def metric_of(name: str) -> Metric:
+    """A metric by its name; one that is not in `METRICS` is a reward."""
+    return METRICS.get(name) or Metric(name, True, f"mean score of the reward {name}, raw")
 
 
-Check = Callable[[Tensor, str], Mapping[str, float]]
-"""An image [3, H, W] and its prompt to values by metric name: `verifier` and `verified`."""
+class Judge(Protocol):
+    """Says something of each image.
 
+    name: of the judge, no other's. features: the name of the features that it gives, None for none. fingerprint: of all
+    that what it says depends on but the images and prompts.
+    """
 
-@dataclass(frozen=True)
-class Panel:
-    """What judges the images. `check` is None where the model's world has no verifier. fingerprint: of all of it."""
-
-    reward: ImageReward
-    check: Check | None
+    name: str
+    features: str | None
     fingerprint: str
+
+    def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Values [N] by metric, and features [N, D] by name, of images [N, 3, H, W] in [0, 1]; on the CPU."""
+        ...
+
+
+class FeatureJudge:
+    """Keeps what an extractor sees in the images, as 8-bit files would hold them."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        """Asks `extractor`, whose name is the judge's and that of the features."""
+        self.name = self.features = extractor.name
+        self.fingerprint, self._extractor = extractor.fingerprint, extractor
+
+    def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """See `Judge`."""
+        pixels = torch.from_numpy(to_pixels(images)).movedim(-1, 1)
+        return {self.name: self._extractor.features(pixels).cpu()}
 
 
 @dataclass(frozen=True)
@@ -109,7 +136,7 @@ class Setting:
     """What all samplers share.
 
     seeds: one for each prompt. model_fingerprint: of the model's files. dtype: of the latents. previews: how many of
-    the first images are kept for looking at.
+    the first images are kept for looking at, at most `PART`.
     """
 
     prompts: Sequence[str]
@@ -119,21 +146,59 @@ class Setting:
     dtype: torch.dtype
     previews: int
 
+    @property
+    def parts(self) -> list[slice]:
+        """The prompts' parts, in order."""
+        count = len(self.prompts)
+        return [slice(start, min(start + PART, count)) for start in range(0, count, PART)]
+
 
 @dataclass(frozen=True, eq=False)
 class Measured:
     """What one sampler did on the N prompts.
 
-    values: [N] float64 by metric name. features: [N, D] of unit length. exploded: bool [N], latents not finite or
-    beyond the limit (they are clamped into it before anything else is done with them), or lost by the decoder (black).
-    previews: uint8 [P, H, W, 3]. key: the name under which it is kept.
+    values: [N] float64 by metric name. exploded: bool [N], latents not finite or beyond the limit (they are clamped
+    into it before anything else is done with them), or lost by the decoder (black). previews: uint8 [P, H, W, 3].
+    features: reads the features [N, D] of a name from where they are kept. key: the name of all of it.
     """
 
     values: Mapping[str, Tensor]
-    features: Tensor
     exploded: Tensor
     previews: Tensor
+    features: Callable[[str], Tensor]
     key: str
+
+
+class Batch(NamedTuple):
+    """Images of one batch, [n, ...]: latents within the limit, images in [0, 1], pixels uint8 [n, H, W, 3], exploded.
+
+    rows: which of all prompts they are.
+    """
+
+    rows: slice
+    latents: Tensor
+    images: Tensor
+    pixels: Tensor
+    exploded: Tensor
+
+
+class ImageWriter(Protocol):
+    """Writes the images that are drawn to files."""
+
+    def holds(self, solver: Solver, rows: slice) -> bool:
+        """Whether the images of these prompts are all there."""
+        ...
+
+    def write(self, solver: Solver, rows: slice, pixels: np.ndarray, finite: Sequence[bool]) -> None:
+        """Write the images uint8 [n, H, W, 3] of these prompts."""
+        ...
+
+
+class _Job(NamedTuple):
+    """Something that is kept of a part: its description, and what finds it in a batch."""
+
+    description: dict[str, Plain]
+    judge: Callable[[Batch], dict[str, Tensor]]
 
 
 class Store:
@@ -156,6 +221,10 @@ class Store:
         write_tensors(file, computed)
         return computed
 
+    def keep(self, description: Mapping[str, Plain], tensors: dict[str, Tensor]) -> None:
+        """Keep tensors under the description."""
+        write_tensors(self._file(description), tensors)
+
     def holds(self, description: Mapping[str, Plain]) -> bool:
         """Whether something is kept under the description."""
         return self._file(description).is_file()
@@ -175,60 +244,132 @@ class Evaluation:
     def __init__(
         self,
         denoiser: Denoiser,
-        panel: Panel,
+        judges: Sequence[Judge],
         setting: Setting,
         store: Store,
         advance: Callable[[int], object],
         *,
         reference: Solver | None,
+        writer: ImageWriter | None = None,
     ) -> None:
         """Nothing is computed yet. `advance` is told of network evaluations: of how many latents, at each call.
 
         Without a reference (see `reference_solver`) there are no distances to it, and its many evaluations are saved.
         """
-        self.denoiser, self.panel, self.setting, self.store = denoiser, panel, setting, store
+        self.denoiser, self.judges, self.setting, self.store = denoiser, judges, setting, store
         self.reference_solver = reference
-        self._advance = advance
+        self._advance, self._writer = advance, writer
         self._sampling_code = fingerprint([*SAMPLING_CODE, *denoiser.code])
         self._judging_code = fingerprint([*JUDGING_CODE, *denoiser.code])
+        self._reference: tuple[slice, dict[int, Batch]] = (slice(0, 0), {})  # a part, and its batches by first row
 
-    def evaluations_ahead(self, solvers: Sequence[Solver]) -> int:
-        """How many latents the network will be asked about for the reference and these: none for what is kept."""
+    def evaluations_ahead(self, solvers: Sequence[Solver], parts: Sequence[slice] | None = None) -> int:
+        """How many latents the network will be asked about for the reference and these: none for what is kept.
+
+        parts: of the setting's, those that are to be worked on; None for all.
+        """
         asked = solvers if self.reference_solver is None else (self.reference_solver, *solvers)
-        described = {key_of(self._described(solver)): solver for solver in asked}
-        ahead = [solver for solver in described.values() if not self.store.holds(self._described(solver))]
-        return len(self.setting.prompts) * sum(solver.evaluations.total for solver in ahead)
+        ahead = {
+            key_of(description): solver.evaluations.total * (part.stop - part.start)
+            for solver in asked
+            for part in (self.setting.parts if parts is None else parts)
+            if not self.store.holds(description := self._described(solver, part))
+        }
+        return sum(ahead.values())
+
+    def work(self, solver: Solver, part: slice) -> None:
+        """Draw and judge a part, one of the setting's, as far as that is not kept, and keep it."""
+        jobs = [job for job in self._jobs(solver, part).values() if not self.store.holds(job.description)]
+        writing = self._writer is not None and not self._writer.holds(solver, part)
+        if not jobs and not writing:
+            return
+        found: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in jobs]
+        for batch in self._batches(solver, part):
+            for job, gathered in zip(jobs, found, strict=True):
+                for name, values in job.judge(batch).items():
+                    gathered[name].append(values)
+            if writing:
+                self._writer.write(solver, batch.rows, batch.pixels.numpy(), (~batch.exploded).tolist())
+        for job, gathered in zip(jobs, found, strict=True):
+            self.store.keep(job.description, {name: torch.cat(values) for name, values in gathered.items()})
 
     def measure(self, solver: Solver) -> Measured:
         """Everything about a sampler; from the store where it is there."""
+        kept: dict[str, list[Tensor]] = defaultdict(list)
+        for part in self.setting.parts:
+            self.work(solver, part)
+            for name, values in self.judged(solver, part).items():
+                kept[name].append(values)
+        whole = {name: torch.cat(values) for name, values in kept.items()}
+        reference = None if self.reference_solver is None else self._described(self.reference_solver)
         description = {
             "kind": "measured",
             "latents": self._described(solver),
-            "reference": None if self.reference_solver is None else self._described(self.reference_solver),
-            "panel": self.panel.fingerprint,
+            "reference": reference,
+            "judges": {judge.name: judge.fingerprint for judge in self.judges},
             "code": self._judging_code,
-            "previews": self.setting.previews,
         }
-        kept = self.store.fetch(description, lambda: self._judged(self._latents(solver)))
-        values = {name: kept[name] for name in METRICS if name in kept}
-        return Measured(values, kept["features"], kept["exploded"], kept["previews"], key_of(description))
+        exploded, previews = whole.pop("exploded"), whole.pop("previews")
+        return Measured(whole, exploded, previews, lambda name: self._features(solver, name), key_of(description))
+
+    def judged(self, solver: Solver, part: slice) -> dict[str, Tensor]:
+        """Values [n] by metric of a part, `exploded` and `previews` with them; without features."""
+        kept: dict[str, Tensor] = {}
+        for job in self._jobs(solver, part).values():
+            kept |= self._kept(solver, part, job)
+        for judge in self.judges:
+            kept.pop(judge.features, None)
+        return kept
 
     def reference(self) -> Measured:
         """The reference measured as if it were a sampler; its distances to itself are 0."""
         return self.measure(self._required_reference())
 
-    def features(self, images: Tensor, described: Mapping[str, Plain]) -> Tensor:
-        """Unit-length features [N, D] of other images [N, 3, H, W], kept under their description."""
-        description = {
-            "kind": "features",
-            "panel": self.panel.fingerprint,
-            "images": dict(described),
-            "code": self._judging_code,
-        }
-        return self.store.fetch(description, lambda: {"features": self._unit_features(images)})["features"]
+    def features(self, name: str, images: Callable[[slice], Tensor], described: Mapping[str, Plain]) -> Tensor:
+        """Features [N, D] of that name of other images, [n, 3, H, W] for a part of the prompts, kept part by part."""
+        judge = self._judge_with(name)
+        size, prompts = self.setting.batch_size, self.setting.prompts
 
-    def _described(self, solver: Solver) -> dict[str, Plain]:
-        """All that a solver's latents depend on."""
+        def compute(part: slice) -> dict[str, Tensor]:
+            shown, texts = images(part), prompts[part]
+            told = [judge.judge(shown[at : at + size], texts[at : at + size]) for at in range(0, len(shown), size)]
+            return {name: torch.cat([batch[name] for batch in told])}
+
+        found = []
+        for part in self.setting.parts:
+            description = {
+                "kind": "features",
+                "judge": judge.fingerprint,
+                "images": {**described, "prompts": list(prompts[part]), "first": part.start},
+                "code": self._judging_code,
+            }
+            found.append(self.store.fetch(description, lambda part=part: compute(part))[name])
+        return torch.cat(found)
+
+    def pixels(self, solver: Solver, rows: Sequence[int]) -> Tensor:
+        """Images uint8 [n, H, W, 3] of prompts by their numbers, decoded again from what is kept."""
+        return torch.cat([self._pixels(solver, row) for row in rows])
+
+    def _pixels(self, solver: Solver, row: int) -> Tensor:
+        part = next(part for part in self.setting.parts if part.start <= row < part.stop)
+        latents = self._latents(solver, part)[row - part.start][None].to(self.denoiser.device)
+        return torch.from_numpy(to_pixels(decode(self.denoiser, latents).images))
+
+    def _latents(self, solver: Solver, part: slice) -> Tensor:
+        """Latents [n, C, H, W] of a part, on the CPU, kept."""
+        description = self._described(solver, part)
+        return self.store.fetch(description, lambda: {"latents": self._generated(solver, part).cpu()})["latents"]
+
+    def _judge_with(self, features: str) -> Judge:
+        return next(judge for judge in self.judges if judge.features == features)
+
+    def _features(self, solver: Solver, name: str) -> Tensor:
+        judge = self._judge_with(name).name
+        parts = self.setting.parts
+        return torch.cat([self._kept(solver, part, self._jobs(solver, part)[judge])[name] for part in parts])
+
+    def _described(self, solver: Solver, part: slice = slice(None)) -> dict[str, Plain]:
+        """All that a solver's latents of a part depend on."""
         setting = self.setting
         return {
             "kind": "latents",
@@ -238,82 +379,84 @@ class Evaluation:
             "network dtype": str(self.denoiser.dtype),
             "torch": torch.__version__,
             "dtype": str(setting.dtype),
-            "prompts": list(setting.prompts),
-            "seeds": list(setting.seeds),
+            "prompts": list(setting.prompts[part]),
+            "seeds": list(setting.seeds[part]),
             **solver.described(),
         }
 
-    def _latents(self, solver: Solver) -> Tensor:
-        kept = self.store.fetch(self._described(solver), lambda: {"latents": self._generated(solver).cpu()})
-        return kept["latents"].to(self.denoiser.device)
+    def _jobs(self, solver: Solver, part: slice) -> dict[str, _Job]:
+        """All that is to be kept of a part beside its latents."""
+        latents = self._described(solver, part)
+        previews = max(0, self.setting.previews - part.start)
+        base = {"latents": latents, "code": self._judging_code}
+
+        def look(batch: Batch) -> dict[str, Tensor]:
+            first = max(0, self.setting.previews - batch.rows.start)
+            return {"exploded": batch.exploded, "previews": batch.pixels[:first].clone()}
+
+        jobs = {"images": _Job({"kind": "images", "previews": previews, **base}, look)}
+        for judge in self.judges:
+            jobs[judge.name] = _Job(
+                {"kind": "judged", "judge": judge.fingerprint, **base},
+                lambda batch, judge=judge: judge.judge(batch.images, self.setting.prompts[batch.rows]),
+            )
+        if self.reference_solver is not None:
+            reference = self._described(self.reference_solver, part)
+            jobs["reference"] = _Job({"kind": "distances", "reference": reference, **base}, self._distances)
+        return jobs
+
+    def _kept(self, solver: Solver, part: slice, job: _Job) -> dict[str, Tensor]:
+        """What is kept of one job, or is found again."""
+
+        def compute() -> dict[str, Tensor]:
+            told = [job.judge(batch) for batch in self._batches(solver, part)]
+            return {key: torch.cat([batch[key] for batch in told]) for key in told[0]}
+
+        return self.store.fetch(job.description, compute)
+
+    def _batches(self, solver: Solver, part: slice) -> Iterator[Batch]:
+        """The images of a part, decoded once."""
+        kept = self._latents(solver, part)
+        for start in range(part.start, part.stop, self.setting.batch_size):
+            rows = slice(start, min(start + self.setting.batch_size, part.stop))
+            latents = kept[rows.start - part.start : rows.stop - part.start].to(self.denoiser.device)
+            within, solved = bounded(latents)
+            images, _, whole = decode(self.denoiser, within)
+            yield Batch(rows, within, images, torch.from_numpy(to_pixels(images)), (~(solved & whole)).cpu())
 
     def _required_reference(self) -> Solver:
         if self.reference_solver is None:
             raise ValueError("this evaluation was made without a reference")
         return self.reference_solver
 
-    @cached_property
-    def _reference_latents(self) -> Tensor:
-        """[N, C, H, W], within the limit."""
-        return bounded(self._latents(self._required_reference()))[0]
-
-    @cached_property
-    def _reference_pixels(self) -> Tensor:
-        """uint8 [N, H, W, 3]"""
-        chunks = self._reference_latents.split(self.setting.batch_size)
-        return torch.cat([torch.from_numpy(to_pixels(decode(self.denoiser, chunk).images)) for chunk in chunks])
-
-    def _generated(self, solver: Solver) -> Tensor:
+    def _generated(self, solver: Solver, part: slice) -> Tensor:
         setting = self.setting
         return solver.latents(
             self.denoiser,
-            setting.prompts,
-            setting.seeds,
+            setting.prompts[part],
+            setting.seeds[part],
             batch_size=setting.batch_size,
             dtype=setting.dtype,
             asked=self._advance,
         )
 
-    def _judged(self, latents: Tensor) -> dict[str, Tensor]:
-        """Values [N] by metric, features, exploded and previews of latents [N, C, H, W]."""
-        within, solved = bounded(latents)
-        size = self.setting.batch_size
-        parts = [self._judged_batch(within[start : start + size], start) for start in range(0, len(within), size)]
-        judged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        pixels = judged.pop("pixels")
+    def _distances(self, batch: Batch) -> dict[str, Tensor]:
+        """To the reference of the same noise, [n] each, of latents within the limit and of their pixels as uint8."""
+        reference = self._reference_at(batch.rows)
         return {
-            **judged,
-            **({} if self.reference_solver is None else self._distances(within, pixels)),
-            "exploded": ~solved.cpu() | judged["exploded"],
-            "previews": pixels[: self.setting.previews].clone(),
+            "latent_rms": _rms(batch.latents - reference.latents),
+            "pixel_rms": _rms((batch.pixels.float() - reference.pixels.float()) / 255),
         }
 
-    def _distances(self, latents: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-        """To the reference of the same noise, [N] each, of latents within the limit and of their pixels as uint8."""
-        return {
-            "latent_rms": _rms(latents - self._reference_latents),
-            "pixel_rms": _rms((pixels.float() - self._reference_pixels.float()) / 255),
-        }
-
-    def _judged_batch(self, latents: Tensor, start: int) -> dict[str, Tensor]:
-        images, _, whole = decode(self.denoiser, latents)
-        prompts = self.setting.prompts[start : start + len(images)]
-        scores = scores_by(self.panel.reward, images, prompts).double().cpu()
-        if not scores.isfinite().all():
-            raise InputError("the reward gives scores that are not finite for finite images: its weights are broken")
-        judged = {
-            "exploded": ~whole.cpu(),
-            "pixels": torch.from_numpy(to_pixels(images)),
-            "reward": scores,
-            "features": self._unit_features(images),
-        }
-        if self.panel.check is not None:
-            checks = [self.panel.check(image, prompt) for image, prompt in zip(images.cpu(), prompts, strict=True)]
-            judged |= {name: torch.tensor([float(check[name]) for check in checks]).double() for name in checks[0]}
-        return judged
-
-    def _unit_features(self, images: Tensor) -> Tensor:
-        return functional.normalize(self.panel.reward.image_features(images).double(), dim=1).cpu()
+    def _reference_at(self, rows: slice) -> Batch:
+        """The reference's batch, without its images; those of one part are held."""
+        part, batches = self._reference
+        if not part.start <= rows.start < part.stop:
+            part = next(part for part in self.setting.parts if part.start <= rows.start < part.stop)
+            drawn = self._batches(self._required_reference(), part)
+            batches = {batch.rows.start: batch._replace(images=batch.images[:0]) for batch in drawn}
+            self._reference = part, batches
+        return batches[rows.start]
 
 
 def _rms(difference: Tensor) -> Tensor:

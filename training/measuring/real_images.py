@@ -7,9 +7,11 @@ themselves, which KID and CMMD need.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -222,6 +224,14 @@ class RealImages:
                     f"{self.source}: holds no features of {name}, which {distance.upper()} needs: name a folder of "
                     f"images, or make a file with them ({MAKE} --distances {distance})"
                 )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the numbers themselves."""
+        digest = hashlib.sha256()
+        for part in (*(self.gaussian or ()), *self.features.values()):
+            digest.update(part.numpy().tobytes())
+        return digest.hexdigest()
 
     def values(self, distance: str, features: Tensor) -> Tensor:
         """Values [N] (see `distances`) of one of `DISTANCES` of generated images' features [N, D].

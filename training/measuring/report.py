@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from files import write_atomically
 from training.image_folder import write_sheet
 from training.measuring.comparison import Comparison, Difference, Entry, Row
-from training.measuring.evaluation import METRICS, REFERENCE_LABEL, Measured
+from training.measuring.evaluation import Measured, metric_of
+from training.measuring.protocol import Published
 from training.measuring.statistics import Interval
 from training.networks import Plain
 
@@ -33,16 +34,19 @@ CSV_COLUMNS = (
 class Report:
     """What is written about a comparison.
 
-    reference: the fine solution from the same noise. real: uint8 [P, H, W, 3], true images of the first prompts, where
-    the world has some. prompts: all N. settings: plain values for the record, shown at the top.
+    reference: the fine solution from the same noise, where there is one. real: uint8 [P, H, W, 3], true images of the
+    first prompts, where the world has some. prompts: all N. settings: plain values for the record, shown at the top.
+    published: figures that stand beside ours. groups: of the prompts, by name.
     """
 
     comparison: Comparison
     differences: Sequence[Difference]
-    reference: Measured
+    reference: Entry | None
     real: np.ndarray | None
     prompts: Sequence[str]
     settings: Mapping[str, Plain]
+    published: Sequence[Published] = ()
+    groups: Mapping[str, slice] = field(default_factory=dict)
 
     def write(self, folder: Path) -> list[Path]:
         """Write report.md, results.csv, results.json, metrics.png and a sheet of images for each parallel NFE."""
@@ -65,41 +69,78 @@ class Report:
     def markdown(self) -> str:
         """The whole report as Markdown."""
         settings = [f"- {name}: {value}" for name, value in self.settings.items()]
-        meanings = [f"- {METRICS[name].heading}: {METRICS[name].meaning}." for name in self.comparison.metrics]
+        meanings = [f"- {metric_of(name).heading}: {metric_of(name).meaning}." for name in self.comparison.metrics]
         parts = [
             "# Solvers side by side",
             "\n".join(settings),
             self.table(),
+            *self.published_lines(),
             f"In brackets: 95% bootstrap intervals over the prompts ({self.comparison.resamples} resamples). "
             f"Each metric of a classical solver stands at the schedule and guidance (named) that are best for it on "
             f"{self.chosen_on}. Parallel NFE counts evaluations one after another, total NFE all of them; both before "
             "guidance, which doubles those at another scale than 1. Differences are taken between best settings, "
             "prompt by prompt: better or worse where the interval excludes 0, otherwise open.",
             "\n".join(meanings),
+            *self.group_tables(),
             *self.difference_tables(),
         ]
         return "\n\n".join(parts) + "\n"
+
+    def tables(self) -> list[str]:
+        """All tables, for a console."""
+        return [self.table(), *self.published_lines(), *self.group_tables(), *self.difference_tables()]
 
     def table(self) -> str:
         """Solvers against metrics, the reference in the first line."""
         metrics = self.comparison.metrics
         arrows = {True: "higher is better", False: "lower is better"}
-        headings = [f"{METRICS[name].heading} ({arrows[METRICS[name].higher_is_better]})" for name in metrics]
-        lines = [[REFERENCE_LABEL, "", "", *(self._reference_cell(name) for name in metrics), _share(self.reference)]]
+        headings = [f"{metric_of(name).heading} ({arrows[metric_of(name).higher_is_better]})" for name in metrics]
+        lines = []
+        if self.reference is not None:
+            cells = (_number(self.comparison.interval(self.reference.measured, name)) for name in metrics)
+            lines.append([self.reference.solver.label, "", "", *cells, _share(self.reference.measured)])
         for row in self.comparison.rows:
-            cells = [_with_setting(row, name) for name in metrics]
+            cells = [f"{_with_setting(row, name)}{self.beside(row, name)}" for name in metrics]
             lines.append([row.label, str(row.parallel), str(row.total), *cells, _exploded(row.entries)])
         return _markdown_table(["solver", "parallel NFE", "total NFE", *headings, "exploded"], lines)
 
-    def _reference_cell(self, metric: str) -> str:
-        return _number(self.comparison.interval(self.reference, metric))
+    def beside(self, row: Row, metric: str) -> str:
+        """The published figure for a cell, in brackets."""
+        cell = (row.parallel, metric)
+        figures = (one.value for one in self.published if (one.nfe, one.metric) == cell and _is(row, one))
+        return "".join(f" (published: {value:g})" for value in figures)
+
+    def published_lines(self) -> list[str]:
+        """The published figures with their sources, as one block; nothing where there are none."""
+        lines = [
+            f"- published: {one.solver} at {one.nfe} parallel evaluations, {metric_of(one.metric).heading} "
+            f"{one.value:g} ({one.source})"
+            for one in self.published
+        ]
+        return ["\n".join(lines)] if lines else []
+
+    def group_tables(self) -> list[str]:
+        """Where there are several groups of prompts, one table for each metric of single images: solvers by groups."""
+        if len(self.groups) < 2:
+            return []
+        tables = []
+        for metric in (name for name in self.comparison.metrics if name in self.comparison.entries[0].measured.values):
+            lines = []
+            for row in self.comparison.rows:
+                measured = row.cells[metric].entry.measured
+                cells = [_number(self.comparison.interval_of(measured, metric, rows)) for rows in self.groups.values()]
+                lines.append([row.label, str(row.parallel), *cells])
+            headings = ["solver", "parallel NFE", *self.groups]
+            tables.append(f"## {metric_of(metric).heading} by prompts\n\n{_markdown_table(headings, lines)}")
+        return tables
 
     def difference_tables(self) -> list[str]:
         """One table for each baseline: solvers against metrics, with the verdict and what was the baseline there."""
         tables = []
         for baseline in dict.fromkeys(difference.baseline for difference in self.differences):
             found = {(id(item.row), item.metric): item for item in self.differences if item.baseline == baseline}
-            rows = [row for row in self.comparison.rows if any((id(row), name) in found for name in METRICS)]
+            compared = {row for row, _ in found}
+            rows = [row for row in self.comparison.rows if id(row) in compared]
             lines = [
                 [
                     row.label,
@@ -108,12 +149,12 @@ class Report:
                 ]
                 for row in rows
             ]
-            headings = ["solver", "parallel NFE", *(METRICS[name].heading for name in self.comparison.metrics)]
+            headings = ["solver", "parallel NFE", *(metric_of(name).heading for name in self.comparison.metrics)]
             tables.append(f"## Paired differences to {baseline}\n\n{_markdown_table(headings, lines)}")
         return tables
 
     def csv(self) -> str:
-        """Every setting of every solver, one metric a line; the interval of a Fréchet distance at the best only."""
+        """Every setting of every solver, one metric a line."""
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, CSV_COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -125,19 +166,16 @@ class Report:
         for row in self.comparison.rows:
             for entry in row.entries:
                 for metric in self.comparison.metrics:
+                    interval = self.comparison.interval(entry.measured, metric)
                     best = row.cells[metric].entry is entry
-                    if best or metric != "frechet":
-                        interval = self.comparison.interval(entry.measured, metric)
-                        ends = {"low": interval.low, "high": interval.high}
-                    else:
-                        ends = {"low": None, "high": None}
-                    estimate = self.comparison.estimate(entry.measured, metric)
-                    lines.append({**_described(entry), "metric": metric, "estimate": estimate, **ends, "best": best})
+                    lines.append({**_described(entry), "metric": metric, **interval._asdict(), "best": best})
         return lines
 
     def json(self) -> str:
         """The settings, everything that the CSV holds, and the paired differences."""
-        reference = {name: self.comparison.interval(self.reference, name)._asdict() for name in self.comparison.metrics}
+        reference = self.reference and {
+            name: self.comparison.interval(self.reference.measured, name)._asdict() for name in self.comparison.metrics
+        }
         differences = [
             {
                 "label": item.row.label,
@@ -157,6 +195,7 @@ class Report:
             "reference": reference,
             "results": self._csv_rows(),
             "differences": differences,
+            "published": [asdict(one) for one in self.published],
         }
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
@@ -173,7 +212,7 @@ class Report:
             ):
                 self._draw(panel, metric, attribute)
                 panel.set_xlabel(heading)
-                panel.set_title(METRICS[metric].heading)
+                panel.set_title(metric_of(metric).heading)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8))
         buffer = io.BytesIO()
@@ -197,22 +236,24 @@ class Report:
                 capsize=2,
                 label=label,
             )
-        if (reference := self.comparison.estimate(self.reference, metric)) > 0:
-            panel.axhline(reference, color="black", linestyle=":", label=REFERENCE_LABEL)
-        if not METRICS[metric].higher_is_better:
+        reference = self.reference and self.comparison.estimate(self.reference.measured, metric)
+        if reference is not None and reference > 0:
+            panel.axhline(reference, color="black", linestyle=":", label=self.reference.solver.label)
+        if not metric_of(metric).higher_is_better:
             panel.set_yscale("log")
         panel.set_xticks(sorted({getattr(row, attribute) for row in self.comparison.rows}))
         panel.grid(alpha=0.3)
 
     def write_sheets(self, folder: Path) -> list[Path]:
-        """One sheet for each parallel NFE: rows are prompts; columns the true images, the reference, the solvers."""
-        count = len(self.reference.previews)
+        """One sheet for each parallel NFE: a row a prompt; columns true images and reference, if any, and solvers."""
+        count = len(self.comparison.entries[0].measured.previews)
         if count == 0:
             return []
         files = []
         for nfe in dict.fromkeys(row.parallel for row in self.comparison.rows):
             columns = {} if self.real is None else {"true image": self.real}
-            columns[REFERENCE_LABEL] = self.reference.previews.numpy()
+            if self.reference is not None:
+                columns[self.reference.solver.label] = self.reference.measured.previews.numpy()
             for row in self.comparison.rows:
                 if row.parallel == nfe:
                     entry = row.cells["reward"].entry
@@ -221,6 +262,11 @@ class Report:
             rows = [[images[index] for images in columns.values()] for index in range(count)]
             write_sheet(files[-1], rows, self.prompts[:count], list(columns))
         return files
+
+
+def _is(row: Row, figure: Published) -> bool:
+    """Whether a figure is of the row's solver, or of its kind."""
+    return figure.solver in (row.label, row.sampler)
 
 
 def _described(entry: Entry) -> dict[str, Plain]:
@@ -238,17 +284,18 @@ def _described(entry: Entry) -> dict[str, Plain]:
 
 
 def _name(entry: Entry) -> str:
-    return f"{entry.solver.label}, {_setting(entry)}"
+    return f"{entry.solver.label}, {setting_of(entry)}"
 
 
-def _setting(entry: Entry) -> str:
+def setting_of(entry: Entry) -> str:
+    """The schedule and the guidance of an entry; * for a guidance of each evaluation's own."""
     scale = entry.solver.guidance_scale
     return f"{entry.solver.grid_name} g{'*' if scale is None else f'{scale:g}'}"
 
 
 def _with_setting(row: Row, metric: str) -> str:
     cell = row.cells[metric]
-    return f"{_number(cell.interval)} {_setting(cell.entry)}"
+    return f"{_number(cell.interval)} {setting_of(cell.entry)}"
 
 
 def _number(interval: Interval) -> str:

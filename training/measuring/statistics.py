@@ -10,6 +10,8 @@ Randomness is a `torch.Generator` on the CPU that the caller passes: equal seeds
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -40,7 +42,7 @@ class FrechetResamples(NamedTuple):
 
 
 def bootstrap_indices(count: int, generator: torch.Generator, resamples: int = MINIMUM_RESAMPLES) -> Tensor:
-    """Rows to draw, with replacement: int64 [resamples, count]. Use ONE such tensor for everything that is paired.
+    """Rows to draw, with replacement: int32 [resamples, count]. Use ONE such tensor for everything that is paired.
 
     Raises ValueError for fewer than two rows (nothing can be said about their spread) or too few resamples.
     """
@@ -48,7 +50,7 @@ def bootstrap_indices(count: int, generator: torch.Generator, resamples: int = M
         raise ValueError(f"an interval needs at least 2 rows, not {count}")
     if resamples < MINIMUM_RESAMPLES:
         raise ValueError(f"a 95% interval needs at least {MINIMUM_RESAMPLES} resamples, not {resamples}")
-    return torch.randint(count, (resamples, count), generator=generator)
+    return torch.randint(count, (resamples, count), generator=generator, dtype=torch.int32)
 
 
 def mean_interval(values: Tensor, indices: Tensor, confidence: float = 0.95) -> Interval:
@@ -68,6 +70,21 @@ def paired_difference_interval(values: Tensor, baseline: Tensor, indices: Tensor
     if values.shape != baseline.shape:
         raise ValueError(f"paired values need equal shapes, not {tuple(values.shape)} and {tuple(baseline.shape)}")
     return mean_interval(values.double() - baseline.double(), indices, confidence)
+
+
+def tellable_difference(spread: float, count: int, confidence: float = 0.95, power: float = 0.8) -> float:
+    """The smallest difference of means that `count` pairs tell from 0 with this power, where pairs spread so much.
+
+    spread: standard deviation of the paired differences. (z_{1 - (1 - confidence) / 2} + z_power) spread / sqrt(count)
+    (Cohen 1988, chapter 2).
+    """
+    normal = NormalDist()
+    return (normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(power)) * spread / math.sqrt(count)
+
+
+def pairs_needed(spread: float, difference: float, confidence: float = 0.95, power: float = 0.8) -> int:
+    """How many pairs tell a difference from 0; see `tellable_difference`."""
+    return max(2, math.ceil((tellable_difference(spread, 1, confidence, power) / difference) ** 2))
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
@@ -94,7 +111,8 @@ def frechet_resamples(features: Tensor, reference: Tensor, indices: Tensor) -> F
     first, second = _reduced(features, reference)
     if indices.shape[1] != len(first):
         raise ValueError(f"the indices are for {indices.shape[1]} rows, the features have {len(first)}")
-    counts = torch.zeros(indices.shape).scatter_add_(1, indices, torch.ones(indices.shape))  # of each row, [R, N]
+    ones = torch.ones(indices.shape)
+    counts = torch.zeros(indices.shape).scatter_add_(1, indices.long(), ones)  # of each row, [R, N]
     distinct = (counts > 0).sum(dim=1)  # [R]
     replicates = torch.empty(len(indices), dtype=torch.float64)
     for number in distinct.unique().tolist():  # resamples with equally many distinct rows go together

@@ -32,6 +32,7 @@ from training.ppo.rollout import PromptStream
 from training.ppo.search import Policy, Search, method_called
 from training.runs.command_line import started_processes
 from training.runs.configuration import LoadedConfig
+from training.runs.fabric import fabric_of
 from training.snapshot import is_plain
 from training.solver import Origin, Schedule, Solver, load_solver, solver_of
 
@@ -476,12 +477,7 @@ def make_fabric(config: Config) -> Fabric:
     Raises:
         InputError: there is no such device.
     """
-    device = resolve_device(config.run.device)
-    several = config.run.num_devices * config.run.num_nodes > 1
-    one = [device.index] if device.index is not None and not several else config.run.num_devices
-    return Fabric(
-        accelerator=device.type, devices=one, num_nodes=config.run.num_nodes, strategy="ddp" if several else "auto"
-    )
+    return fabric_of(config.run.device, config.run.num_devices, config.run.num_nodes)
 
 
 def _shard(fabric: Fabric) -> Shard:

@@ -1,4 +1,4 @@
-"""Who judges images beside the training reward: the exact verifier of the shapes world, and whole panels."""
+"""Who judges images: rewards, and the exact verifier of the shapes world."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from errors import InputError
 from models import clip
 from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
 from models.shapes import scenes, verify
-from training.measuring.evaluation import Panel
+from training.measuring.evaluation import Judge
+from training.measuring.scoring import scores_by
 from training.ppo import rewards
-from training.ppo.rewards import find_reward_files, load_reward
+from training.ppo.rewards import Reward, find_reward_files, load_reward
+from training.ppo.rewards.clip_scorer import FeatureScorer
 
 SHAPES = "shapes"
 """The model whose captions the verifier can read."""
@@ -58,34 +61,79 @@ def require_readable(denoiser: Denoiser, readers: Sequence[str]) -> None:
         )
 
 
-def judging_panel(model: str, weights: Path, denoiser: Denoiser, prompts: Sequence[str], batch: int) -> Panel:
-    """What judges the images of a model: the reward `weights` and, in the shapes world, the verifier.
+class RewardJudge:
+    """A reward as a judge of an evaluation; the first of several is called `reward`, and keeps its image features."""
+
+    def __init__(self, source: Path, reward: Reward, *, first: bool) -> None:
+        """`source`: what `load_reward` loaded the reward by."""
+        code = [Path(clip.__file__), *sorted(Path(rewards.__file__).parent.glob("*.py"))]
+        self.name = "reward" if first else reward.name
+        self.features = "reward_features" if first else None
+        self.fingerprint = fingerprint([*find_reward_files(source).paths(), *code])
+        self._reward = reward
+
+    def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Scores and, of the first, unit-length features. Raises InputError where a score is not finite."""
+        features = None if self.features is None else self._reward.image_features(images)
+        if features is not None and isinstance(self._reward, FeatureScorer):
+            scores = self._reward.score_features(features, prompts)
+        else:
+            scores = scores_by(self._reward, images, prompts)
+        if not scores.isfinite().all():
+            raise InputError(
+                f"the reward {self._reward.name} gives scores that are not finite for finite images: its weights are "
+                "broken"
+            )
+        kept = {} if features is None else {self.features: functional.normalize(features, dim=1).cpu()}
+        return {self.name: scores.double().cpu(), **kept}
+
+
+class VerifierJudge:
+    """The exact verifier of the shapes world as a judge of an evaluation: parts of a caption, and whole captions."""
+
+    name, features = "verifier", None
+
+    def __init__(self) -> None:
+        """It has nothing to load."""
+        self.fingerprint = fingerprint([Path(scenes.__file__), Path(verify.__file__)])
+
+    def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """By the names of `training.measuring.evaluation.METRICS`."""
+        told = [verify.verify(image, prompt) for image, prompt in zip(images.cpu(), prompts, strict=True)]
+        return {
+            "verifier": torch.tensor([verdict.score for verdict in told]).double(),
+            "verified": torch.tensor([verdict.correct for verdict in told]).double(),
+        }
+
+
+def judges_of(
+    model: str, sources: Sequence[Path], denoiser: Denoiser, prompts: Sequence[str], batch: int
+) -> list[Judge]:
+    """What judges the images of a model: the rewards and, in the shapes world, the verifier.
 
     Raises:
-        InputError: the reward's files are missing or malformed, it reads prompts where the model takes none, or the
-            verifier cannot judge a prompt or the images.
+        InputError: a reward's files are missing or malformed, it reads prompts where the model takes none, two have one
+            name, or the verifier cannot judge a prompt or the images.
     """
     if model == SHAPES:
         for prompt in prompts:
             scenes.parse(prompt)
         require_verifiable(denoiser)
-    judged_by = find_reward_files(weights).paths()
-    judged_by += [Path(clip.__file__), *sorted(Path(rewards.__file__).parent.glob("*.py"))]
-    if model == SHAPES:
-        judged_by += [Path(scenes.__file__), Path(verify.__file__)]
-    reward = load_reward(weights, device=denoiser.device, batch_size=batch)
-    require_readable(denoiser, [reward.name] if reward.reads_prompts else [])
-    reward.say_what_is_cut(prompts)
-    return Panel(reward, verified if model == SHAPES else None, fingerprint(judged_by))
+    for source in sources:  # before gigabytes are read in vain
+        find_reward_files(source)
+    judges: list[Judge] = [VerifierJudge()] if model == SHAPES else []
+    for source in sources:
+        reward = load_reward(source, device=denoiser.device, batch_size=batch)
+        require_readable(denoiser, [reward.name] if reward.reads_prompts else [])
+        reward.say_what_is_cut(prompts)
+        judges.append(RewardJudge(source, reward, first=source is sources[0]))
+    names = [judge.name for judge in judges]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"two rewards are called {min(twice)}: rename one's file")
+    return judges
 
 
-def verified(image: Tensor, prompt: str) -> dict[str, float]:
-    """What the verifier says of an image [3, 64, 64], by the names of `training.measuring.evaluation.METRICS`."""
-    verdict = verify.verify(image, prompt)
-    return {"verifier": verdict.score, "verified": float(verdict.correct)}
-
-
-def true_images(prompts: Sequence[str], seed: int) -> Tensor:
-    """Renderings [N, 3, 64, 64] of the captions, each placed by a generator of its own."""
-    placed = enumerate(scenes.parse(prompt) for prompt in prompts)
+def true_images(prompts: Sequence[str], seed: int, first: int = 0) -> Tensor:
+    """Renderings [N, 3, 64, 64] of the captions, the first of which is number `first`: each with its own generator."""
+    placed = enumerate((scenes.parse(prompt) for prompt in prompts), first)
     return torch.stack([scenes.render(scene, np.random.default_rng([seed, index])) for index, scene in placed])

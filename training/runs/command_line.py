@@ -37,6 +37,13 @@ def require_one_process() -> None:
         raise InputError(f"{launcher} started {number} processes of this command, which runs in one: start it once")
 
 
+def require_processes(num_devices: int) -> None:
+    """Raise InputError where other processes were started than `--num-devices` says: each would do the whole work."""
+    number, launcher = started_processes()
+    if number not in (1, num_devices):
+        raise InputError(f"{launcher} started {number} processes of this command: add --num-devices {number}")
+
+
 def takes_model_options(command: Callable[..., Result]) -> Callable[..., Result]:
     """Decorate a click command: it takes the options of model loading, and gets them as `model_options`."""
 

@@ -24,6 +24,10 @@ class Reward(Protocol):
         """
         ...
 
+    def image_features(self, images: Tensor) -> Tensor:
+        """What sets of images [N, 3, H, W] in [0, 1] may be compared by: [N, D] float32."""
+        ...
+
     def say_what_is_cut(self, prompts: Sequence[str]) -> None:
         """Warn in one line, once for a whole job, of prompts too long for it, which it judges by their beginning."""
         ...
