@@ -108,10 +108,9 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     except InputError as error:
         raise click.UsageError(str(error)) from None
     context.default_map = {
-        parameters[key].name: ",".join(map(str, value))
-        if isinstance(value, list) and not parameters[key].multiple
-        else value
+        parameters[key].name: values if parameters[key].multiple else ",".join(map(str, values))
         for key, value in protocol.options.items()
+        for values in [value if isinstance(value, list) else [value]]
     }
     return protocol
 

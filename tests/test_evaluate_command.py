@@ -574,7 +574,7 @@ def test_a_protocol_is_its_options_and_its_published_figures_stand_beside_ours(w
         ({"options": {"solver": "ddim"}}, "unknown key options.solver; did you mean solvers?"),
         ({"options": {"nfe": {"a": 1}}}, "options.nfe is {'a': 1}; write a value, or a list"),
         ({"options": {"nfe": "x"}}, "--nfe 'x': write numbers"),
-        ({"options": {"number": "x"}}, "Invalid value for '--number'"),
+        ({"options": {"tell": "x"}}, "Invalid value for '--tell'"),
         ({"published": [{"solver": "ddim", "nfe": 2, "metric": "reward", "value": 1.0}]}, "figure 1 has no source"),
         (
             {"published": [{"solver": "ddim", "nfe": 2, "metric": "reward", "value": "x", "source": "s"}]},
@@ -604,14 +604,14 @@ def test_the_protocols_of_the_project_are_counted_and_say_what_is_missing(name):
         assert "python -m models.assets fetch sd15" in result.output
 
 
-def test_a_dry_run_counts_what_is_then_asked(world, tmp_path, calls):
+def test_a_dry_run_counts_what_is_then_asked(world, tmp_path):
     told = ("--solvers", "ddim,heun", "--nfe", "4", "--schedules", "discrete", "--reference-steps", "10")
     dry = run(world, tmp_path / "out", *told, "--dry-run", base=())
     assert dry.exit_code == 0, dry.output
     # guided: two rows an evaluation, of two solvers of 4 evaluations and the reference of 10, for 6 prompts
     assert f"in all {6 * 2 * (4 + 4 + 10)} network rows" in dry.output
     assert "every file is there" in dry.output
-    assert not calls
+    assert "nothing was drawn" in dry.output
     assert not (tmp_path / "out").exists()
 
 

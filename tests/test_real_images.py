@@ -122,8 +122,9 @@ def test_statistics_of_another_network_resizing_or_width_are_refused(folder, tmp
     real = RealImages.load(tmp_path / "a.npz")
     with pytest.raises(InputError, match=r"is of inception_clean .*choose its --resize"):
         real.check(["fid"], load_extractors(["fid"], "legacy", "cpu"))
-    with pytest.raises(InputError, match=f"are of {WIDTH} features, and the network here has 9"):
-        real.values("fid", torch.randn(4, 9))
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(9), sigma=np.eye(9))
+    with pytest.raises(InputError, match=f"are of 9 features, and inception_clean has {WIDTH} here"):
+        RealImages.load(tmp_path / "wide.npz").check(["fid"], extractors)
     np.savez(tmp_path / "other.npz", other=np.zeros(3))
     with pytest.raises(InputError, match="holds no mu and sigma"):
         RealImages.load(tmp_path / "other.npz").check(["fid"], extractors)

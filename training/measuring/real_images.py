@@ -208,7 +208,7 @@ class RealImages:
         return cls(source, None if seen is None else gaussian_of(seen), features, count, made_by)
 
     def check(self, distances: Sequence[str], extractors: Sequence[Extractor]) -> None:
-        """Raise InputError where they are of another network or resizing, or lack what a distance needs."""
+        """Raise InputError where they are of another network, size or resizing, or lack what a distance needs."""
         for extractor in extractors:
             for name, maker in self.made_by.items():
                 if name.split("_")[0] == extractor.name.split("_")[0] and maker != extractor.fingerprint:
@@ -224,6 +224,20 @@ class RealImages:
                     f"{self.source}: holds no features of {name}, which {distance.upper()} needs: name a folder of "
                     f"images, or make a file with them ({MAKE} --distances {distance})"
                 )
+        for extractor in extractors:
+            self._check_width(extractor)
+
+    def _check_width(self, extractor: Extractor) -> None:
+        width = extractor.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1]
+        kind = extractor.name.split("_")[0]
+        widths = [part.shape[1] for name, part in self.features.items() if name.startswith(kind)]
+        if self.gaussian is not None and kind == "inception":
+            widths.append(len(self.gaussian.mean))
+        if other := next((found for found in widths if found != width), None):
+            raise InputError(
+                f"{self.source}: its statistics are of {other} features, and {extractor.name} has {width} here: they "
+                f"are of another network; make them again ({MAKE})"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -234,17 +248,8 @@ class RealImages:
         return digest.hexdigest()
 
     def values(self, distance: str, features: Tensor) -> Tensor:
-        """Values [N] (see `distances`) of one of `DISTANCES` of generated images' features [N, D].
-
-        Raises InputError where the statistics are of another number of features.
-        """
+        """Values [N] (see `distances`) of one of `DISTANCES` of generated images' features [N, D], after `check`."""
         kept = [part for name, part in self.features.items() if name.startswith("clip") == (distance == "cmmd")]
-        width = len(self.gaussian.mean) if distance == "fid" else kept[0].shape[1]
-        if width != features.shape[1]:
-            raise InputError(
-                f"{self.source}: its statistics are of {width} features, and the network here has {features.shape[1]}: "
-                f"they are of another one; make them again ({MAKE})"
-            )
         match distance:
             case "fid":
                 return frechet_values(features, self.gaussian)
