@@ -586,7 +586,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
     )
     files = [*report.write(asked.outdir), asked.outdir / "index.html"]
     write_atomically(files[-1], page(report, lambda one, rows: evaluation.pixels(one.solver, rows).numpy(), _origin()))
-    say("\n\n".join(["", *report.tables(), ""]))
+    say(f"\n{report.terminal()}\n")
     say("wrote " + ", ".join(map(str, files)))
 
 

@@ -20,7 +20,7 @@ from models.devices import DTYPES, resolve_device, resolve_dtype
 from models.options import ModelOptions
 from models.prompts import parse_seeds, read_prompts
 from models.registry import traits_of
-from training.image_folder import LOG_NAME, SHEET_NAME, ImageRequest, draw
+from training.image_folder import LOG_NAME, SHEET_NAME, ImageRequest, draw, unused_folder
 from training.runs.command_line import Finite, require_one_process, takes_model_options
 from training.solver import CLASSICAL, Schedule, Solver, classical_solver, load_solver, parse_classical, parse_schedule
 
@@ -36,7 +36,10 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--predictor_path", help="EPD table: a .pkl or .json, a run or export folder, or an experiment's number.")
+@click.option(
+    "--predictor_path",
+    help="EPD table: a .pkl or .json, a run or export folder, an experiment's number, or OWNER/NAME on the Hub.",
+)
 @click.option("--solver", help=f"epd (needs a predictor), {', '.join(CLASSICAL)}; an order after a colon: dpmpp:2.")
 @click.option("--num-steps", type=click.IntRange(min=2), help="Grid points of a classical solver (intervals + 1).")
 @click.option("--schedule", help=f"Grid, NAME or NAME:RHO. [classical solvers: {USUAL_SCHEDULE}; epd: the predictor's]")
@@ -53,7 +56,11 @@ Examples:
 @click.option("--model_path", help="Registered name, pipeline folder or single file. [what the predictor was made for]")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at once.")
 @click.option(
-    "--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("outputs/samples"), show_default=True
+    "--outdir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("outputs/samples"),
+    show_default=True,
+    help="A folder for these images alone: where it holds some already, FOLDER-2 is taken, or the next that is free.",
 )
 @click.option("--grid", is_flag=True, help=f"Also write {SHEET_NAME}: a row for each prompt, a column for each seed.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
@@ -124,6 +131,7 @@ def main(
         f"{'its own' if scale is None else f'{scale:g}'}, an image takes {cost.parallel} evaluations in sequence, "
         f"{cost.total} in all, {cost.rows} network rows"
     )
+    outdir = unused_folder(outdir)
     click.get_current_context().with_resource(only_writer(outdir))
     records = draw(request, denoiser, outdir, sheet=grid, note=click.echo)
     click.echo(f"wrote {len(records)} images and {LOG_NAME}{f' and {SHEET_NAME}' if grid else ''} to {outdir}")

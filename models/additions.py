@@ -27,17 +27,22 @@ def check_additions(options: ModelOptions) -> None:
 
 
 def with_additions(
-    modules: Mapping[str, nn.Module], options: ModelOptions, pipeline_class: str, dtype: torch.dtype
+    modules: Mapping[str, nn.Module],
+    options: ModelOptions,
+    pipeline_class: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> dict[str, nn.Module]:
     """The modules of a pipeline, by the names of their folders, with what the options ask for.
 
+    `device` is that of the modules: see `load_module`.
     Raises `InputError` where the files are not there, or do not suit the pipeline.
     """
     check_additions(options)
     modules = dict(modules)
     if options.vae is not None:
         folder = _vae_folder(options.vae)
-        modules["vae"] = load_module(AutoencoderKL, folder, dtype=dtype)
+        modules["vae"] = load_module(AutoencoderKL, folder, dtype=dtype, device=device)
     for file, scale in options.loras():
         _add(file, scale, pipeline_class, modules)
     return modules

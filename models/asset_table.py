@@ -216,6 +216,7 @@ MPS = AssetFile(
 )
 
 BUNDLES = {
+    "tokenizer": Bundle("CLIP's tokenizer (1.6 MB), which rewards and single files need", "MIT", TOKENIZER),
     "sd15": Bundle(
         "Stable Diffusion v1.5 in a single file, and its tokenizer",
         "CreativeML Open RAIL-M; the tokenizer MIT",

@@ -116,15 +116,17 @@ def fetch_pipeline(hub_id: str, note: Note) -> Path:
         InputError: the server refuses, lacks or does not deliver it, or what it has is no pipeline that can be used:
             then the message says what is missing.
     """
-    from models.pipelines import INDEX, check_pipeline, contents_of  # with diffusers, which takes seconds to import
+    from models.loading import META  # with diffusers, which takes seconds to import
+    from models.pipelines import FORMS, INDEX, contents_of, load_folder
 
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=[INDEX]))
         contents = contents_of(folder)
         snapshot_download(hub_id, allow_patterns=contents.files())
-        if older := contents.older_weights():
-            snapshot_download(hub_id, allow_patterns=older)
-        check_pipeline(folder)
+        for form in range(1, FORMS):
+            if wanted := contents.weights(form):
+                snapshot_download(hub_id, allow_patterns=wanted)
+        load_folder(folder, device=META)
     except (HTTPError, OSError) as error:
         raise InputError(f"{hub_id} was not fetched: {reason_of(error, hub_id)}") from None
     except InputError as error:

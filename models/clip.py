@@ -18,6 +18,7 @@ one of the vocabulary: open_clip pools where the token id is largest.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from models.skeletons import skeleton
 VIT_H_14 = Path(__file__).resolve().parent.parent / "src" / "pipelines" / "clip" / "ViT-H-14.json"
 
 # Mean and standard deviation of CLIP's training images, per RGB channel in [0, 1] (Radford et al., released code).
+WORDS = re.compile(r"[^\W\d_]{3,}")  # shorter ones, "a" or "on", say nothing of what is to be seen
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -413,6 +415,15 @@ def number_cut(tokenizer: CLIPTokenizer, texts: Sequence[str], context_length: i
     """How many texts `tokenize` cuts."""
     rows = tokenizer(_cleaned(texts), truncation=False, verbose=False)["input_ids"]
     return sum(len(ids) > context_length for ids in rows)
+
+
+def without_known_words(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[str]:
+    """The texts that have words of three letters or more, each of which the tokenizer has to spell in pieces."""
+    words_of = {text: WORDS.findall(read.lower()) for text, read in zip(texts, _cleaned(texts), strict=True)}
+    words = sorted({word for words in words_of.values() for word in words})
+    rows = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+    known = {word for word, ids in zip(words, rows, strict=True) if len(ids) == 1}
+    return [text for text, words in words_of.items() if words and known.isdisjoint(words)]
 
 
 def _cleaned(texts: Sequence[str]) -> list[str]:

@@ -120,6 +120,10 @@ class Denoiser(Protocol):
         """Raise one `InputError` that lists every prompt the model cannot take, with the reason."""
         ...
 
+    def too_long(self, prompt: str) -> bool:
+        """Whether the model would read no more than a prompt's beginning."""
+        ...
+
     def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
         """Raise `InputError` where the model is asked for guidance of a kind that it does not have."""
         ...

@@ -137,6 +137,10 @@ class LatentDiffusion(Backbone):
             more = [f"  ... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
             raise InputError("\n".join([f"Model {self.name} cannot take:", *faults[:SHOWN_FAULTS], *more]))
 
+    def too_long(self, prompt: str) -> bool:
+        """See `Denoiser.too_long`."""
+        return any(encoder.fault(prompt) for encoder in self.text_encoders)
+
     def encode(
         self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
     ) -> Conditioning:

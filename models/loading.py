@@ -23,6 +23,9 @@ from models.skeletons import require_counts, skeleton
 GENERATION_CONFIG = "generation_config.json"  # as transformers calls it: how a model is meant to be used
 SHOWN_KEYS = 5
 LARGEST_SIDE = 2**14  # of what a network works on
+META = torch.device("meta")  # holds shapes and no numbers
+SUFFIXES = (".safetensors", ".bin")  # of weights, as they are written now, and as older libraries wrote them
+HALF = "fp16"  # the variant of weights that some folders have alone
 SPARE_NUMBERS = 10_000_000  # a module may have so many more weights than its files, and is then told which are missing
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -83,18 +86,26 @@ def load_module(
     folder: Path,
     weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> Module:
     """The component in a folder, on the CPU, in `dtype`, with exactly its own weights.
 
-    weights: what `weights_in` found there, where that was asked before. Raises `InputError`, which lists what is
-    missing or too much.
+    weights: what `weights_in` found there, where that was asked before. With `META` as its device it is seen to be
+    whole, and no weight is read. Raises `InputError`, which lists what is missing or too much.
     """
     weights = weights_in(folder) if weights is None else weights
-    named = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
+    options: dict[str, Any] = {"dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype": dtype}
+    if device == META:
+        options["device_map"] = META.type
     try:
         _require_no_more(skeleton(lambda: described(kind, folder), weights), weights)
         module, report = kind.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **{named: dtype}
+            folder,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            variant=variant_in(folder),
+            **options,
         )
     except InputError:
         raise
@@ -106,9 +117,22 @@ def load_module(
     return module
 
 
+def variant_in(folder: Path) -> str | None:
+    """The variant in which a component's weights are read: `fp16` where there are no others, else None."""
+    found = {_variant(file) for suffix in SUFFIXES for file in folder.glob(f"*{suffix}")}
+    return HALF if HALF in found and None not in found else None
+
+
+def _variant(file: Path) -> str | None:
+    """`fp16` of model.fp16.safetensors and of model.fp16-00001-of-00002.safetensors; None of the plain ones."""
+    return file.stem.partition(".")[2].partition("-")[0] or None
+
+
 def weights_in(folder: Path) -> dict[str, Tensor]:
     """All tensors in a component's folder, mapped, each file held against its checksum, where it has one."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    variant = variant_in(folder)
+    forms = ([file for file in sorted(folder.glob(f"*{suffix}")) if _variant(file) == variant] for suffix in SUFFIXES)
+    files = next((found for found in forms if found), [])
     return {name: tensor for file in files for name, tensor in read_weights(file).items()}
 
 

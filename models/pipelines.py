@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,10 @@ from models.devices import check_memory
 from models.families import FAMILIES
 from models.loading import (
     GENERATION_CONFIG,
+    HALF,
+    META,
     SHOWN_KEYS,
+    SUFFIXES,
     load_module,
     load_tokenizer,
     quiet_and_repeatable,
@@ -29,6 +32,8 @@ from models.loading import (
 from models.options import AS_IT_IS, ModelOptions
 
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+FORMS = 3  # of weights, see `forms`
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 LEFT_OUT = (None, [None, None])  # what an index says of a component that its pipeline does without
 
 
@@ -42,51 +47,64 @@ class Contents:
     modules: Mapping[str, type[nn.Module]]
     tokenizers: Mapping[str, type[PreTrainedTokenizerBase]]
 
-    def without_weights(self) -> list[str]:
-        """The components that have no weights in a form that is read here."""
+    def without_weights(self, forms_read: int | None = None) -> list[str]:
+        """The components that have no weights in a form that is read here, or in the first few of the `forms`."""
         return [
             part
             for part, kind in self.modules.items()
             if not any(
-                (self.folder / part / f"{form}{index}").is_file()
-                for form in forms(kind)
-                for index in ("", ".index.json")  # of weights in several files
+                (self.folder / part / name).is_file()
+                for form in forms(kind)[:forms_read]
+                for name in (str(form), form.index)
             )
         ]
 
-    def older_weights(self) -> list[str]:
-        """The older forms of the weights that are not there in a newer one."""
-        return [f"{part}/{forms(self.modules[part])[1]}" for part in self.without_weights()]
-
     def files(self) -> list[str]:
-        """Patterns of the files that are needed of a hub; other variants of the weights are left there.
-
-        Of a component's weights the first form, whole or in parts; the older one is needed where there is no other.
-        """
+        """Patterns of the files that are wanted of a hub, of the weights those in the best form."""
         return [
             *self.configs(),
             GENERATION_CONFIG,  # few have one: the guidance that a model is used at
-            *(f"{part}/{name}" for part, kind in self.modules.items() for name in newest_weights(kind)),
+            *self.weights(0),
             *(f"{part}/*" for part in self.tokenizers),
         ]
+
+    def weights(self, form: int) -> list[str]:
+        """Patterns of one of the `forms` of the weights, for the components that have none of a better form."""
+        better = self.without_weights(form)
+        return [f"{part}/{name}" for part in better for name in forms(self.modules[part])[form].patterns]
 
     def configs(self) -> list[str]:
         """The files that say what the components are."""
         return [INDEX, *(f"{part}/config.json" for part in self.modules), SCHEDULER]
 
 
-def forms(kind: type[nn.Module]) -> tuple[str, str]:
-    """How a component's weights are called: as they are written now, and as older libraries wrote them."""
-    if issubclass(kind, PreTrainedModel):
-        return "model.safetensors", "pytorch_model.bin"
-    return "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+class Form(NamedTuple):
+    """How the files of a component's weights are called."""
+
+    stem: str
+    suffix: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        """All in one file: `model.fp16.safetensors`, where `.fp16` is the variant."""
+        return f"{self.stem}{self.variant}{self.suffix}"
+
+    @property
+    def index(self) -> str:
+        """What says where each is, where there are several files."""
+        return f"{self.stem}{self.suffix}.index{self.variant}.json"
+
+    @property
+    def patterns(self) -> tuple[str, str, str]:
+        """One file, or several with an index."""
+        return str(self), f"{self.stem}{self.variant}-*-of-*{self.suffix}", self.index
 
 
-def newest_weights(kind: type[nn.Module]) -> list[str]:
-    """Patterns of a component's weights in their newest form: in one file, or in several with an index."""
-    form = forms(kind)[0]
-    stem, _, suffix = form.partition(".")
-    return [form, f"{stem}-*-of-*.{suffix}", f"{form}.index.json"]
+def forms(kind: type[nn.Module]) -> tuple[Form, Form, Form]:
+    """The forms of a component's weights, the best first: as they are written now, half as wide, and of old."""
+    newest, oldest = SUFFIXES
+    now, of_old = ("model", "pytorch_model") if issubclass(kind, PreTrainedModel) else (DIFFUSERS_WEIGHTS,) * 2
+    return Form(now, newest), Form(now, newest, f".{HALF}"), Form(of_old, oldest)
 
 
 def contents_of(folder: Path, options: ModelOptions = AS_IT_IS) -> Contents:
@@ -122,42 +140,40 @@ def check_pipeline_folder(folder: Path, options: ModelOptions = AS_IT_IS) -> Con
             f"the folders {', '.join(missing)} are missing."
         )
     lacking = [str(folder / name) for name in contents.configs() if not (folder / name).is_file()]
-    lacking += [f"{folder / part / ' or '.join(forms(contents.modules[part]))}" for part in contents.without_weights()]
+    lacking += [
+        f"{folder / part / ' or '.join(map(str, forms(contents.modules[part])))}" for part in contents.without_weights()
+    ]
     if lacking:
         raise InputError(f"{folder} cannot be used, files are missing: {', '.join(lacking)}.")
     return contents
 
 
-def check_pipeline(folder: Path, options: ModelOptions = AS_IT_IS) -> None:
-    """`check_pipeline_folder`, and the same error where weights or tokenizers are cut off or damaged."""
-    contents = check_pipeline_folder(folder, options)
-    for part in contents.modules:
-        weights_in(folder / part)
-    for part, kind in contents.tokenizers.items():
-        load_tokenizer(folder / part, kind)
-
-
 def load_folder(
-    folder: Path, dtype: torch.dtype = torch.float32, options: ModelOptions = AS_IT_IS
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    options: ModelOptions = AS_IT_IS,
+    device: torch.device | None = None,
 ) -> tuple[type[Backbone], object]:
-    """The family and the parts of a pipeline's folder; modules on the CPU, in `dtype`.
+    """The family and the parts of a pipeline's folder; modules on the CPU, in `dtype`, or on `META`, without numbers.
 
     Raises `InputError` where the folder is no such pipeline, is of another family, lacks files or weights, is too large
     for the memory, or cannot do what the options say.
     """
     contents = check_pipeline_folder(folder, options)
     weights = {part: weights_in(folder / part) for part in contents.modules}
-    stored = [weight for part in weights.values() for weight in part.values()]
-    # What is stored in the type that is wanted stays mapped from its file.
-    converted = sum(weight.numel() * dtype.itemsize for weight in stored if weight.dtype != dtype)
-    check_memory(f"Model {folder.name}", converted, torch.device("cpu"))
+    if device != META:
+        stored = [weight for part in weights.values() for weight in part.values()]
+        # What is stored in the type that is wanted stays mapped from its file.
+        converted = sum(weight.numel() * dtype.itemsize for weight in stored if weight.dtype != dtype)
+        check_memory(f"Model {folder.name}", converted, torch.device("cpu"))
     with quiet_and_repeatable():
         modules = {
-            part: load_module(kind, folder / part, weights[part], dtype) for part, kind in contents.modules.items()
+            part: load_module(kind, folder / part, weights[part], dtype, device)
+            for part, kind in contents.modules.items()
         }
         pipeline = Pipeline(
             source=folder,
-            modules=with_additions(modules, options, contents.index["_class_name"], dtype),
+            modules=with_additions(modules, options, contents.index["_class_name"], dtype, device),
             tokenizers={part: load_tokenizer(folder / part, kind) for part, kind in contents.tokenizers.items()},
             scheduler=read_json(folder / SCHEDULER),
             scheduler_file=folder / SCHEDULER,

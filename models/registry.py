@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,6 +44,7 @@ def _fetched(file: AssetFile) -> Asset:
 
 
 TOKENIZER = tuple(_fetched(file) for file in asset_table.TOKENIZER)
+FETCH_TOKENIZER = "Fetch what is missing:  python -m models.assets fetch tokenizer"
 FETCH_SD15 = (
     "Fetch what is missing:  python -m models.assets fetch sd15\n"
     "To try things now, use the model that comes with the repository:  shapes"
@@ -125,20 +126,21 @@ def load_denoiser(
     `InputError` for an unknown name, for files that are missing (each named, with its size and what to do) and for
     files that are not what they should be.
     """
-    path, model = _found(str(spec)), REGISTERED.get(str(spec))
-    own_name = path.stem if path.is_file() else Path(spec).resolve().name
-    family, parts = _load_path(path, dtype, options)
-    words = {"unknown_words": model.unknown_words} if model and model.unknown_words else {}
-    denoiser = family(
-        str(spec) if model else own_name,
-        parts,
-        device=torch.device(device),
-        dtype=dtype,
-        **words,
-    )
+    denoiser = _denoiser(str(spec), torch.device(device), dtype, options, torch.device("cpu"))
     if compiled:
         denoiser.compile_network()
     return denoiser
+
+
+def _denoiser(
+    spec: str, device: torch.device, dtype: torch.dtype, options: ModelOptions, loaded_on: torch.device
+) -> Backbone:
+    """The model, its modules moved from the device that they are `loaded_on`, which is the CPU or, unread, meta."""
+    path, model = _found(spec), REGISTERED.get(spec)
+    own_name = path.stem if path.is_file() else Path(spec).resolve().name
+    family, parts = _load_path(path, dtype, options, loaded_on)
+    words = {"unknown_words": model.unknown_words} if model and model.unknown_words else {}
+    return family(spec if model else own_name, parts, device=device, dtype=dtype, **words)
 
 
 class Traits(NamedTuple):
@@ -179,25 +181,14 @@ def is_unconditional(spec: str | None) -> bool:
         return False
 
 
-def check_assets(spec: str, options: ModelOptions = AS_IT_IS) -> None:
-    """Load nothing; raise `InputError` where files of the registered model `spec`, or of the options, are missing.
+def check_assets(spec: str, options: ModelOptions = AS_IT_IS) -> Denoiser:
+    """What `load_denoiser` gives, on torch's meta device, which holds shapes and no numbers: nothing can be drawn.
 
-    The same error where `spec` is neither a registered name nor a path that exists, and where what is there is no model
-    that can be used, as far as the names and shapes of its tensors tell: cut off, a web page, a folder without a
-    pipeline, a checkpoint of another family.
+    It has been seen to be whole, its parts to fit each other, and it validates prompts; of folders no weights are read.
+    Raises `InputError` as `load_denoiser` does.
     """
-    # with diffusers, which takes seconds to import
-    from models.additions import check_additions
-    from models.families.stable_diffusion import StableDiffusion
-    from models.pipelines import check_pipeline
-
-    path = _found(spec)
-    if path.is_dir():
-        check_pipeline(path, options)
-    else:
-        _open_single_file(path)
-        StableDiffusion.check_options(options, path)
-    check_additions(options)
+    meta = torch.device("meta")
+    return _denoiser(spec, meta, torch.float32, replace(options, text_on_cpu=False), meta)
 
 
 def _found(spec: str) -> Path:
@@ -248,14 +239,16 @@ def pipeline_of(spec: str) -> str:
     return str(Path(spec).resolve()) if Path(spec).is_dir() else spec
 
 
-def _load_path(path: Path, dtype: torch.dtype, options: ModelOptions) -> tuple[type[Backbone], object]:
+def _load_path(
+    path: Path, dtype: torch.dtype, options: ModelOptions, device: torch.device
+) -> tuple[type[Backbone], object]:
     # diffusers and transformers take seconds to import: only where a model is really loaded
     from models.compvis import assemble_compvis
     from models.families.stable_diffusion import StableDiffusion
     from models.pipelines import load_folder
 
     if path.is_dir():
-        return load_folder(path, dtype, options)
+        return load_folder(path, dtype, options, device)
     return StableDiffusion, assemble_compvis(_open_single_file(path), path, SOURCE / COMPVIS_CONFIGS, options)
 
 
@@ -264,7 +257,7 @@ def _open_single_file(path: Path) -> dict[str, Tensor]:
     from models.compvis import read_compvis
 
     state = read_compvis(path)
-    _check_nothing_missing(f"The tokenizer of {path}", _missing(TOKENIZER), FETCH_SD15)
+    _check_nothing_missing(f"The tokenizer of {path}", _missing(TOKENIZER), FETCH_TOKENIZER)
     return state
 
 

@@ -46,6 +46,9 @@ class GuidedMixture:
         if unknown:
             raise InputError(f"unknown classes {unknown}")
 
+    def too_long(self, prompt: str) -> bool:
+        return False
+
     def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
         """Any is taken."""
 

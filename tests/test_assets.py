@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import download_hpsv2_weights
 from errors import InputError
@@ -286,13 +286,15 @@ def renamed(folder: Path, part: str, name: str) -> Path:
 
 
 OLDER = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.bin") | {"text_encoder": "pytorch_model.bin"}
+HALF = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.fp16.safetensors")
+HALF |= {"text_encoder": "model.fp16.safetensors"}
 
 
-@pytest.mark.parametrize("older", [[], ["vae"], list(OLDER)])
-def test_a_hubs_pipeline_is_fetched_with_weights_that_load(pipeline_hub, older):
+@pytest.mark.parametrize("other", [{}, {"vae": OLDER["vae"]}, OLDER, HALF, {**OLDER, "unet": HALF["unet"]}])
+def test_a_hubs_pipeline_is_fetched_with_weights_that_load(pipeline_hub, other):
     _, whole = load_folder(pipeline_hub)
-    for part in older:
-        renamed(pipeline_hub, part, OLDER[part])
+    for part, name in other.items():
+        renamed(pipeline_hub, part, name)
     said = []
     folder = assets.fetch_pipeline("someone/model", said.append)
     assert said == [f"someone/model: fetched to {folder}"]
@@ -302,8 +304,18 @@ def test_a_hubs_pipeline_is_fetched_with_weights_that_load(pipeline_hub, older):
         assert all(torch.equal(tensor, weights[name]) for name, tensor in found.state_dict().items())
 
 
+def test_of_two_variants_the_wide_one_is_fetched_and_read(pipeline_hub):
+    _, whole = load_folder(pipeline_hub)
+    (file,) = (pipeline_hub / "unet").glob("*.safetensors")
+    save_file({name: tensor * 0 for name, tensor in load_file(file).items()}, file.parent / HALF["unet"])
+    folder = assets.fetch_pipeline("someone/model", lambda line: None)
+    assert not list(folder.rglob("*fp16*"))
+    _, both = load_folder(pipeline_hub)
+    assert torch.equal(both.network.conv_in.weight, whole.network.conv_in.weight)
+
+
 def test_a_hubs_pipeline_without_weights_that_can_be_used_says_what_is_missing(pipeline_hub):
-    renamed(pipeline_hub, "unet", "diffusion_pytorch_model.fp16.safetensors")
+    renamed(pipeline_hub, "unet", "diffusion_pytorch_model.ema.safetensors")
     (pipeline_hub / "vae" / "config.json").unlink()
     with pytest.raises(InputError) as caught:
         assets.fetch_pipeline("someone/model", lambda line: pytest.fail(line))

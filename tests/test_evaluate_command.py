@@ -108,6 +108,16 @@ def results(folder):
     return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
 
 
+def test_the_tables_fit_a_terminal_and_say_what_the_report_says(evaluated):
+    folder, printed = evaluated
+    tables = printed[printed.index("\nsolver ") : printed.index("\nwrote ")].splitlines()
+    assert max(map(len, tables)) <= 100
+    cells = {cell for line in tables for cell in re.split(r" {2,}", line.strip())}
+    rows = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith(("| epd", "| heun"))]
+    assert len(rows) >= 4
+    assert all(set(filter(None, map(str.strip, row.split("|")))) <= cells for row in rows)
+
+
 def test_the_numbers_are_those_of_the_definitions(world, evaluated):
     folder, _ = evaluated
     denoiser = load_denoiser(world / "pipeline", device="cpu", dtype=torch.float32)
@@ -140,7 +150,7 @@ def test_the_numbers_are_those_of_the_definitions(world, evaluated):
 
 
 def test_every_solver_is_there_with_its_counts(evaluated):
-    folder, output = evaluated
+    folder, _ = evaluated
     counted = {
         (line["label"], line["parallel_evaluations"], line["total_evaluations"], line["num_steps"])
         for line in results(folder)
@@ -152,8 +162,9 @@ def test_every_solver_is_there_with_its_counts(evaluated):
         *(("dpmpp:2", n, n, str(int(n) + 1)) for n in "24"),
     }
     assert {line["metric"] for line in results(folder)} == {"reward", "frechet", "latent_rms", "pixel_rms"}
-    assert "| epd-00002 | 4 | 6 |" in output
-    assert "## Paired differences to ddim@4" in output
+    report = (folder / "report.md").read_text()
+    assert "| epd-00002 | 4 | 6 |" in report
+    assert "## Paired differences to ddim@4" in report
     content = json.loads((folder / "results.json").read_text())
     assert content["settings"]["guidance"] == 3.0
     assert content["reference"]["latent_rms"]["estimate"] == 0
@@ -292,7 +303,7 @@ def test_explosions_are_counted_and_scored(world, tmp_path, monkeypatch):
     assert {line["exploded"] for line in lines} == {"3"}
     assert all(np.isfinite(float(line["estimate"])) for line in lines)
     assert max(float(line["estimate"]) for line in lines if line["metric"] == "latent_rms") > LATENT_LIMIT / 4
-    assert "| 3/6 |" in result.output
+    assert "  3/6\n" in result.output
 
 
 def test_images_that_the_decoder_loses_are_counted_as_exploded(world, tmp_path):
@@ -532,12 +543,11 @@ def test_several_prompt_files_have_a_table_each(world, tmp_path):
     files = ("--prompt-file", tmp_path / "first.json", "--prompt-file", tmp_path / "second.txt")
     result = run(world, tmp_path / "out", *files, "--number", "3", "--reference-steps", "0", *DDIM_2)
     assert result.exit_code == 0, result.output
-    assert "## preference reward by prompts" in result.output
+    assert "preference reward by prompts" in result.output
+    report = (tmp_path / "out" / "report.md").read_text()
     (whole,) = [line for line in results(tmp_path / "out") if (line["metric"], line["best"]) == ("reward", "True")]
     (row,) = [
-        line
-        for line in result.output.partition("by prompts")[2].partition("##")[0].splitlines()
-        if line.startswith("| ddim")
+        line for line in report.partition("by prompts")[2].partition("##")[0].splitlines() if line.startswith("| ddim")
     ]
     means = [float(cell.split("[")[0]) for cell in row.split("|")[3:5]]
     assert sum(means) / 2 == pytest.approx(float(whole["estimate"]), abs=2e-4)
@@ -558,7 +568,8 @@ def test_a_protocol_is_its_options_and_its_published_figures_stand_beside_ours(w
     assert result.exit_code == 0, result.output
     assert {line["label"] for line in results(tmp_path / "out")} == {"ddim", "heun"}
     assert {line["parallel_evaluations"] for line in results(tmp_path / "out")} == {"2"}
-    (row,) = [line for line in result.output.splitlines() if line.startswith("| ddim | 2 |") and "published" in line]
+    report = (tmp_path / "out" / "report.md").read_text()
+    (row,) = [line for line in report.splitlines() if line.startswith("| ddim | 2 |") and "published" in line]
     assert "(published: 0.125)" in row
     assert "published: ddim at 2 parallel evaluations, preference reward 0.125 (a paper, table 9)" in result.output
     content = json.loads((tmp_path / "out" / "results.json").read_text())

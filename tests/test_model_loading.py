@@ -216,7 +216,7 @@ def test_a_single_file_without_its_tokenizer_says_what_to_fetch(monkeypatch, com
     for attempt in (load, lambda path: registry.check_assets(str(path))):
         with pytest.raises(InputError, match=r"vocab\.json \(1059962 bytes\)") as error:
             attempt(tmp_path / "tiny.safetensors")
-        assert "fetch sd15" in str(error.value)
+        assert "fetch tokenizer" in str(error.value)
 
 
 def test_a_registered_folder_that_is_missing_says_how_to_restore_it(monkeypatch, tmp_path):
@@ -424,11 +424,10 @@ def test_wrong_single_files_are_explained(tmp_path, compvis, kind, says):
 
 
 @pytest.mark.parametrize("kind", ["html", "cut safetensors", "cut ckpt", "sdxl", "unet part", "diffusers unet"])
-def test_what_cannot_be_used_is_seen_without_loading_it(tmp_path, compvis, kind, monkeypatch):
+def test_what_cannot_be_used_is_seen_without_loading_it(tmp_path, compvis, kind):
     file = single_file_of(tmp_path, kind, compvis)
     with pytest.raises(InputError) as loaded:
         load(file)
-    monkeypatch.setattr(registry, "_load_path", None)
     with pytest.raises(InputError) as looked_at:
         registry.check_assets(str(file))
     assert str(looked_at.value) == str(loaded.value)
@@ -448,16 +447,52 @@ def test_too_little_memory_is_not_blamed_on_the_file(tiny, compvis, tmp_path, mo
             load(path)
 
 
-def test_what_may_be_a_model_passes_the_look(tiny, compvis, tmp_path, monkeypatch):
-    tokenizer = tmp_path / "src/pipelines/sd15/tokenizer"
-    tokenizer.mkdir(parents=True)
-    for name in ("vocab.json", "merges.txt"):
-        (tokenizer / name).touch()
+def test_the_look_gives_the_model_without_its_numbers(tiny, compvis, tmp_path, monkeypatch):
+    configs = tmp_path / "src/pipelines/sd15"
+    shutil.copytree(tiny, configs)
+    tokenizer = configs / "tokenizer"
+    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
+    (tokenizer / "vocab.json").write_text(json.dumps(vocabulary))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
     monkeypatch.setattr(registry, "SOURCE", tmp_path / "src")
     save_file(compvis, tmp_path / "tiny.safetensors")
     torch.save(compvis, tmp_path / "tiny.ckpt")
     for spec in (tiny, tmp_path / "tiny.safetensors", tmp_path / "tiny.ckpt"):
-        registry.check_assets(str(spec))
+        looked_at, loaded = registry.check_assets(str(spec)), load(spec)
+        assert {weight.device.type for weight in looked_at.network.parameters()} == {"meta"}
+        assert looked_at.latent_shape == loaded.latent_shape
+        looked_at.validate_prompts(["red box"])
+        with pytest.raises(InputError, match="tokens long"):
+            looked_at.validate_prompts(["red " * 30])
+
+
+def lose_a_weight(folder: Path) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: weight for key, weight in load_file(file).items() if key != "conv_in.bias"}, file)
+
+
+def misshape_a_weight(folder: Path) -> None:
+    file = folder / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    save_file({**state, "final_layer_norm.bias": torch.zeros(5)}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lose_a_weight, r"1 missing \(conv_in.bias\)"),
+        (misshape_a_weight, r"1 of another shape \(.*final_layer_norm.bias\)"),
+        (lambda folder: edit_json(folder / "unet" / "config.json", in_channels=9), "conv_in.weight"),
+        (lambda folder: edit_json(folder / "vae" / "config.json", latent_channels=8), "another shape"),
+        (lambda folder: edit_json(folder / "unet" / "config.json", sample_size=None), "sample_size is None"),
+        (lambda folder: edit_json(folder / "scheduler" / "scheduler_config.json", beta_end=2), "beta"),
+    ],
+)
+def test_what_does_not_fit_together_is_seen_without_reading_weights(copy, spoil, says):
+    spoil(copy)
+    for attempt in (load, lambda folder: registry.check_assets(str(folder))):
+        with pytest.raises(InputError, match=says):
+            attempt(copy)
 
 
 @pytest.mark.parametrize(

@@ -138,17 +138,21 @@ def test_an_image_depends_neither_on_its_batch_nor_on_its_neighbours(pipeline, p
     assert len(distinct) == len(one)
 
 
-def test_existing_images_are_replaced_and_no_other_file_is_left(pipeline, tmp_path):
+def test_images_of_an_earlier_call_stay_as_they_are(pipeline, tmp_path):
     common = ("--model_path", pipeline, "--solver", "ddim", "--num-steps", "3", "--prompt", "a dog", "--seeds", "0-1")
-    assert run(*common, "--outdir", tmp_path, "--guidance", "1").exit_code == 0
-    before = pixels(tmp_path)
-    assert run(*common, "--outdir", tmp_path, "--guidance", "9", "--grid").exit_code == 0
-    after = pixels(tmp_path)
+    folders = [tmp_path / name for name in ("images", "images-2", "images-3")]
+    assert run(*common, "--outdir", folders[0], "--guidance", "1").exit_code == 0
+    before = {file.name: file.read_bytes() for file in folders[0].iterdir()}
+    for folder in folders[1:]:
+        result = run(*common, "--outdir", folders[0], "--guidance", "9", "--grid")
+        assert result.exit_code == 0, result.output
+        assert f"to {folder}\n" in result.output
+    assert {file.name: file.read_bytes() for file in folders[0].iterdir()} == before
+    after = pixels(folders[1])
     sheet = after.pop("grid.png")
-    assert before.keys() == after.keys()
-    assert all((before[name] != after[name]).any() for name in before)
-    assert {line["guidance"] for line in records(tmp_path)} == {9.0}
-    assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".jsonl"}
+    assert after.keys() == pixels(folders[0]).keys()
+    assert {line["guidance"] for line in records(folders[1])} == {9.0}
+    assert {file.suffix for file in folders[1].iterdir()} == {".png", ".jsonl"}
     for image in after.values():  # each image, enlarged eightfold, stands on the sheet
         enlarged = image.repeat(8, axis=0).repeat(8, axis=1)
         found = [left for left in range(sheet.shape[1] - 127) if (sheet[-136:-8, left : left + 128] == enlarged).all()]
@@ -199,9 +203,8 @@ def test_pairs_are_the_diagonal_of_prompts_and_seeds(pipeline, tmp_path):
     assert "--pair: 2 prompts and 1 seeds; give --seeds 0-1" in message
 
 
-def test_after_an_interrupt_the_log_speaks_of_the_new_images_alone(pipeline, tmp_path, monkeypatch):
+def test_after_an_interrupt_the_log_speaks_of_the_images_that_are_there(pipeline, tmp_path, monkeypatch):
     common = ("--model_path", pipeline, "--num-steps", "3", "--prompt", "a dog", "--seeds", "0-3", "--batch", "2")
-    assert run(*common, "--outdir", tmp_path, "--solver", "ddim").exit_code == 0
     drawn, calls = image_folder._drawn, []
 
     def interrupted(*arguments):

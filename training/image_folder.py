@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +78,16 @@ class ImageRequest:
             numbers = range(len(self.prompts))
             return list(zip(numbers, self.prompts, self.seeds, strict=True))
         return [(number, prompt, seed) for number, prompt in enumerate(self.prompts) for seed in self.seeds]
+
+
+def unused_folder(folder: Path) -> Path:
+    """The folder, or, where it holds images already, the first of `<folder>-2`, `<folder>-3`, ... that does not."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([folder], numbered) if not _holds_images(one))
+
+
+def _holds_images(folder: Path) -> bool:
+    return (folder / LOG_NAME).exists() or any(folder.glob("*.png"))
 
 
 def draw(

@@ -6,6 +6,7 @@ from a `Solver`; nothing else puts a table, a grid and a guidance scale together
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -36,6 +37,8 @@ from solvers import (
 )
 from training.networks import Plain
 from training.snapshot import GRID, SNAPSHOT_NAME, find_snapshot, load_snapshot
+
+log = logging.getLogger(__name__)
 
 # The exponent that a schedule is commonly used with; the others have none.
 USUAL_RHO = {"polynomial": 7.0, "time_uniform": 1.0, "discrete": 1.0}
@@ -218,6 +221,8 @@ class Solver:
             raise InputError(f"{self.where}: {error}") from None
         if scale is None and not self.has_guidance_column:
             scale = denoiser.default_guidance_scale
+            if self.origin is not None:
+                log.warning("%s: does not say its guidance; the model's own is taken: %g", self.where, scale)
         denoiser.check_guidance(self.table.guidance if self.has_guidance_column else scale)
         return replace(self, sigmas=sigmas, guidance_scale=scale, guidance_kind=denoiser.guidance)
 
@@ -304,6 +309,8 @@ class Solver:
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"need as many prompts as seeds, and at least one: got {len(prompts)} and {len(seeds)}")
+        if self.sigmas is None or (self.guidance_scale is None and not self.has_guidance_column):
+            raise ValueError(f"{self.where}: noise levels and guidance are not settled: solver.on(denoiser) is to draw")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         batches = []

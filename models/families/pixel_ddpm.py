@@ -66,6 +66,10 @@ class PixelDDPM(Backbone):
         if prompt := next(filter(None, prompts), None):
             raise InputError(f"Model {self.name} is unconditional and takes no prompt: leave {prompt!r:.60} out.")
 
+    def too_long(self, prompt: str) -> bool:
+        """It reads none."""
+        return False
+
     def encode(
         self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
     ) -> Conditioning:

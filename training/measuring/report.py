@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,12 +23,21 @@ from training.measuring.protocol import Published
 from training.measuring.statistics import Interval
 from training.networks import Plain
 
+TERMINAL_WIDTH = 100  # characters
+LONGEST_LABEL = 32  # of a solver, in a terminal
 MARKERS = "osv^Dp<>hX*P"
 FIGURE_DPI = 110
 CSV_COLUMNS = (
     *("label", "solver", "schedule", "guidance", "num_steps", "parallel_evaluations", "total_evaluations", "exploded"),
     *("metric", "estimate", "low", "high", "best"),
 )
+
+
+class Cells(NamedTuple):
+    """A table: its headings, and its lines, each with a text for each heading."""
+
+    headings: Sequence[str]
+    lines: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,23 +96,37 @@ class Report:
         ]
         return "\n\n".join(parts) + "\n"
 
-    def tables(self) -> list[str]:
-        """All tables, for a console."""
-        return [self.table(), *self.published_lines(), *self.group_tables(), *self.difference_tables()]
-
     def table(self) -> str:
-        """Solvers against metrics, the reference in the first line."""
+        """Solvers against metrics, the reference in the first line, as Markdown."""
+        label = "" if self.reference is None else self.reference.solver.label
+        return _markdown_table(*self._cells(label, {True: " (higher is better)", False: " (lower is better)"}))
+
+    def group_tables(self) -> list[str]:
+        """Where there are several groups of prompts, one table for each metric of single images: solvers by groups."""
+        return _titled(self._group_cells())
+
+    def difference_tables(self) -> list[str]:
+        """One table for each baseline: solvers against metrics, with the verdict and what was the baseline there."""
+        return _titled(self._difference_cells())
+
+    def terminal(self) -> str:
+        """The same tables in plain text, at most `TERMINAL_WIDTH` columns wide."""
+        first = _text_tables(*self._cells("reference", {True: " (up)", False: " (down)"}))
+        tables = {**self._group_cells(), **self._difference_cells()}
+        titled = ["\n\n".join([title, *_text_tables(*cells)]) for title, cells in tables.items()]
+        return "\n\n".join([*first, *self.published_lines(), *titled])
+
+    def _cells(self, reference: str, arrows: Mapping[bool, str]) -> Cells:
         metrics = self.comparison.metrics
-        arrows = {True: "higher is better", False: "lower is better"}
-        headings = [f"{metric_of(name).heading} ({arrows[metric_of(name).higher_is_better]})" for name in metrics]
+        headings = [metric_of(name).heading + arrows[metric_of(name).higher_is_better] for name in metrics]
         lines = []
         if self.reference is not None:
             cells = (_number(self.comparison.interval(self.reference.measured, name)) for name in metrics)
-            lines.append([self.reference.solver.label, "", "", *cells, _share(self.reference.measured)])
+            lines.append([reference, "", "", *cells, _share(self.reference.measured)])
         for row in self.comparison.rows:
             cells = [f"{_with_setting(row, name)}{self.beside(row, name)}" for name in metrics]
             lines.append([row.label, str(row.parallel), str(row.total), *cells, _exploded(row.entries)])
-        return _markdown_table(["solver", "parallel NFE", "total NFE", *headings, "exploded"], lines)
+        return Cells(["solver", "parallel NFE", "total NFE", *headings, "exploded"], lines)
 
     def beside(self, row: Row, metric: str) -> str:
         """The published figure for a cell, in brackets."""
@@ -119,11 +143,10 @@ class Report:
         ]
         return ["\n".join(lines)] if lines else []
 
-    def group_tables(self) -> list[str]:
-        """Where there are several groups of prompts, one table for each metric of single images: solvers by groups."""
+    def _group_cells(self) -> dict[str, Cells]:
         if len(self.groups) < 2:
-            return []
-        tables = []
+            return {}
+        tables = {}
         for metric in (name for name in self.comparison.metrics if name in self.comparison.entries[0].measured.values):
             lines = []
             for row in self.comparison.rows:
@@ -131,12 +154,11 @@ class Report:
                 cells = [_number(self.comparison.interval_of(measured, metric, rows)) for rows in self.groups.values()]
                 lines.append([row.label, str(row.parallel), *cells])
             headings = ["solver", "parallel NFE", *self.groups]
-            tables.append(f"## {metric_of(metric).heading} by prompts\n\n{_markdown_table(headings, lines)}")
+            tables[f"{metric_of(metric).heading} by prompts"] = Cells(headings, lines)
         return tables
 
-    def difference_tables(self) -> list[str]:
-        """One table for each baseline: solvers against metrics, with the verdict and what was the baseline there."""
-        tables = []
+    def _difference_cells(self) -> dict[str, Cells]:
+        tables = {}
         for baseline in dict.fromkeys(difference.baseline for difference in self.differences):
             found = {(id(item.row), item.metric): item for item in self.differences if item.baseline == baseline}
             compared = {row for row, _ in found}
@@ -150,7 +172,7 @@ class Report:
                 for row in rows
             ]
             headings = ["solver", "parallel NFE", *(metric_of(name).heading for name in self.comparison.metrics)]
-            tables.append(f"## Paired differences to {baseline}\n\n{_markdown_table(headings, lines)}")
+            tables[f"Paired differences to {baseline}"] = Cells(headings, lines)
         return tables
 
     def csv(self) -> str:
@@ -319,6 +341,28 @@ def _exploded(entries: Sequence[Entry]) -> str:
     counts = sorted(int(entry.measured.exploded.sum()) for entry in entries)
     count = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
     return f"{count}/{len(entries[0].measured.exploded)}"
+
+
+def _text_tables(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Text, at most `TERMINAL_WIDTH` wide: as many of the columns as fit, then the next, the solver before each."""
+    shown = [[_shortened(row[0]), *row[1:]] for row in [headings, *lines]]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(headings))]
+    left, taken = list(range(1, len(headings))), [0]
+    while left:
+        while left and (len(taken) == 1 or sum(widths[c] + 2 for c in [*taken, left[0]]) <= TERMINAL_WIDTH + 2):
+            taken.append(left.pop(0))
+        yield "\n".join("  ".join(row[c].ljust(widths[c]) for c in taken).rstrip() for row in shown)
+        taken = [0]
+
+
+def _shortened(label: str) -> str:
+    """A label, the middle of a long one left out."""
+    half = LONGEST_LABEL // 2
+    return label if len(label) <= LONGEST_LABEL else f"{label[:half]}…{label[1 - half :]}"
+
+
+def _titled(tables: Mapping[str, Cells]) -> list[str]:
+    return [f"## {title}\n\n{_markdown_table(*cells)}" for title, cells in tables.items()]
 
 
 def _markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

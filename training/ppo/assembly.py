@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from errors import InputError
 from models.denoiser import Denoiser
 from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.prompts import read_prompts
-from models.registry import check_assets, default_guidance_scale, is_unconditional, load_denoiser, traits_of
+from models.registry import check_assets, default_guidance_scale, load_denoiser, traits_of
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
 from training.parameters import GRID, PARTS
@@ -35,6 +37,8 @@ from training.runs.configuration import LoadedConfig
 from training.runs.fabric import fabric_of
 from training.snapshot import is_plain
 from training.solver import Origin, Schedule, Solver, load_solver, solver_of
+
+log = logging.getLogger(__name__)
 
 COCO_PROMPTS = "MS-COCO_val2014_30k_captions.csv"
 FETCH_COCO = f"Fetch {COCO_PROMPTS} (some 2 MB):  python -m models.assets fetch coco-prompts"
@@ -140,7 +144,7 @@ def prepare(loaded: LoadedConfig) -> Start:
         config = start.config
     except InputError as error:
         faults.append(f"data.predictor_snapshot={config.data.predictor_snapshot}: {error}")
-    refuse([*faults, *path_faults(config)], config)
+    refuse([*faults, *path_faults(config, None if faults else start)], config)
     return start
 
 
@@ -278,36 +282,60 @@ def costs(start: Start) -> Costs:
     )
 
 
-def path_faults(config: Config) -> Iterator[str]:
-    """What is wrong with the files and devices that a configuration names, one message each; loads no model."""
-    logging = config.logging
-    spec = model_spec(config)
-    checks: list[tuple[str, Callable[[], object]]] = [
-        (f"run.output_root={config.run.output_root}", lambda: _check_writable(Path(config.run.output_root))),
-        (f"run.device={config.run.device}", lambda: resolve_device(config.run.device)),
-    ]
-    checks.append((f"search.method={config.search.method}", lambda: method_called(config.search.method)))
-    if config.data.prompt_csv is not None:
-        checks.append((f"data.prompt_csv={config.data.prompt_csv}", lambda: _check_prompts(config)))
+def path_faults(config: Config, start: Start | None = None) -> Iterator[str]:
+    """What is wrong with the files and devices that a configuration names, one message each; reads no model's weights.
+
+    Prompts and panel are held against the model, and so is the solver of `start`, where there is one.
+    """
+    watch, spec, denoiser = config.logging, model_spec(config), None
+    yield from _fault(f"run.output_root={config.run.output_root}", _check_writable, Path(config.run.output_root))
+    yield from _fault(f"run.device={config.run.device}", resolve_device, config.run.device)
+    yield from _fault(f"search.method={config.search.method}", method_called, config.search.method)
     if spec is not None:
-        checks.append((f"model {spec}", lambda: check_assets(spec, model_options(config))))
-    if config.model.compile:
-        checks.append(("model.compile=true", lambda: check_compiler(resolve_device(config.run.device))))
-    for path in (config.reward.weights_path, *config.reward.mix):
-        checks.append((f"reward {path}", lambda path=path: find_reward_files(path, config.reward.cache_dir)))
-    if logging.eval_interval:
-        checks.append((f"logging.eval_prompts={logging.eval_prompts}", lambda: _heldout_prompts(config)))
-        if logging.panel == VERIFIER:
-            checks.append((f"logging.panel={VERIFIER}", lambda: [parse(prompt) for prompt in _heldout_prompts(config)]))
-        elif logging.panel is not None:
-            checks.append(
-                (f"logging.panel={logging.panel}", lambda: find_reward_files(logging.panel, config.reward.cache_dir))
-            )
-    for name, check in checks:
         try:
-            check()
+            denoiser = check_assets(spec, model_options(config))
         except InputError as error:
-            yield f"{name}: {error}"
+            yield f"model {spec}: {error}"
+    if config.data.prompt_csv is not None:
+        yield from _fault(f"data.prompt_csv={config.data.prompt_csv}", _training_prompts, config, denoiser)
+    if start is not None and denoiser is not None:
+        yield from _fault(f"model {spec}", start.solver.on, denoiser)
+    if config.model.compile:
+        yield from _fault("model.compile=true", lambda: check_compiler(resolve_device(config.run.device)))
+    for path in (config.reward.weights_path, *config.reward.mix):
+        yield from _fault(f"reward {path}", find_reward_files, path, config.reward.cache_dir)
+    if watch.eval_interval:
+        yield from _fault(f"logging.eval_prompts={watch.eval_prompts}", _heldout_prompts, config, denoiser)
+        yield from _fault(f"logging.panel={watch.panel}", _check_panel, config, denoiser)
+
+
+def _fault(name: str, check: Callable[..., object], *arguments: object) -> Iterator[str]:
+    """The message of a check that fails, with the name of what is checked."""
+    try:
+        check(*arguments)
+    except InputError as error:
+        yield f"{name}: {error}"
+
+
+def _check_panel(config: Config, denoiser: Denoiser | None) -> None:
+    """Raise InputError where the panel's files are missing, or it cannot judge what the model draws."""
+    panel = config.logging.panel
+    if panel == VERIFIER:
+        file = config.logging.eval_prompts
+        prompts = [] if file is None else read_prompts(file)[: config.logging.eval_count]
+        try:
+            for prompt in prompts:
+                parse(prompt)
+            if denoiser is not None:
+                require_readable(denoiser, [VERIFIER])
+                require_verifiable(denoiser)
+        except InputError as error:
+            raise InputError(
+                f"{error}. The verifier judges the shapes world alone: for another model set logging.panel=null, or "
+                "name a reward that is not trained on"
+            ) from None
+    elif panel is not None:
+        find_reward_files(panel, config.reward.cache_dir)
 
 
 def build(start: Start, fabric: Fabric) -> Parts:
@@ -335,8 +363,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
             f"or choose a model of the family {backend}"
         )
     start = replace(start, solver=start.solver.on(denoiser))
-    prompts = _training_prompts(config)
-    denoiser.validate_prompts(prompts)
+    prompts = _training_prompts(config, denoiser)
     reward = build_reward(
         {config.reward.weights_path: 1.0, **config.reward.mix},
         device=fabric.device,
@@ -359,8 +386,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
     )
     stream = PromptStream(prompts, shuffle=config.data.shuffle, seed=config.run.seed)
     trainer = method_called(config.search.method).make_search(make_policy(start), runner, stream, config)
-    heldout = _heldout_prompts(config) if config.logging.eval_interval else []
-    denoiser.validate_prompts(heldout)
+    heldout = _heldout_prompts(config, denoiser) if config.logging.eval_interval else []
     panel = _panel(config, denoiser) if heldout else None
     require_readable(denoiser, [panel.name] if panel is not None and panel.reads_prompts else [])
     if fabric.is_global_zero:
@@ -428,22 +454,41 @@ def _amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.float16 if config.reward.enable_amp and device.type == "cuda" else None
 
 
-def _check_prompts(config: Config) -> None:
-    """Raise InputError where there are none in the file, or the model takes none."""
-    if is_unconditional(model_spec(config)):
-        raise InputError(f"model {model_spec(config)} is unconditional and takes no prompts: set the key to null")
-    _read_prompts(config.data.prompt_csv)
-
-
-def _training_prompts(config: Config) -> list[str]:
+def _training_prompts(config: Config, denoiser: Denoiser | None) -> list[str]:
     """What is trained on; of an unconditional model the empty prompt, which every image has."""
-    return [""] if config.data.prompt_csv is None else _read_prompts(config.data.prompt_csv)
-
-
-def _read_prompts(path: str) -> list[str]:
+    path = config.data.prompt_csv
+    if path is None:
+        return [""]
+    if denoiser is not None and not denoiser.takes_prompts:
+        raise InputError(f"model {denoiser.name} is unconditional and takes no prompts: set the key to null")
     if Path(path).name == COCO_PROMPTS and not Path(path).exists():
         raise InputError(f"there is no such file. {FETCH_COCO}")
-    return read_prompts(path)
+    return _prompts_for(config, path, denoiser)
+
+
+def _prompts_for(config: Config, path: str, denoiser: Denoiser | None) -> list[str]:
+    """The prompts of a file; without those that are too long for the model, where the configuration says so."""
+    prompts = read_prompts(path)
+    if denoiser is None:
+        return prompts
+    long = {prompt for prompt in prompts if denoiser.too_long(prompt)}
+    if long and config.data.on_long_prompt == "skip":
+        _say_skipped(path, sum(prompt in long for prompt in prompts), len(prompts))
+        prompts = [prompt for prompt in prompts if prompt not in long]
+    try:
+        denoiser.validate_prompts(prompts)
+    except InputError as error:
+        remedy = "\nTo leave out those that are too long: data.on_long_prompt=skip" if long & set(prompts) else ""
+        raise InputError(f"{error}{remedy}") from None
+    if not prompts:
+        raise InputError(f"{path}: every prompt is too long for the model")
+    return prompts
+
+
+@cache
+def _say_skipped(path: str, skipped: int, number: int) -> None:
+    """Once a process: the files are read before a run, and by it."""
+    log.warning("%s: %d of %d prompts are too long for the model and left out", path, skipped, number)
 
 
 def _check_writable(folder: Path) -> None:
@@ -452,10 +497,10 @@ def _check_writable(folder: Path) -> None:
         raise InputError(f"{existing} is no folder that can be written to")
 
 
-def _heldout_prompts(config: Config) -> list[str]:
+def _heldout_prompts(config: Config, denoiser: Denoiser | None) -> list[str]:
     if config.logging.eval_prompts is None:  # of an unconditional model: images differ by their seeds
         return [""] * config.logging.eval_count
-    prompts = read_prompts(config.logging.eval_prompts)
+    prompts = _prompts_for(config, config.logging.eval_prompts, denoiser)
     if len(prompts) < config.logging.eval_count:
         raise InputError(
             f"{config.logging.eval_prompts}: holds {len(prompts)} prompts, and "

@@ -49,6 +49,11 @@ class DataConfig:
         required=True,
     )
     shuffle: bool = knob(True, "a new prompt order each epoch, drawn from run.seed; false: the file's order")
+    on_long_prompt: str = knob(
+        "error",
+        "prompts, held-out ones too, that are longer than the model's text encoder reads: an error, or skip them",
+        choices=("error", "skip"),
+    )
 
 
 @dataclass

@@ -29,6 +29,7 @@ from training.diffusers_export import write_diffusers
 from training.ppo.assembly import Start, from_plain, guidance_scale, policy_of
 from training.ppo.checkpoint import largest_difference, load_checkpoint, require_equal, table_to_plain
 from training.ppo.config import SNAPSHOT_KEYS, build_config, model_options
+from training.ppo.reward_names import reward_name
 from training.runs.checkpoint import best_path, fitting, newest_checkpoint
 from training.runs.configuration import to_plain
 from training.runs.run_folder import RunFolder, read_metrics
@@ -148,7 +149,7 @@ def export_for_diffusers(folder: RunFolder, solver: Solver, export: Export, base
     denoiser = load_denoiser(solver.model, device="cpu", dtype=torch.float32, options=solver.model_options)
     heldout, config = _heldout(folder, export.step), export.start.config
     judges = {"reward": config.reward.weights_path, "panel": config.logging.panel}
-    listed = ", ".join(f"{judge} {Path(path).stem}" for judge, path in judges.items() if path)
+    listed = ", ".join(f"{judge} {reward_name(path)}" for judge, path in judges.items() if path)
     measured_on = f"{config.logging.eval_count} held-out prompts ({listed})"
     return write_diffusers(folder.export / DIFFUSERS, solver, denoiser, named, heldout, measured_on)[0].parent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from models import clip
 from models.devices import to_device
 from models.recent import RecentTensors
 from training.ppo.rewards.batched import BatchedScorer, require_pairs
+
+log = logging.getLogger(__name__)
 
 
 class ClipScorer(BatchedScorer):
@@ -56,10 +59,16 @@ class ClipScorer(BatchedScorer):
         return (functional.normalize(features, dim=-1) * text_features).sum(dim=-1)
 
     def say_what_is_cut(self, prompts: Sequence[str]) -> None:
-        """Warn in one line, once for a whole job, of prompts too long for it, which it judges by their beginning."""
+        """See `Reward.say_what_is_cut`."""
         different = list(dict.fromkeys(prompts))
         cut = clip.number_cut(self.tokenizer, different, self._context_length)
         self.say_how_many_are_cut(cut, len(different), self._context_length - 2)  # without the marks of start and end
+        if foreign := clip.without_known_words(self.tokenizer, different):
+            log.warning(
+                "reward %s was taught no word of %d of %d prompts, for example %.60r: its scores of them mean little; "
+                "choose another reward or other prompts",
+                *(self.name, len(foreign), len(different), foreign[0]),
+            )
 
     def image_features(self, images: Tensor) -> Tensor:
         """Embed images [N, 3, H, W] in [0, 1]: [N, D] float32, projected but not normalised, on the reward's device."""

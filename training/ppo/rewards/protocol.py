@@ -29,5 +29,8 @@ class Reward(Protocol):
         ...
 
     def say_what_is_cut(self, prompts: Sequence[str]) -> None:
-        """Warn in one line, once for a whole job, of prompts too long for it, which it judges by their beginning."""
+        """Warn in a line each, once for a whole job, of prompts that it cannot judge as they are.
+
+        Those are too long for it, and judged by their beginning, or hold no word that it was taught.
+        """
         ...

@@ -61,7 +61,7 @@ def check_tokenizer(weights: Path, folder: Path) -> None:
     if absent and not (folder / "tokenizer.json").is_file():
         raise InputError(
             f"The tokenizer of the reward {weights} is missing: {folder} lacks {' and '.join(absent)} "
-            "(about 1.6 MB together). CLIP's own is fetched by: python -m models.assets fetch sd15"
+            "(about 1.6 MB together). CLIP's own is fetched by: python -m models.assets fetch tokenizer"
         )
 
 

@@ -48,6 +48,9 @@ class GaussianDenoiser:
     def validate_prompts(self, prompts: Sequence[str]) -> None:
         assert all(prompts)
 
+    def too_long(self, prompt: str) -> bool:
+        return False
+
     def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
         """Any is taken."""
 

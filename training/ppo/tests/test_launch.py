@@ -25,6 +25,7 @@ from files import only_writer
 from models import clip, registry
 from tests.tiny_families import save_tiny_family
 from training.ppo import rewards
+from training.ppo.assembly import build, make_fabric, prepare
 from training.ppo.checkpoint import load_checkpoint
 from training.ppo.config import load_config
 from training.ppo.export_epd_predictor import main as export_command
@@ -700,6 +701,46 @@ def test_what_the_verifier_cannot_judge_is_said_before_anything_is_loaded(config
     result = launch("--config", config, "--dry-run", "--override", "logging.panel=verifier")
     assert result.exit_code == 2
     assert "logging.panel=verifier: 'u' is no caption of the shapes world" in " ".join(result.output.split())
+
+
+def test_a_panel_that_does_not_fit_the_model_says_what_to_set_and_leaves_no_folder(config: Path, tmp_path: Path):
+    (tmp_path / "shapes.csv").write_text(
+        "text\na large red star on a white background\na small cyan ring on a black one\n"
+    )
+    asked = [f"logging.eval_prompts={tmp_path / 'shapes.csv'}", "logging.panel=verifier", "logging.eval_count=2"]
+    asked += ["logging.preview_prompts=1", f"run.output_root={tmp_path / 'exps'}", "data.on_long_prompt=skip"]
+    for dry in (["--dry-run"], []):
+        result = launch("--config", config, *dry, "--override", *asked)
+        assert result.exit_code == 2
+        assert "for another model set logging.panel=null" in " ".join(result.output.split())
+    assert not (tmp_path / "exps").exists()
+
+
+def test_long_prompts_are_refused_or_skipped_before_anything_is_loaded(config: Path, tmp_path: Path, caplog):
+    (tmp_path / "train.csv").write_text("text\nab\n" + "long prompts " * 4 + "\nabc\n")
+    asked = ["--override", f"data.prompt_csv={tmp_path / 'train.csv'}"]
+    result = launch("--config", config, "--dry-run", *asked)
+    assert result.exit_code == 2
+    told = " ".join(result.output.split())
+    assert "prompt 2 ('long prompts long prompts long prompts long prompts'): it is 44 tokens long" in told
+    assert "leave out those that are too long: data.on_long_prompt=skip" in told
+    result = launch("--config", config, "--dry-run", *asked, "data.on_long_prompt=skip")
+    assert result.exit_code == 0, result.output
+    said = f"{tmp_path / 'train.csv'}: 1 of 3 prompts are too long for the model and left out"
+    assert [record.message for record in caplog.records if "too long" in record.message] == [said]
+    start = prepare(load_config(config, [*asked[1:], "data.on_long_prompt=skip", "logging.eval_interval=0"]))
+    fabric = make_fabric(start.config)
+    fabric.launch()
+    assert build(start, fabric).trainer.prompts.prompts == ("ab", "abc")
+
+
+def test_a_dry_run_passes_nothing_whose_weights_do_not_fit(config: Path, tmp_path: Path):
+    shutil.copytree(config.parent / "model", tmp_path / "model")
+    settings = tmp_path / "model" / "unet" / "config.json"
+    settings.write_text(settings.read_text().replace('"in_channels": 4', '"in_channels": 9'))
+    result = launch("--config", config, "--dry-run", "--override", f"model.model_path={tmp_path / 'model'}")
+    assert result.exit_code == 2
+    assert "conv_in.weight" in result.output
 
 
 def test_contradicted_snapshot_at_launch(config: Path, tmp_path: Path):

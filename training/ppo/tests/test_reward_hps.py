@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CLIPTokenizer
 
 from errors import InputError
 from models import asset_table, clip, devices
@@ -150,6 +151,25 @@ def test_how_many_prompts_are_cut_is_said_in_one_line(path, images, caplog):
     assert not caplog.records
 
 
+def test_prompts_of_which_a_reward_was_taught_no_word_are_said(path, tmp_path, caplog):
+    reward = RewardHPS(path)  # it knows letters, and spells every word
+    reward.say_what_is_cut(["a b", "red dog", "a cat"])
+    (record,) = caplog.records
+    assert "reward tiny was taught no word of 2 of 3 prompts, for example 'red dog'" in record.getMessage()
+    vocabulary = {
+        "<|startoftext|>": 2,
+        "<|endoftext|>": 3,
+        "d": 4,
+        "o": 5,
+        "g</w>": 6,
+        "do": 7,
+        "dog</w>": 8,
+        "a</w>": 9,
+    }
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[("d", "o"), ("do", "g</w>")])
+    assert clip.without_known_words(tokenizer, ["a Dog, a cat", "a cat", "a"]) == ["a cat"]
+
+
 def test_scores_are_differentiable_in_the_images_alone(path, images):
     reward = RewardHPS(path, batch_size=2)
     assert not reward.score(images, PROMPTS).requires_grad  # the weights ask for no gradient
@@ -234,7 +254,7 @@ def test_a_dry_run_finds_the_files(tmp_path, path):
     files = find_reward_files(path)
     assert (files.weights, files.model_cfg, files.tokenizer) == (path, SMALL, tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "merges.txt").unlink()
-    with pytest.raises(InputError, match=r"lacks merges\.txt .*models\.assets fetch sd15"):
+    with pytest.raises(InputError, match=r"lacks merges\.txt .*models\.assets fetch tokenizer"):
         find_reward_files(path)
     write_letter_tokenizer(tmp_path / "other")
     assert find_reward_files(path, tmp_path / "other").tokenizer == tmp_path / "other"
