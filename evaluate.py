@@ -43,7 +43,7 @@ from training.measuring.evaluation import (
     Store,
     reference_solver,
 )
-from training.measuring.page import page
+from training.measuring.evaluation_page import evaluation_page
 from training.measuring.protocol import Protocol, load_protocol
 from training.measuring.real_images import (
     DISTANCES,
@@ -585,7 +585,8 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
         },
     )
     files = [*report.write(asked.outdir), asked.outdir / "index.html"]
-    write_atomically(files[-1], page(report, lambda one, rows: evaluation.pixels(one.solver, rows).numpy(), _origin()))
+    shown = evaluation_page(report, lambda one, rows: evaluation.pixels(one.solver, rows).numpy(), _origin())
+    write_atomically(files[-1], shown)
     say(f"\n{report.terminal()}\n")
     say("wrote " + ", ".join(map(str, files)))
 

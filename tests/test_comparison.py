@@ -18,7 +18,7 @@ from solvers import EPDTable
 from training.measuring.comparison import Baseline, Comparison, Entry, SetDistance, parse_baseline
 from training.measuring.distances import paired_frechet_values
 from training.measuring.evaluation import METRICS, Measured, Store, key_of
-from training.measuring.page import page, verdicts
+from training.measuring.evaluation_page import evaluation_page
 from training.measuring.protocol import Published
 from training.measuring.report import Report
 from training.measuring.statistics import bootstrap_indices, frechet_distance, mean_interval, paired_difference_interval
@@ -267,17 +267,19 @@ def test_the_page_holds_everything_in_itself(report, comparison):
         asked.append((entry.solver.label, list(rows)))
         return np.stack([np.full((16, 16, 3), row, dtype=np.uint8) for row in rows])
 
-    text = page(report, pictures, "commit: 1234").decode()
+    text = evaluation_page(report, pictures, "commit: 1234").decode()
     tags = [tag for tag in re.findall(r"<[^>]+>", text) if "src=" in tag or "href=" in tag]
     assert tags
     assert all('src="data:image/' in tag for tag in tags)
-    (sentence,) = [line for line in verdicts(report) if "epd-00003" in line]  # the only one that is ours
+    (said,) = re.findall(r'<div class="verdict better"><b>(.*?)</b></div>', text)  # of the only one that is ours
     difference = found(report.differences, ("epd-00003", 4), "reward")
-    assert "is better than</b> heun with 4 (4 in all)" in sentence
-    assert f"{difference.interval.estimate:+.3g}" in sentence
-    shown = json.loads(re.search(r'id="images">(.*?)</script>', text)[1])
-    assert list(shown) == [*(f"{row.label}, {row.parallel} evaluations" for row in comparison.rows), "ddim"]
-    assert all(len(images) == 2 for images in shown.values())
+    assert said.startswith("epd-00003 with 4")
+    assert "is better than heun with 4 (4 in all)" in said
+    assert f"{difference.interval.estimate:+.3g}" in said
+    extremes, first = (re.findall("<figcaption>(.*?)</figcaption>", part) for part in text.split("<details>"))
+    reference = f"ddim, {report.reference.solver.evaluations.parallel} evaluations"
+    assert first == 2 * [*(f"{row.label}, {row.parallel} evaluations" for row in comparison.rows), reference]
+    assert extremes == 8 * ["epd-00003, 4 evaluations", "heun, 4 evaluations"]
     gains = difference.row.cells["reward"].entry.measured.values["reward"]
     gains = gains - difference.baseline_entry.measured.values["reward"]
     order = gains.argsort(descending=True).tolist()

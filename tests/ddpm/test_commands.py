@@ -30,12 +30,13 @@ from tests.plain_clip import write_letter_tokenizer
 from training.ddpm.config import SCHEMA, judge_file, reward_file
 from training.ddpm.jobs import heldout_real_images
 from training.ddpm.reward_model import load_classifier
+from training.ddpm.reward_training import RewardTrainer
 from training.ddpm.run import EpochRun
 from training.ddpm.trainer import DDPMTrainer
 from training.ppo.tests.tiny_world import CLIP
 from training.runs.checkpoint import newest_checkpoint
 from training.runs.configuration import to_plain
-from training.runs.run_folder import read_metrics
+from training.runs.run_folder import RunFolder, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMOKE = str(REPOSITORY / "configs" / "smoke.yaml")
@@ -109,8 +110,11 @@ def test_the_numbers_are_written_for_people_and_for_programs(done):
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["heldout/reward_difference"] == 0
     assert rows[1]["first_pass_ratio_error"] <= 1e-6
-    for command in ("train_reward_model", "finetune"):
+    for command in COMMANDS:
         assert list((run_of(folder, command) / "logs").glob("events.out.tfevents.*"))
+    page = RunFolder.open(run_of(folder, "eval")).report.read_text()
+    assert f"difference {row['heldout/judge_difference']:+.4f}" in page
+    assert page.count("<figcaption>fine-tuned</figcaption>") == page.count("<figcaption>a real image</figcaption>") > 1
 
 
 def test_outputs_are_replaced_only_when_asked(done):
@@ -397,6 +401,15 @@ def test_a_ddpm_that_diverged_is_not_written(done, tmp_path):
         said = fails("finetune", *smoke(folder, *wild, f"finetune.eval_interval={interval}"))
         assert "not finite: the DDPM has diverged" in " ".join(said.split())
         assert not (tmp_path / "wild").exists()
+
+
+@pytest.mark.parametrize(("share", "warned"), [(1.0, True), (0.0, False)])
+def test_a_reward_model_near_chance_is_not_saved_silently(done, tmp_path, monkeypatch, share, warned):
+    monkeypatch.setattr(RewardTrainer, "chance", lambda trainer: (share, 0.05))
+    folder, _, _ = done
+    places = (f"train_reward.save={tmp_path / 'reward.pt'}", f"path.runs={tmp_path / 'runs'}")
+    output = succeeds("train_reward_model", *smoke(folder, *places))
+    assert ("WARNING: the reward classifier is near chance" in output) == warned
 
 
 def test_a_reward_model_that_diverged_is_not_written(done, tmp_path):

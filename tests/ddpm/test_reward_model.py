@@ -159,6 +159,15 @@ def test_both_classifiers_learn_what_is_real():
     assert named == set(REWARD_METRICS)
 
 
+def test_chance_is_the_more_frequent_label():
+    trainer = RewardTrainer(*two_kinds(), SETTINGS, seed=0, device=CPU)
+    images, labels = trainer._heldout
+    share, luck = trainer.chance()
+    counts = [int((labels == label).sum()) for label in (0, 1)]
+    assert share == max(counts) / len(images)
+    assert luck == pytest.approx(1.96 * (share * (1 - share) / len(images)) ** 0.5)
+
+
 def test_a_resumed_training_is_the_one_that_never_stopped():
     data = two_kinds()
     whole = RewardTrainer(*data, SETTINGS, seed=0, device=CPU)

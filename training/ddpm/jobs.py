@@ -21,12 +21,14 @@ from training.ddpm.config import PREFERENCE, RENDERED, SAMPLED, DDPMConfig, judg
 from training.ddpm.data import ImageSet, Shares, read_folder, render_images, shares, to_unit
 from training.ddpm.networks import merged, trained_copy
 from training.ddpm.policy import DDIMSteps, DenoisingPolicy
+from training.ddpm.report import evaluation_page
 from training.ddpm.reward_model import load_classifier, save_classifier
 from training.ddpm.reward_training import JUDGE, REWARD, RewardTrainer
 from training.ddpm.rollout import ImageReward, sample_images, seeds_of
 from training.ddpm.run import EpochRun, EpochTrainer, Observation, Plan, Resumed
 from training.ddpm.trainer import DDPMTrainer
 from training.runs.configuration import to_yaml
+from training.runs.events import EventFile
 from training.runs.run_folder import RunFolder
 
 TRAIN_REWARD_MODEL, FINETUNE, EVALUATE = "train_reward_model", "finetune", "eval"
@@ -137,6 +139,13 @@ def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite
             f"{key.removeprefix('heldout_').replace('_', ' ')} {value:.3f}" for key, value in heldout.items()
         )
         say(f"{name}: {path} (held out: {measures})")
+        share, luck = trainer.chance()
+        if heldout["heldout_accuracy"] < share + luck:
+            say(
+                f"WARNING: the {name} classifier is near chance: one answer for all is right in {share:.3f} of "
+                f"the held-out images, and luck adds up to {luck:.3f}. Tuning against it learns noise: take more "
+                "images or epochs, or check that real and generated images differ"
+            )
 
 
 def finetune(
@@ -213,7 +222,7 @@ def compare(config: DDPMConfig, preference: PreferenceReward) -> Evaluation:
 
 
 def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> RunFolder:
-    """`compare`, with metrics.jsonl and samples/before_after.png written to a run folder, which is returned.
+    """`compare`, with metrics, TensorBoard events, a page and samples/before_after.png in the run folder returned.
 
     Raises:
         InputError: as `compare`, or the run folder cannot be written.
@@ -226,6 +235,10 @@ def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> R
     say(f"{config.path.ddpm} -> {config.finetune.save}, {config.eval.num_img} images of equal seeds:")
     for line in comparison_lines(found.metrics):
         say(line)
+    EventFile(folder.logs, 0).scalars(found.metrics, 0)
+    images = (found.before.images, found.after.images, found.real.images)
+    write_atomically(folder.report, evaluation_page(folder.path.name, config, found.metrics, *images))
+    say(f"page: {folder.report}")
     say(f"picture: {picture}")
     say(f"numbers: {folder.metrics}")
     return folder

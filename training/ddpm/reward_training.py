@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
@@ -103,6 +104,15 @@ class RewardTrainer:
             "heldout_cross_entropy": smoothed_loss(log_odds, labels, 0.0).item(),
             "heldout_calibration_error": calibration_error(log_odds, labels),
         }
+
+    def chance(self) -> tuple[float, float]:
+        """The held-out accuracy of always giving the more frequent label, and how far above it luck alone may lie.
+
+        The latter is the normal approximation's one-sided 97.5% bound for that many images.
+        """
+        _, labels = self._heldout
+        share = max(labels.double().mean().item(), 1 - labels.double().mean().item())
+        return share, 1.96 * math.sqrt(share * (1 - share) / len(labels))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-exact resume needs, as tensors and plain values."""

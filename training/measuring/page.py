@@ -1,190 +1,200 @@
-"""An evaluation as one self-contained HTML page: verdict, table, plots, images side by side, and how to repeat it."""
+"""Pages that people look at: one HTML file with everything in it, that opens anywhere and asks no network."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
+import matplotlib
+from matplotlib.figure import Figure
 
-from training.measuring.comparison import Difference, Entry, Row
-from training.measuring.evaluation import metric_of
-from training.measuring.report import Report, setting_of
-
-Pictures = Callable[[Entry, Sequence[int]], np.ndarray]
-"""Images uint8 [n, H, W, 3] of an entry, of the prompts with these numbers."""
-
-EXTREMES = 4  # prompts that are shown on each side of a paired difference
-LOSSLESS = 128  # pixels: larger images are packed as WebP at quality 90
+LARGEST_ENLARGED = 128  # pixels
 
 STYLE = """
-body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 72rem; color: #1f2933; background: #fff;
-       font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; padding-top: 1rem; border-top: 1px solid #e4e7eb; }
-.muted { color: #5f6c7b; } .scroll { overflow-x: auto; } img { max-width: 100%; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #e4e7eb; text-align: left; vertical-align: top; }
-th.sorts { cursor: pointer; color: #2563a8; }
-.better { color: #1a7f37; } .worse { color: #b42318; }
-.slider { position: relative; width: 20rem; height: 20rem; } .slider img { position: absolute; inset: 0; width: 100%;
-          height: 100%; object-fit: contain; } .pairs img { width: 9rem; height: 9rem; object-fit: contain; }
-.pixelated img { image-rendering: pixelated; }
-pre { font-size: .82rem; background: #f7f8fa; padding: 1rem; overflow-x: auto; white-space: pre-wrap; }
+:root { color-scheme: light; --ink: #1f2933; --muted: #5f6c7b; --line: #e4e7eb; --accent: #2563a8; --good: #1f7a4d;
+        --warn: #b42318; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.2rem 1.5rem 4rem; max-width: 68rem; color: var(--ink); background: #fff;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+p { margin: .3rem 0 .8rem; max-width: 46rem; }
+.muted, figcaption, th { color: var(--muted); }
+.verdict { border-left: 5px solid var(--muted); padding: .2rem 0 .1rem 1rem; margin: 1.2rem 0;
+           overflow-wrap: anywhere; }
+.verdict b { display: block; font-size: 1.35rem; line-height: 1.3; margin-bottom: .4rem; }
+.verdict p { margin: 0 0 .3rem; }
+.verdict.better { border-color: var(--good); }
+.verdict.better b { color: var(--good); }
+.verdict.worse { border-color: var(--warn); }
+.verdict.worse b { color: var(--warn); }
+.warn { color: var(--warn); font-weight: 600; }
+figure { margin: 0 0 .8rem; }
+figcaption { font-size: .82rem; line-height: 1.4; margin-top: .25rem; }
+img { max-width: 100%; height: auto; display: block; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.5rem; }
+.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(14.5rem, 1fr)); gap: 1.4rem 1.2rem; }
+.row { margin: 0 0 1.2rem; }
+.row p { margin: 0 0 .3rem; }
+.note { white-space: nowrap; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; max-width: 60rem; }
+.pictures figure { margin: 0; max-width: 14rem; }
+.pictures img, .stage img { width: 100%; border-radius: 4px; }
+.pixels img { image-rendering: pixelated; }
+.slider { max-width: 24rem; margin: 1.6rem 0; }
+.stage { position: relative; }
+.stage .over { position: absolute; inset: 0; height: 100%; }
+.slider input { width: 100%; margin: .5rem 0; }
+.slider label { display: inline-block; margin: 0 .8rem .3rem 0; font-size: .85rem; color: var(--muted); }
+.slider select { font: inherit; max-width: 14rem; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 500; }
+th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+.bar { height: .7rem; background: var(--accent); border-radius: 2px; min-width: 1px; }
+pre { font-size: .82rem; line-height: 1.45; background: #f7f8fa; border-radius: 8px; padding: .8rem 1rem; margin: 0;
+      overflow-x: auto; }
+.command { display: flex; gap: .5rem; align-items: flex-start; margin: .2rem 0 .9rem; }
+.command pre { flex: 1; min-width: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+button { font: inherit; font-size: .85rem; padding: .5rem .8rem; border: 1px solid var(--line); border-radius: 8px;
+         background: #fff; cursor: pointer; }
+summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; padding: 1rem 0 .6rem; margin-top: 2.4rem;
+          border-top: 1px solid var(--line); }
+.scroll { overflow-x: auto; }
+th.sorts { cursor: pointer; color: var(--accent); }
 """
 
+# Without it the page shows all that it shows: the slider takes its images from the strip.
 SCRIPT = """
-document.querySelectorAll("th.sorts").forEach(head => head.onclick = () => {
-  const table = head.closest("table"), column = [...head.parentNode.children].indexOf(head);
-  const value = row => { const cell = row.children[column], told = cell.dataset.value;
-                         return told === undefined ? cell.textContent : +told; };
-  const up = head.dataset.up = head.dataset.up === "1" ? "0" : "1";
-  [...table.tBodies[0].rows].sort((a, b) => (value(a) > value(b) ? 1 : -1) * (up === "1" ? 1 : -1))
-    .forEach(row => table.tBodies[0].append(row));
-});
-const shown = JSON.parse(document.getElementById("images").textContent), pick = id => document.getElementById(id);
-function show() {
-  const prompt = +pick("prompt").value;
-  pick("left").src = shown[pick("one").value][prompt]; pick("right").src = shown[pick("other").value][prompt];
-  pick("right").style.clipPath = `inset(0 0 0 ${pick("edge").value}%)`;
+for (const button of document.querySelectorAll("button.copy")) {
+  button.addEventListener("click", async () => {
+    const text = button.parentElement.querySelector("pre");
+    getSelection().selectAllChildren(text);
+    try { await navigator.clipboard.writeText(text.textContent); } catch { document.execCommand("copy"); }
+    button.textContent = "copied";
+  });
 }
-if (pick("edge")) { ["one", "other", "prompt", "edge"].forEach(id => pick(id).oninput = show); show(); }
+for (const head of document.querySelectorAll("th.sorts")) {
+  head.addEventListener("click", () => {
+    const column = [...head.parentNode.children].indexOf(head), body = head.closest("table").tBodies[0];
+    const told = row => row.children[column].dataset.value;
+    const value = row => told(row) === undefined ? row.children[column].textContent : +told(row);
+    const up = head.dataset.up = head.dataset.up === "1" ? "0" : "1";
+    [...body.rows].sort((a, b) => (value(a) > value(b) ? 1 : -1) * (up === "1" ? 1 : -1))
+      .forEach(row => body.append(row));
+  });
+}
+for (const strip of document.querySelectorAll(".strip")) {
+  const rows = [...strip.querySelectorAll(".row")];
+  const names = [...rows[0].querySelectorAll("figcaption")].map(caption => caption.textContent);
+  if (names.length < 2) continue;
+  const slider = document.createElement("div");
+  slider.className = "slider";
+  const stage = slider.appendChild(document.createElement("div"));
+  stage.className = "stage";
+  const images = ["under", "over"].map(name => {
+    const image = stage.appendChild(new Image());
+    image.className = name;
+    return image;
+  });
+  const range = slider.appendChild(Object.assign(document.createElement("input"), {type: "range", value: 50}));
+  range.setAttribute("aria-label", "how much of the left image is shown, in percent");
+  const choice = (label, options, chosen) => {
+    const select = document.createElement("select");
+    options.forEach((text, index) => select.add(new Option(text, index, false, index === chosen)));
+    const shown = slider.appendChild(document.createElement("label"));
+    shown.append(label + " ", select);
+    select.addEventListener("input", show);
+    return select;
+  };
+  const prompt = choice("prompt", rows.map(row => row.querySelector("p").firstChild.textContent), 0);
+  const left = choice("left", names, 0), right = choice("right", names, 1);
+  function show() {
+    const drawn = rows[prompt.value].querySelectorAll("img");
+    [[images[0], right], [images[1], left]].forEach(([image, side]) => {
+      image.src = drawn[side.value].src;
+      image.alt = names[side.value];
+    });
+    images[1].style.clipPath = `inset(0 ${100 - range.value}% 0 0)`;
+  }
+  range.addEventListener("input", show);
+  strip.append(slider);
+  show();
+}
 """
 
 
-def page(report: Report, pictures: Pictures, origin: str) -> bytes:
-    """The page of a report; `origin` says what code made it."""
-    sections = [
-        "<h1>Solvers side by side</h1>",
-        f"<p>{'<br>'.join(verdicts(report))}</p>",
-        f"<h2>Table</h2>{_table(report)}",
-        f'<h2>Against parallel and total evaluations</h2><img alt="metrics" src="{_data(report.figure(), "png")}">',
-        _slider(report),
-        _extremes(report, pictures),
-        f"<h2>To repeat it</h2><pre>{escape(origin)}\n"
-        + "\n".join(f"{escape(name)}: {escape(str(value))}" for name, value in report.settings.items())
-        + "</pre>",
-    ]
+class StripRow(NamedTuple):
+    """One prompt: its text, a note beside it, and images by what drew them, the same names in every row.
+
+    Images are the contents of files, PNG or WebP.
+    """
+
+    prompt: str
+    note: str
+    pictures: Mapping[str, bytes]
+
+
+def page(title: str, sections: Sequence[str]) -> bytes:
+    """A whole page of sections of HTML."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Solvers side by side</title>'
-        f"<style>{STYLE}</style></head>\n<body>{''.join(sections)}<script>{SCRIPT}</script></body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f"<body>{''.join(sections)}<script>{SCRIPT}</script></body></html>\n"
     ).encode()
 
 
-def verdicts(report: Report) -> list[str]:
-    """What can be told of the reward against the first baseline, a sentence for each solver that is one of ours.
+def verdict(kind: str, headline: str, sentences: Sequence[str]) -> str:
+    """What came out, in words; `kind` is better, worse or open."""
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    return f'<div class="verdict {kind}"><b>{escape(headline)}</b>{said}</div>'
 
-    Of all solvers where none is: classical ones against each other.
+
+def strip(rows: Sequence[StripRow], *, side: int) -> str:
+    """Images side by side, whole, a row for each prompt, and a slider that lays two of them over each other.
+
+    side: of an image in pixels; small ones are enlarged as they are, pixel by pixel.
     """
-    first = report.differences[0].baseline if report.differences else None
-    found = [item for item in report.differences if item.baseline == first and item.metric == "reward"]
-    ours = [item for item in found if item.row.sampler == "epd"] or found
-    return [_sentence(item) for item in ours] or ["One solver alone: there is nothing to compare it with."]
-
-
-def _sentence(item: Difference) -> str:
-    interval, baseline = item.interval, item.baseline_entry.solver
-    word = {"better": "is better than", "worse": "is worse than", "open": "cannot be told from"}[item.verdict]
-    return (
-        f"<b>{escape(item.row.label)}</b> with {item.row.parallel} parallel evaluations ({item.row.total} in all) "
-        f'<b class="{item.verdict}">{word}</b> {escape(baseline.label)} with {baseline.evaluations.parallel} '
-        f"({baseline.evaluations.total} in all): {interval.estimate:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}] "
-        "in reward."
-    )
-
-
-def _table(report: Report) -> str:
-    metrics = report.comparison.metrics
-    headings = ["solver", "parallel NFE", "total NFE", *(metric_of(name).heading for name in metrics)]
-    head = "".join(f'<th class="sorts">{escape(heading)}</th>' for heading in headings)
-    body = "".join(f"<tr>{_line(report, row)}</tr>" for row in report.comparison.rows)
-    published = "".join(f"<p class=muted>{escape(line)}</p>" for line in report.published_lines())
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{published}'
-
-
-def _line(report: Report, row: Row) -> str:
-    cells = [f"<td>{escape(row.label)}</td>"]
-    cells += [f'<td data-value="{count}">{count}</td>' for count in (row.parallel, row.total)]
-    for metric in report.comparison.metrics:
-        cell, beside = row.cells[metric], escape(report.beside(row, metric))
-        low, high = cell.interval.low, cell.interval.high
-        cells.append(
-            f'<td data-value="{cell.interval.estimate!r}">{cell.interval.estimate:.4g}{beside}<br>'
-            f'<span class="muted">[{low:.4g}, {high:.4g}] {escape(setting_of(cell.entry))}</span></td>'
-        )
-    return "".join(cells)
-
-
-def _slider(report: Report) -> str:
-    """The first prompts' images of any two solvers, one over the other, with a movable edge."""
-    entries = {f"{row.label}, {row.parallel} evaluations": row.cells["reward"].entry for row in report.comparison.rows}
-    if report.reference is not None:
-        entries[report.reference.solver.label] = report.reference
-    images = {name: [_packed(image) for image in entry.measured.previews.numpy()] for name, entry in entries.items()}
-    if not all(images.values()):
-        return '<script type="application/json" id="images">{}</script>'
-
-    def choice(name: str, texts: Sequence[str], values: Sequence[object], chosen: int = 0) -> str:
-        options = "".join(
-            f'<option value="{escape(str(value))}"{" selected" if at == chosen else ""}>{escape(text)}</option>'
-            for at, (text, value) in enumerate(zip(texts, values, strict=True))
-        )
-        return f'<select id="{name}">{options}</select> '
-
-    names, prompts = list(images), report.prompts[: len(next(iter(images.values())))]
-    kept = json.dumps(images).replace("</", "<\\/")
-    return (
-        "<h2>Side by side</h2><p>"
-        + choice("one", names, names)
-        + choice("other", names, names, len(names) - 1)
-        + choice("prompt", [prompt or f"image {at}" for at, prompt in enumerate(prompts)], range(len(prompts)))
-        + '</p><div class="slider pixelated"><img id="left" alt="left"><img id="right" alt="right"></div>'
-        f'<input id="edge" type="range" min="0" max="100" value="50" style="width:20rem">'
-        f'<script type="application/json" id="images">{kept}</script>'
-    )
-
-
-def _extremes(report: Report, pictures: Pictures) -> str:
-    """Prompts that a solver gains and loses most on against the first baseline, with both images."""
-    found = [item for item in report.differences if item.metric == "reward"]
-    ours = [item for item in found if item.row.sampler == "epd"] or found
-    if not ours:
-        return ""
-    item = ours[0]
-    mine, theirs = item.row.cells["reward"].entry, item.baseline_entry
-    gains = mine.measured.values["reward"] - theirs.measured.values["reward"]
-    order = gains.argsort(descending=True).tolist()
-    count = min(EXTREMES, len(order) // 2)
-    rows = [*order[:count], *order[len(order) - count :]]
-    columns = [pictures(entry, rows) for entry in (mine, theirs)]
     body = "".join(
-        f"<tr><td>{gains[number].item():+.3g}</td><td>{_img(columns[0][at])}</td><td>{_img(columns[1][at])}</td>"
-        f"<td>{escape(report.prompts[number])}</td></tr>"
-        for at, number in enumerate(rows)
+        f'<div class="row"><p>{escape(row.prompt)} <span class="muted note">{escape(row.note)}</span></p>'
+        f'<div class="pictures">{"".join(_picture(row, name) for name in row.pictures)}</div></div>'
+        for row in rows
     )
-    names = (f"{entry.solver.label}, {entry.solver.evaluations.parallel} evaluations" for entry in (mine, theirs))
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    return (
-        "<h2>Where it gains and loses most</h2><p class=muted>Prompts by the paired difference in reward, the best "
-        f'and the worst {count}.</p><table class="pairs pixelated"><tr><th>difference</th>{head}<th>prompt</th></tr>'
-        f"{body}</table>"
+    return f'<div class="strip{" pixels" if side <= LARGEST_ENLARGED else ""}">{body}</div>'
+
+
+def _picture(row: StripRow, name: str) -> str:
+    content = row.pictures[name]
+    kind = "image/webp" if content[8:12] == b"WEBP" else "image/png"
+    image = f'<img alt="{escape(f"{row.prompt}, {name}")}" src="{_data(kind, content)}">'
+    return f"<figure>{image}<figcaption>{escape(name)}</figcaption></figure>"
+
+
+def commands(wanted: Mapping[str, str]) -> str:
+    """Commands to be copied, each below what it is for."""
+    return "".join(
+        f'<p>{escape(what)}</p><div class="command"><pre>{escape(command)}</pre>'
+        f'<button class="copy" type="button">copy</button></div>'
+        for what, command in wanted.items()
     )
 
 
-def _img(image: np.ndarray) -> str:
-    return f'<img alt="" src="{_packed(image)}">'
+def folded(title: str, sections: Sequence[str]) -> str:
+    """Sections that are shown when their title is clicked."""
+    return f"<details><summary>{escape(title)}</summary>{''.join(sections)}</details>"
 
 
-def _packed(image: np.ndarray) -> str:
-    """An image uint8 [H, W, 3] as a data URL."""
+def figure(drawn: Figure, caption: str) -> str:
+    """A plot with what it says."""
     buffer = io.BytesIO()
-    kind = "png" if max(image.shape[:2]) <= LOSSLESS else "webp"
-    Image.fromarray(image).save(buffer, format=kind, **({"quality": 90} if kind == "webp" else {}))
-    return _data(buffer.getvalue(), kind)
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}):
+        drawn.savefig(buffer, format="svg", metadata={"Date": None})
+    source = _data("image/svg+xml", buffer.getvalue())
+    return f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def _data(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

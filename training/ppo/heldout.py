@@ -6,6 +6,7 @@ reward that rises while a judge that is not trained on falls is reported as susp
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ HELDOUT_METRICS: Mapping[str, str] = {
     "heldout/reward": "mean training reward of the mean table on the held-out prompts",
     "heldout/reward_start": "the same of the starting table",
     "heldout/reward_difference": "mean paired difference of the two, with a 95% bootstrap interval (_low, _high)",
+    "heldout/classical": "mean training reward of the best classical solver at as many evaluations in all (`rivals`)",
+    "heldout/classical_difference": "mean paired difference to that one, with a 95% bootstrap interval (_low, _high)",
     "heldout/panel": "mean score by the judge that is not trained on",
     "heldout/panel_start": "the same of the starting table",
     "heldout/panel_difference": "mean paired difference of the two, with a 95% bootstrap interval (_low, _high)",
@@ -93,12 +96,13 @@ class HeldoutJudge:
         self._preview_count = preview_count
 
     @torch.no_grad()
-    def judge(self, table: EPDTable, sigmas: Tensor | None = None) -> HeldoutScores:
+    def judge(self, table: EPDTable, sigmas: Tensor | None = None, count: int | None = None) -> HeldoutScores:
         """Sample with one table [S, K], at noise levels [S + 1] or the source's, and score.
 
-        All processes get the scores of all.
+        `count`: so many of the prompts, from the first. All processes get the scores of all.
         """
-        rows = self._rows_here()
+        number = min(count or len(self.prompts), len(self.prompts))
+        rows = self._rows_here(number)
         images = self._source.sample_images(
             table, [self.prompts[row] for row in rows], [self.seeds[row] for row in rows], sigmas
         )
@@ -106,15 +110,21 @@ class HeldoutJudge:
         prompts = [prompt for prompt, keep in zip(images.prompts, finite.tolist(), strict=True) if keep]
         shown = images.pixels[finite]
         raw = self._reward.raw_scores(shown, prompts) if prompts else {}
-        parts = {name: self._gathered(raw.get(name), finite) for name in self._reward.state_dict()}
+        parts = {name: self._gathered(raw.get(name), finite)[:number] for name in self._reward.state_dict()}
         panel = None
         if self._panel is not None:
-            panel = self._gathered(scores_by(self._panel, shown, prompts) if prompts else None, finite)
+            panel = self._gathered(scores_by(self._panel, shown, prompts) if prompts else None, finite)[:number]
         return HeldoutScores(parts, panel, images.pixels[: self._preview_count].cpu())
 
-    def _rows_here(self) -> list[int]:
+    @torch.no_grad()
+    def previews(self, table: EPDTable, sigmas: Tensor) -> Tensor:
+        """The images [P, 3, H, W] of the first prompts by a table at noise levels; every process draws them."""
+        shown = slice(0, self._preview_count)
+        return self._source.sample_images(table, self.prompts[shown], self.seeds[shown], sigmas).pixels.cpu()
+
+    def _rows_here(self, number: int) -> list[int]:
         """This process's consecutive share of the prompts; the last share is filled up with the last prompt."""
-        shard, number = self._source.shard, len(self.prompts)
+        shard = self._source.shard
         share = -(-number // shard.count)
         return [min(row, number - 1) for row in range(shard.rank * share, (shard.rank + 1) * share)]
 
@@ -122,7 +132,7 @@ class HeldoutJudge:
         local = torch.full(finite.shape, torch.nan, device=finite.device)
         if scores is not None:
             local[finite] = scores.to(local)
-        return self._source.shard.gather(local).cpu()[: len(self.prompts)]
+        return self._source.shard.gather(local).cpu()
 
 
 class HeldoutWatch:
@@ -140,6 +150,8 @@ class HeldoutWatch:
         self._start: HeldoutScores | None = None
         self._best: HeldoutScores | None = None
         self.best_step = 0
+        self.classical: tuple[str, HeldoutScores] | None = None
+        """The best classical solver beside it, in words, and its scores; set before the first evaluation."""
 
     def observe(self, step: int, scores: HeldoutScores) -> dict[str, float]:
         """Take in the scores of the mean table after `step`; the first call gives the starting table's.
@@ -162,6 +174,8 @@ class HeldoutWatch:
             ours, theirs = scores.panel[kept], self._start.panel[kept]
             panel = paired_difference_interval(ours, theirs, indices)
             metrics |= _described("panel", ours, theirs, panel)
+        if self.classical is not None:
+            metrics |= self._beside_classical(scores, kept)
         self._keep_best(step, scores, panel)
         hacking = panel is not None and reward.low > 0 and panel.high < 0
         return metrics | {
@@ -170,15 +184,39 @@ class HeldoutWatch:
             "heldout/suspected_reward_hacking": int(hacking),
         }
 
+    def mean_reward(self, scores: HeldoutScores) -> float:
+        """Of the images whose rewards are finite; negative infinity where there are none."""
+        rewards = self._combined(scores)
+        finite = rewards[rewards.isfinite()]
+        return finite.mean().item() if len(finite) else -math.inf
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as tensors and plain values."""
-        return {"best_step": self.best_step, "start": _packed(self._start), "best": _packed(self._best)}
+        name, scores = self.classical or (None, None)
+        state = {"best_step": self.best_step, "start": _packed(self._start), "best": _packed(self._best)}
+        return state | {"classical": _packed(scores), "classical_name": name}
 
     def load_state_dict(self, state: Mapping[str, Any], number: int) -> None:
         """Go on from what `state_dict` gave, of `number` held-out prompts."""
         self.best_step = operator.index(state["best_step"])
         names = self._reward.state_dict().keys()
         self._start, self._best = (_unpacked(state[key], names, number) for key in ("start", "best"))
+        if state.get("classical") is not None:  # runs of before had none
+            self.classical = (str(state["classical_name"]), _unpacked(state["classical"], names, number))
+
+    def _beside_classical(self, scores: HeldoutScores, kept: Tensor) -> dict[str, float]:
+        """The metrics of the classical solver, over the `kept` images [N] for which it has a finite reward too."""
+        theirs = self._combined(self.classical[1])
+        both = kept & theirs.isfinite()
+        if both.sum() < 2:
+            return {}
+        ours, theirs = self._combined(scores)[both], theirs[both]
+        indices = bootstrap_indices(len(ours), generator_of(self._seed))
+        difference = paired_difference_interval(ours, theirs, indices)
+        ends = {"": difference.estimate, "_low": difference.low, "_high": difference.high}
+        return {"heldout/classical": theirs.double().mean().item()} | {
+            f"heldout/classical_difference{end}": value for end, value in ends.items()
+        }
 
     def _combined(self, scores: HeldoutScores) -> Tensor:
         return self._reward.combine(scores.parts)

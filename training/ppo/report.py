@@ -7,31 +7,33 @@ if __name__ == "__main__":
 
     end_at_once_on_signals()
 
-import base64
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import matplotlib
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from errors import InputError, shows_input_errors
 from files import write_atomically
 from models.pictures import opened_picture
+from models.registry import is_unconditional, pipeline_of
+from training.measuring.page import StripRow, commands, figure, folded, page, strip, verdict
 from training.parameters import GRID
 from training.ppo.checkpoint import Numbers, load_checkpoint, table_from_plain, table_to_plain
-from training.ppo.config import build_config, group_size
+from training.ppo.config import Config, build_config, group_size, model_spec
+from training.ppo.export_epd_predictor import DIFFUSERS
 from training.ppo.figures import Curve, curves_figure, entry_names, movement_figure, solver_figure
+from training.ppo.panels import SHAPES
 from training.ppo.ppo_trainer import METRICS
-from training.ppo.training_run import preview_name
+from training.ppo.reward_names import reward_name
+from training.ppo.training_run import CLASSICAL, REFERENCE, preview_name
 from training.runs.checkpoint import fitting, newest_checkpoint
 from training.runs.configuration import to_yaml
 from training.runs.run_folder import RunFolder, read_metrics, seconds_by_phase
+from training.solver import Origin, solver_of
 
 Row = Mapping[str, Any]
 
@@ -49,37 +51,6 @@ DIAGNOSTICS = (
     "learning_rate",
 )
 
-STYLE = """
-:root { color-scheme: light; --ink: #1f2933; --muted: #5f6c7b; --line: #e4e7eb; --accent: #2563a8; --warn: #b42318; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 68rem; color: var(--ink); background: #fff;
-       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem; }
-h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-p { margin: .3rem 0 .8rem; max-width: 46rem; }
-.muted, figcaption, th { color: var(--muted); }
-.warn { color: var(--warn); font-weight: 600; }
-figure { margin: 0 0 .8rem; }
-figcaption { font-size: .82rem; line-height: 1.4; margin-top: .2rem; }
-img { max-width: 100%; height: auto; display: block; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.5rem; }
-.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(14.5rem, 1fr)); gap: 1.4rem 1.2rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; margin: 1.4rem 0; }
-.tile { border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.45rem; font-variant-numeric: tabular-nums; }
-.tile span { font-size: .85rem; color: var(--muted); }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 500; }
-th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number, th.number { text-align: right; }
-.images td { padding: .5rem .6rem .5rem 0; }
-.images img { width: 9rem; height: 9rem; object-fit: cover; border-radius: 4px; }
-.pixelated img { image-rendering: pixelated; }
-.bar { height: .7rem; background: var(--accent); border-radius: 2px; min-width: 1px; }
-pre { font-size: .82rem; line-height: 1.45; background: #f7f8fa; border-radius: 8px; padding: 1rem; overflow-x: auto; }
-.scroll { overflow-x: auto; }
-"""
-
 
 class Preview(NamedTuple):
     """An image of a held-out prompt as it lies in the run's folder."""
@@ -87,6 +58,7 @@ class Preview(NamedTuple):
     path: Path
     prompt: str
     seed: str
+    size: tuple[int, int]
 
 
 @click.command()
@@ -115,67 +87,167 @@ def write_report(folder: RunFolder) -> Path:
     config = build_config(state["config"], str(folder.config)).config
     steps = [row for row in rows if "reward_mean" in row]
     evaluations = [row for row in rows if "heldout/reward" in row]
+    solver = solver_of(table_from_plain(state["start"]["table"]), Origin(checkpoint, "", state["start"]["metadata"]))
+    cost = solver.evaluations
     sections = [
-        _head(folder, steps, evaluations, state),
-        _rewards(steps, evaluations, group_size(config), config.ppo.rollout_batch_size),
-        _images(folder, evaluations),
+        _head(folder, steps, state),
+        _verdict(rows, evaluations, state, cost.total),
+        _images(folder, evaluations, state, cost.total),
         _table(rows, mean, start, notes),
-        _diagnostics(steps),
-        _time(steps),
-        f"<h2>Configuration</h2><p class=muted>SHA-256 {state['config_hash']}</p><pre>{escape(to_yaml(config))}</pre>",
+        _next(folder, evaluations, config, cost.parallel),
+        _rewards(steps, evaluations, group_size(config), config.ppo.rollout_batch_size),
+        folded(
+            "Details",
+            [
+                *(_numbers(name, start[name], after) for name, after in mean.items() if after.numel()),
+                _diagnostics(steps),
+                _time(steps),
+                f"<h2>Configuration</h2><p class=muted>SHA-256 {state['config_hash']}</p>"
+                f"<pre>{escape(to_yaml(config))}</pre>",
+            ],
+        ),
     ]
-    title = escape(folder.path.name)
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
-        f"<body>{''.join(sections)}</body></html>\n"
-    )
-    write_atomically(folder.report, page.encode())
+    write_atomically(folder.report, page(folder.path.name, sections))
     return folder.report
 
 
-def _head(folder: RunFolder, steps: Sequence[Row], evaluations: Sequence[Row], state: Mapping[str, Any]) -> str:
+def _head(folder: RunFolder, steps: Sequence[Row], state: Mapping[str, Any]) -> str:
     model = state["config"]["model"]
-    done, planned = state["step"], state["config"]["ppo"]["steps"]
     own = state["table"].get("guidance") is not None  # a scale for each evaluation
-    images = steps[-1]["images"] if steps else 0
-    lines = [
-        f"<h1>{escape(folder.path.name)}</h1>",
-        f"<p class=muted>{escape(str(model['dataset_name']))}, {model['num_steps'] - 1} intervals x "
-        f"{model['num_points']} points, {escape(model['schedule_type'] or 'own')} schedule, "
-        f"guidance {'by evaluation' if own else format(model['guidance_rate'], 'g')}. "
-        f"{done} of {planned} steps, {images:,} images. "
-        f"Start: {escape(state['start']['file'])}.</p>",
-    ]
-    if evaluations:
-        last = evaluations[-1]
-        lines.append('<div class="tiles">')
-        for judge, name in (("reward", "training reward"), ("panel", "panel (not trained on)")):
-            if f"heldout/{judge}" in last:
-                lines.append(_tile(last, judge, name))
-        best = last["heldout/best_step"]
-        lines.append(f'<div class="tile"><b>step {best}</b><span>best held-out table so far</span></div></div>')
-        hacked = [row["step"] for row in evaluations if row["heldout/suspected_reward_hacking"]]
-        if hacked:
-            listed = ", ".join(map(str, hacked))
-            lines.append(f"<p class=warn>Suspected reward hacking at step {listed}: reward up, panel down.</p>")
-    return "".join(lines)
-
-
-def _tile(row: Row, judge: str, name: str) -> str:
-    difference, low, high = (row[f"heldout/{judge}_difference{end}"] for end in ("", "_low", "_high"))
     return (
-        f'<div class="tile"><b>{difference:+.4f}</b><span>held-out {name}, against the start: '
-        f"{row[f'heldout/{judge}_start']:.4f} &rarr; {row[f'heldout/{judge}']:.4f}<br>"
-        f"95% interval [{low:+.4f}, {high:+.4f}], step {row['step']}</span></div>"
+        f"<h1>{escape(folder.path.name)}</h1>"
+        f"<p class=muted>{escape(str(model['dataset_name'] or model['model_path']))}, {model['num_steps'] - 1} "
+        f"intervals x {model['num_points']} points, {escape(model['schedule_type'] or 'own')} schedule, "
+        f"guidance {'by evaluation' if own else format(model['guidance_rate'], 'g')}. "
+        f"{state['step']} of {state['config']['ppo']['steps']} steps. Start: {escape(state['start']['file'])}.</p>"
     )
+
+
+def _chosen(evaluations: Sequence[Row]) -> Row:
+    """The evaluation of the best table, or of the last where none has beaten the start."""
+    best = evaluations[-1]["heldout/best_step"]
+    return next((row for row in evaluations if row["step"] == best and best), evaluations[-1])
+
+
+def _verdict(rows: Sequence[Row], evaluations: Sequence[Row], state: Mapping[str, Any], total: int) -> str:
+    """What came out, whether it can be told from chance, and what it cost."""
+    cost = _cost(rows, total)
+    if not evaluations:
+        said = "Name held-out prompts with logging.eval_prompts, and the run says what it gained."
+        return verdict("open", "Nothing was measured.", [said, *cost])
+    row, logging = _chosen(evaluations), state["config"]["logging"]
+    kind, headline = _headline(row)
+    sentences = [
+        f"On {logging['eval_count'] - int(row['heldout/dropped'])} held-out prompts, after step {row['step']}, the "
+        f"training reward is {row['heldout/reward']:.4f}, {row['heldout/reward_start']:.4f} at the start: "
+        f"{_difference(row, 'reward')}.",
+        *_panel(row, logging["panel"]),
+        *_classical(row, state["watch"], total),
+        *cost,
+    ]
+    hacked = [seen["step"] for seen in evaluations if seen["heldout/suspected_reward_hacking"]]
+    listed = ", ".join(map(str, hacked))
+    warning = f"<p class=warn>Suspected reward hacking at step {listed}: reward up, panel down.</p>" if hacked else ""
+    return verdict(kind, headline, sentences) + warning
+
+
+def _headline(row: Row) -> tuple[str, str]:
+    """The kind of a verdict, and the verdict in a few words; it is good where no classical solver is better."""
+    if row["step"] == 0:
+        return "open", "Nothing is tuned yet."
+    gain, word = f"reward {row['heldout/reward_difference']:+.4f}", _compared(row, "reward")
+    kind = word if word in ("better", "worse") else "open"
+    headline = {
+        "better": f"Better than its start: {gain}",
+        "worse": f"Worse than its start: {gain}",
+        "open": f"No gain that can be told from chance: {gain}",
+    }[kind]
+    if "heldout/classical_difference" not in row:
+        return kind, headline
+    beside = _compared(row, "classical")
+    than = "from" if beside == "not told apart" else "than"
+    headline += f"; {beside.removesuffix(' apart')} {than} the best classical solver"
+    return ("open" if beside == "worse" and kind == "better" else kind), headline
+
+
+def _difference(row: Row, judge: str) -> str:
+    difference, low, high = (row[f"heldout/{judge}_difference{end}"] for end in ("", "_low", "_high"))
+    return f"{difference:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]"
+
+
+def _compared(row: Row, judge: str) -> str:
+    low, high = (row[f"heldout/{judge}_difference{end}"] for end in ("_low", "_high"))
+    return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+
+
+def _panel(row: Row, panel: str | None) -> Iterator[str]:
+    if "heldout/panel_difference" not in row:
+        yield "Nobody else judged it: logging.panel is null."
+        return
+    verdict_of_panel = f"{_compared(row, 'panel')}, {_difference(row, 'panel')}"
+    yield f"The panel ({reward_name(panel)}), which is never trained on: {verdict_of_panel}."
+
+
+def _classical(row: Row, watch: Mapping[str, Any], total: int) -> Iterator[str]:
+    if "heldout/classical_difference" in row:
+        yield (
+            f"Beside the best classical solver at as many evaluations in all ({watch['classical_name']}, {total} "
+            f"evaluations, reward {row['heldout/classical']:.4f}): {_compared(row, 'classical')}, "
+            f"{_difference(row, 'classical')}."
+        )
+
+
+def _cost(rows: Sequence[Row], total: int) -> Iterator[str]:
+    images = max((row["images"] for row in rows if "images" in row), default=0)
+    seconds = sum(row.get("seconds/step", 0.0) for row in rows)
+    yield (
+        f"The tuning took {images:,} images, {images * total:,} network evaluations and {_duration(seconds)}, "
+        f"held-out evaluations not counted."
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _next(folder: RunFolder, evaluations: Sequence[Row], config: Config, parallel: int) -> str:
+    """What can be done with the run now, to be copied."""
+    best = " --best" if evaluations and evaluations[-1]["heldout/best_step"] else ""
+    run, model = folder.path, model_spec(config)
+    asked, prompts = ' --prompt "..."', "" if model == SHAPES else " --prompt-file PROMPTS.csv"
+    if is_unconditional(model):
+        asked, prompts = "", f" --reward {config.reward.weights_path}"
+    exported = f"{run}/export/{DIFFUSERS}"
+    wanted = {
+        "Export the solver": f"python -m training.ppo.export_epd_predictor {run}{best}",
+        "Draw by it": f"python sample.py --predictor_path {run}{asked} --seeds 0-3 --grid",
+        "Measure it beside classical solvers, on prompts that the run never saw": f"python evaluate.py --model {model} "
+        f"--solvers epd,ddim,dpmpp,ipndm --predictor_path {run} --nfe {parallel}{prompts}",
+        f"Use it in diffusers, without this repository ({exported}/README.md says more)": (
+            f"from diffusers import DiffusionPipeline\n"
+            f'pipe = DiffusionPipeline.from_pretrained(\n    "{_pipeline(model)}", custom_pipeline="{exported}", '
+            f'trust_remote_code=True)\npipe.load_solver("{exported}")\npipe("...").images[0].save("image.png")'
+        ),
+        "Show it to others": f"python -m scripts.push_to_hub {run} --repo OWNER/NAME",
+    }
+    return f"<h2>What next</h2>{commands(wanted)}"
+
+
+def _pipeline(model: str | None) -> str:
+    """What diffusers loads the model by; a stand-in where nothing says it."""
+    try:
+        return "MODEL" if model is None else pipeline_of(model)
+    except InputError:
+        return "MODEL"
 
 
 def _rewards(steps: Sequence[Row], evaluations: Sequence[Row], group_size: int, batch_size: int) -> str:
     figures = []
     if steps:
         figures.append(
-            _figure(
+            figure(
                 curves_figure([_training_curve(steps, group_size, batch_size)], "training reward", size=(4.6, 2.8)),
                 "Mean reward of each step's rollouts; band: 95% interval of the mean over the step's prompts.",
             )
@@ -185,7 +257,7 @@ def _rewards(steps: Sequence[Row], evaluations: Sequence[Row], group_size: int, 
         if shown:
             curve = _difference_curve(shown, judge)
             figures.append(
-                _figure(
+                figure(
                     curves_figure([curve], f"{name}, difference", zero_line=True, size=(4.6, 2.8)),
                     f"{name.capitalize()} of the mean table less that of the starting table: same prompts, same noise; "
                     f"band: 95% paired bootstrap interval.",
@@ -213,43 +285,45 @@ def _difference_curve(evaluations: Sequence[Row], judge: str) -> Curve:
     return Curve(judge, [row["step"] for row in evaluations], values, (low, high))
 
 
-def _images(folder: RunFolder, evaluations: Sequence[Row]) -> str:
-    """Held-out prompts with their images by the starting table, the best one where it is another, and the last."""
+def _images(folder: RunFolder, evaluations: Sequence[Row], state: Mapping[str, Any], total: int) -> str:
+    """Held-out prompts: by the start, tuned, by the best classical solver, and as a fine solution has them."""
     if not evaluations:
         return ""
-    last, best = evaluations[-1]["step"], evaluations[-1]["heldout/best_step"]
-    names = {0: "start", best: f"best (step {best})", last: f"last (step {last})"}
-    names[0] = "start"
-    columns = sorted(names)
-    rows: list[list[Preview]] = []
-    while None not in (row := [_preview(folder.samples / preview_name(step, len(rows))) for step in columns]):
-        rows.append(row)
+    tuned = _chosen(evaluations)["step"]
+    name = (state["watch"] or {}).get("classical_name")
+    sources: dict[int | str, str] = {0: "start", **({tuned: f"tuned (step {tuned})"} if tuned else {})}
+    sources |= {CLASSICAL: f"best classical ({name}, {total} evaluations)", REFERENCE: "reference (50 evaluations)"}
+    rows, side = [], 0
+    while previews := _previews(folder, len(rows), sources):
+        first = next(iter(previews.values()))
+        side = max(side, *first.size)
+        pictures = {label: preview.path.read_bytes() for label, preview in previews.items()}
+        rows.append(StripRow(first.prompt or f"image {len(rows)}", f"seed {first.seed}", pictures))
     if not rows:
         return ""
-    head = "".join(f"<th>{names[step]}</th>" for step in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_picture(preview)}</td>" for preview in row)
-        + f"<td>{escape(row[0].prompt)}<br><span class=muted>seed {row[0].seed}</span></td></tr>"
-        for row in rows
-    )  # fmt: skip
+    shared = [label for label in rows[0].pictures if all(label in row.pictures for row in rows)]
+    rows = [row._replace(pictures={label: row.pictures[label] for label in shared}) for row in rows]
     return (
-        "<h2>Before and after</h2><p class=muted>The same prompts and the same noise; only the table differs.</p>"
-        f'<div class="scroll"><table class="images pixelated"><tr>{head}<th>prompt</th></tr>{body}</table></div>'
+        "<h2>Before and after</h2><p class=muted>The same prompts and the same noise; only the solver differs.</p>"
+        + strip(rows, side=side)
     )
+
+
+def _previews(folder: RunFolder, number: int, sources: Mapping[int | str, str]) -> dict[str, Preview]:
+    """The images of a prompt by what drew them; empty where the start's or the tuned one's is missing or damaged."""
+    found = {key: _preview(folder.samples / preview_name(key, number)) for key in sources}
+    if any(found[key] is None for key in sources if isinstance(key, int)):
+        return {}
+    return {sources[key]: preview for key, preview in found.items() if preview is not None}
 
 
 def _preview(path: Path) -> Preview | None:
     """A held-out image; None where there is none, or it is damaged."""
     try:
         with opened_picture(path) as image:
-            return Preview(path, image.text["prompt"], image.text["seed"])
+            return Preview(path, image.text["prompt"], image.text["seed"], image.size)
     except InputError:
         return None
-
-
-def _picture(preview: Preview) -> str:
-    data = base64.b64encode(preview.path.read_bytes()).decode()
-    return f'<img alt="{escape(preview.prompt)}" src="data:image/png;base64,{data}">'
 
 
 def _table(rows: Sequence[Row], mean: Numbers, start: Numbers, notes: Sequence[str]) -> str:
@@ -258,15 +332,14 @@ def _table(rows: Sequence[Row], mean: Numbers, start: Numbers, notes: Sequence[s
     if GRID in start:
         now = ("now", mean.get(GRID, start[GRID]), table_from_plain(mean))
         caption = "At which noise levels the solver asks the network, with what weight, and what it combines."
-        parts.append(_figure(solver_figure(now, beside=("start", start[GRID], table_from_plain(start))), caption))
+        parts.append(figure(solver_figure(now, beside=("start", start[GRID], table_from_plain(start))), caption))
     moved = {
         name: [_by_interval(row["table"][name]) for row in rows] for name in mean if rows and name in rows[0]["table"]
     }
     moved = {name: tables for name, tables in moved.items() if any(table != tables[0] for table in tables)}
     if moved:
         caption = "The policy's mean over the steps; what does not move is left out."
-        parts.append(_figure(movement_figure([row["step"] for row in rows], moved), caption))
-    parts += [_numbers(name, start[name], after) for name, after in mean.items() if after.numel()]
+        parts.append(figure(movement_figure([row["step"] for row in rows], moved), caption))
     return "".join(parts)
 
 
@@ -294,7 +367,7 @@ def _diagnostics(steps: Sequence[Row]) -> str:
         return ""
     numbers = [row["step"] for row in steps]
     figures = [
-        _figure(
+        figure(
             curves_figure(
                 [Curve(name, numbers, [row[name] for row in steps])], name.replace("_", " "), size=(3.0, 2.0)
             ),
@@ -307,7 +380,7 @@ def _diagnostics(steps: Sequence[Row]) -> str:
         Curve(label, numbers, [row[f"reward_{label}_variance"] for row in steps]) for label in ("within", "between")
     ]
     figures.append(
-        _figure(
+        figure(
             curves_figure(spread, "reward variance", size=(3.0, 2.0)),
             "Variance of the reward inside the groups and between their means.",
         )
@@ -329,17 +402,6 @@ def _time(steps: Sequence[Row]) -> str:
     return (
         f"<h2>Where a step's time goes</h2><p class=muted>{whole:.2f} s a step, evaluations not included.</p>"
         f'<div class="scroll"><table>{body}</table></div>'
-    )
-
-
-def _figure(figure: Figure, caption: str) -> str:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 

@@ -21,6 +21,7 @@ from training.ppo.assembly import Parts, Start, to_plain
 from training.ppo.checkpoint import Numbers, save_checkpoint, table_to_plain
 from training.ppo.figures import solver_figure
 from training.ppo.heldout import HeldoutScores
+from training.ppo.rivals import best_classical, reference_images
 from training.runs.checkpoint import best_path, fitting, is_due, set_aside, step_path
 from training.runs.configuration import config_hash
 from training.runs.configuration import to_plain as config_to_plain
@@ -38,6 +39,7 @@ SHOWN = {
 }
 """Metrics of the console's line beside reward and time, and how they are written, where a step has them."""
 
+CLASSICAL, REFERENCE = "classical", "reference"
 FINISHED, INTERRUPTED, HACKED = "finished", "interrupted", "stopped for suspected reward hacking"
 
 
@@ -68,8 +70,14 @@ class RunWriter:
         self._try("TensorBoard", lambda: self._tensorboard(step).scalars(scalars, step))
 
     def previews(self, step: int, images: Tensor) -> None:
-        """Save images [P, 3, H, W] of the first held-out prompts."""
+        """Save images [P, 3, H, W] of the first held-out prompts by the table after `step`."""
         self._try("previews", lambda: self._write_previews(step, images))
+        if len(images):
+            self._try("TensorBoard", lambda: self._tensorboard(step).images("held-out", images, step))
+
+    def beside(self, name: str, images: Tensor) -> None:
+        """Save images [P, 3, H, W] of the same prompts by another solver, `CLASSICAL` or `REFERENCE`."""
+        self._try("previews", lambda: self._write_previews(name, images))
 
     def table_plot(self, step: int, table: EPDTable, sigmas: Tensor | None) -> None:
         """Plot the policy's mean beside the start."""
@@ -78,14 +86,12 @@ class RunWriter:
         figure = solver_figure(("now", now.sigmas, table), ("start", start.sigmas, start.table))
         self._try("table plot", lambda: self._tensorboard(step).figure("table", figure, step))
 
-    def _write_previews(self, step: int, images: Tensor) -> None:
+    def _write_previews(self, step: int | str, images: Tensor) -> None:
         for number, pixels in enumerate(to_pixels(images)):
             story = {"prompt": self._prompts[number], "seed": str(self._seeds[number]), "step": str(step)}
             path = self.folder.samples / preview_name(step, number)
             with replacing(path) as temporary:
                 Image.fromarray(pixels).save(temporary, format="png", pnginfo=png_text(story))
-        if len(images):
-            self._tensorboard(step).images("held-out", images, step)
 
     def _tensorboard(self, step: int) -> EventFile:
         self._events = self._events or EventFile(self.folder.logs, step)
@@ -100,9 +106,9 @@ class RunWriter:
             log.warning("%s: %s", what, error)
 
 
-def preview_name(step: int, number: int) -> str:
-    """File name of the image of held-out prompt `number` by the table after `step`."""
-    return f"step{step:06d}-prompt{number:02d}.png"
+def preview_name(step: int | str, number: int) -> str:
+    """File name of the image of held-out prompt `number` by the table after `step`, or by what another solver is."""
+    return f"{step if isinstance(step, str) else f'step{step:06d}'}-prompt{number:02d}.png"
 
 
 class TrainingRun:
@@ -112,6 +118,7 @@ class TrainingRun:
         """Nothing is written before `run`."""
         self.start, self.config, self.folder = parts.start, parts.start.config, folder
         self.trainer, self.judge, self.watch = parts.trainer, parts.judge, parts.watch
+        self._denoiser = parts.denoiser
         self._fabric = fabric
         seeds = () if parts.judge is None else parts.judge.seeds
         prompts = () if parts.judge is None else parts.judge.prompts
@@ -170,6 +177,7 @@ class TrainingRun:
 
     def _to_the_end(self, interrupts: Interrupts, bar: tqdm) -> str:
         if self.step == 0 and self.watch is not None:
+            self._look_beside()
             self._record({"step": 0, **self._evaluate()})
         while self.step < self.config.ppo.steps:
             self.interrupted_by = self._of_all_processes(interrupts.received or 0)
@@ -194,6 +202,23 @@ class TrainingRun:
         if is_due(self.step, self._saved_step, logging.save_interval):
             self._save(last=False)
         return bool(row.get("heldout/suspected_reward_hacking"))
+
+    def _look_beside(self) -> None:
+        """Score and draw what the tuned solver will stand beside."""
+        solver = self.start.solver
+        self.watch.classical = best_classical(self.judge, self.watch, solver, self._denoiser)
+        drawn = {REFERENCE: reference_images(self.judge, solver, self._denoiser)}
+        if self.watch.classical is not None:
+            name, scores = self.watch.classical
+            drawn[CLASSICAL] = scores.previews
+            if self._writer is not None:
+                tqdm.write(
+                    f"best classical solver at as many evaluations in all ({solver.evaluations.total}): {name}, "
+                    f"reward {self.watch.mean_reward(scores):.4f}"
+                )
+        for what, images in drawn.items():
+            if self._writer is not None and images is not None:
+                self._writer.beside(what, images)
 
     def _evaluate(self) -> dict[str, float]:
         """Score the policy's mean on the held-out prompts; keeps its checkpoint where it is the best so far."""

@@ -53,6 +53,23 @@ def judge(shard: Shard | None = None) -> HeldoutJudge:
     return HeldoutJudge(runner, runner.reward, Brightness(), PROMPTS[:5], first_seed=7, preview_count=2)
 
 
+def test_the_classical_solver_beside_it_is_paired_and_outlives_a_checkpoint():
+    watch, base = HeldoutWatch(brightness()), torch.linspace(0, 5, COUNT)
+    lost = base + 0.5
+    lost[3] = torch.nan
+    watch.classical = ("ddim, discrete", scores(lost))
+    watch.observe(0, scores(base))
+    resumed = HeldoutWatch(brightness())
+    resumed.load_state_dict(watch.state_dict(), COUNT)
+    for seen in (watch, resumed):
+        metrics = seen.observe(5, scores(base + 0.6))
+        assert metrics["heldout/classical_difference"] == pytest.approx(0.1, abs=1e-6)
+        assert metrics["heldout/classical"] == pytest.approx((lost.nansum() / (COUNT - 1)).item(), abs=1e-6)
+        assert metrics["heldout/dropped"] == 0
+    assert watch.mean_reward(watch.classical[1]) == pytest.approx(metrics["heldout/classical"])
+    assert {name.removesuffix("_low").removesuffix("_high") for name in metrics} <= HELDOUT_METRICS.keys()
+
+
 def test_differences_are_paired():
     watch, base = started()
     metrics = watch.observe(5, scores(base + 0.02 + noise(1), base + noise(2)))
@@ -66,6 +83,7 @@ def test_differences_are_paired():
 
 def test_metrics_are_the_documented_ones():
     watch, base = started()
+    watch.classical = ("ddim, discrete", scores(base))
     named = {name.removesuffix("_low").removesuffix("_high") for name in watch.observe(1, scores(base, base))}
     assert named == HELDOUT_METRICS.keys()
     watch, base = started(panel=False)

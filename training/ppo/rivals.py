@@ -1,0 +1,70 @@
+"""What a tuned solver stands beside: the best classical solver at as many evaluations in all, and a fine solution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+from models.denoiser import Denoiser
+from solvers import EPDTable, classical_table
+from training.ppo.heldout import HeldoutJudge, HeldoutScores, HeldoutWatch
+from training.solver import Schedule, Solver, classical_solvers, parse_schedule
+
+CLASSICAL = ("ddim", "dpmpp:2", "ipndm")
+"""Those that are tables, which the run's own sampler plays."""
+SCHEDULES = ("discrete", "polynomial:5")
+"""Tried for each, beside the start's own."""
+CHOSEN_ON = 16
+"""Held-out prompts that the best of them is chosen on."""
+REFERENCE, REFERENCE_STEPS = "dpmpp:2", 50
+
+
+def best_classical(
+    judge: HeldoutJudge, watch: HeldoutWatch, start: Solver, denoiser: Denoiser
+) -> tuple[str, HeldoutScores] | None:
+    """The classical solver with the best reward, in words, and its scores on all held-out prompts.
+
+    It takes as many evaluations in all as the start, at its guidance (the mean of its scales where it has several).
+    None where no such solver suits the model, or the start leaves its first evaluation out (AFS), which none of them
+    does.
+    """
+    tried = [] if start.afs else list(_solvers(start, denoiser, start.evaluations.total))
+    if not tried:
+        return None
+    means = [watch.mean_reward(judge.judge(*_numbers(solver, start), CHOSEN_ON)) for solver in tried]
+    best = tried[max(range(len(tried)), key=means.__getitem__)]
+    return f"{best.label}, {best.grid_name}", judge.judge(*_numbers(best, start))
+
+
+def reference_images(judge: HeldoutJudge, start: Solver, denoiser: Denoiser) -> Tensor | None:
+    """The first held-out prompts as a fine solution draws them, [P, 3, H, W]; None where none suits the model."""
+    if start.afs:
+        return None
+    for solver in _solvers(start, denoiser, REFERENCE_STEPS, (REFERENCE,)):
+        return judge.previews(*_numbers(solver, start))
+    return None
+
+
+def _solvers(
+    start: Solver, denoiser: Denoiser, evaluations: int, names: tuple[str, ...] = CLASSICAL
+) -> Iterator[Solver]:
+    own = [] if start.schedule is None else [start.schedule]
+    schedules: dict[Schedule, None] = dict.fromkeys([*map(parse_schedule, SCHEDULES), *own])
+    for solver in classical_solvers(names, [evaluations], list(schedules), note=lambda line: None):
+        try:
+            yield solver.on(denoiser)
+        except InputError:  # a schedule that is not for this model
+            continue
+
+
+def _numbers(solver: Solver, start: Solver) -> tuple[EPDTable, Tensor]:
+    """A settled classical solver as the table that the run's sampler plays in the place of the start's."""
+    table = classical_table(solver.sampler, solver.sigmas, **(solver.options or {}))
+    if start.has_guidance_column:
+        shape = (table.num_steps - 1, 1 + table.num_points)
+        table = replace(table, guidance=torch.full(shape, start.table.guidance.mean().item(), dtype=torch.float64))
+    return table, solver.sigmas

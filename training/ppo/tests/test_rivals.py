@@ -1,0 +1,82 @@
+"""What stands beside a tuned solver: the best classical one of those tried, drawn as it itself would draw."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import schedules
+from errors import InputError
+from solvers import EPDTable
+from training.ppo.heldout import HeldoutJudge, HeldoutWatch
+from training.ppo.rivals import CLASSICAL, best_classical, reference_images
+from training.ppo.rl_runner import RLRunner
+from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
+from training.solver import Schedule, Solver, classical_solver
+
+DENOISER = GaussianDenoiser()
+SIGMAS = schedules.get_schedule("logsnr", 3, DENOISER.sigma_min, DENOISER.sigma_max)
+START = Solver("start", "epd", 3, table=cold_start_table(), sigmas=SIGMAS, guidance_scale=2.0).on(DENOISER)
+GUIDED = dataclasses.replace(
+    START,
+    guidance_scale=None,
+    table=dataclasses.replace(START.table, guidance=torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0]]).double()),
+)
+SEEDS = range(7, 12)
+
+
+def judge_of(start: Solver) -> HeldoutJudge:
+    runner = RLRunner(DENOISER, start, brightness(), group_size=2, shared_noise=True, seed=0)
+    return HeldoutJudge(runner, runner.reward, None, PROMPTS[:5], first_seed=7, preview_count=2)
+
+
+def drawn(solver: Solver) -> torch.Tensor:
+    """Images of the five prompts by the sampler itself, at guidance 2."""
+    settled = solver.guided(2.0).on(DENOISER)
+    return DENOISER.decode(settled.latents(DENOISER, PROMPTS[:5], list(SEEDS)))
+
+
+@pytest.mark.parametrize("start", [START, GUIDED], ids=["one guidance", "guidance by evaluation"])
+def test_the_best_classical_solver_is_the_best_of_those_tried(monkeypatch: pytest.MonkeyPatch, start: Solver):
+    monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ("logsnr", "polynomial:5", "discrete"))  # the last suits none
+    name, scores = best_classical(judge_of(start), HeldoutWatch(brightness()), start, DENOISER)
+    tried = {
+        f"{label}, {schedule}": drawn(classical_solver(label, 7, schedule))
+        for label in CLASSICAL
+        for schedule in (Schedule("logsnr", 1.0), Schedule("polynomial", 5.0))
+    }
+    rewards = {label: Brightness().score(images, PROMPTS[:5]) for label, images in tried.items()}
+    assert name == max(rewards, key=lambda label: rewards[label].mean())
+    assert len({round(reward.mean().item(), 6) for reward in rewards.values()}) > 1
+    torch.testing.assert_close(scores.parts["brightness"], rewards[name], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores.previews, tried[name][:2], rtol=0, atol=1e-5)
+
+
+def test_the_reference_takes_fifty_evaluations(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ("logsnr",))
+    expected = drawn(classical_solver("dpmpp:2", 51, Schedule("logsnr", 1.0)))[:2]
+    torch.testing.assert_close(reference_images(judge_of(START), START, DENOISER), expected, rtol=0, atol=1e-5)
+
+
+def test_a_start_that_leaves_an_evaluation_out_has_none_beside_it():
+    start = dataclasses.replace(START, afs=True)
+    assert best_classical(judge_of(START), HeldoutWatch(brightness()), start, DENOISER) is None
+    assert reference_images(judge_of(START), start, DENOISER) is None
+
+
+def test_an_unsettled_solver_draws_nothing():
+    unsettled = Solver("start", "epd", 3, table=cold_start_table(), sigmas=SIGMAS)
+    with pytest.raises(ValueError, match=r"not settled: solver\.on"):
+        unsettled.latents(DENOISER, PROMPTS[:1], [0])
+    with pytest.raises(InputError, match="leave the guidance out"):
+        GUIDED.guided(2.0)
+
+
+def test_scores_of_the_first_prompts_are_those_of_all():
+    judge, table = judge_of(START), EPDTable(START.table.positions * 0.9, START.table.weights)
+    few, all_of_them = judge.judge(table, count=3), judge.judge(table)
+    torch.testing.assert_close(few.parts["brightness"], all_of_them.parts["brightness"][:3], rtol=0, atol=1e-6)
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))
