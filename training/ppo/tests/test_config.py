@@ -273,7 +273,7 @@ def test_all_faults_come_at_once():
         (["ppo.minibatch_size=24"], "set ppo.minibatch_size=32"),
         (["run.num_devices=3"], "set ppo.rollout_batch_size=36"),
         (["logging.preview_prompts=65"], "set logging.preview_prompts=64 or less"),
-        (["reward.mix={other/reward.pt: 1}"], "two checkpoints are called reward"),
+        (["reward.mix={other/reward.pt: 1}"], "two rewards are called reward"),
         (["ppo.decode_rgb=false"], "every reward here scores RGB images"),
         (["logging.eval_interval=5"], "logging.eval_interval=5 but logging.eval_prompts is null"),
         (["logging.panel=verifier", "logging.eval_interval=null"], "logging.panel=verifier but"),
