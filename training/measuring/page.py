@@ -40,8 +40,8 @@ img { max-width: 100%; height: auto; display: block; }
 .row { margin: 0 0 1.2rem; }
 .row p { margin: 0 0 .3rem; }
 .note { white-space: nowrap; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; max-width: 60rem; }
-.pictures figure { margin: 0; max-width: 14rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(0, min(14rem, 46%))); gap: .7rem; }
+.pictures figure { margin: 0; }
 .pictures img, .stage img { width: 100%; border-radius: 4px; }
 .pixels img { image-rendering: pixelated; }
 .slider { max-width: 24rem; margin: 1.6rem 0; }
