@@ -261,7 +261,8 @@ class Report:
         reference = self.reference and self.comparison.estimate(self.reference.measured, metric)
         if reference is not None and reference > 0:
             panel.axhline(reference, color="black", linestyle=":", label=self.reference.solver.label)
-        if not metric_of(metric).higher_is_better:
+        estimates = [row.cells[metric].interval.estimate for row in self.comparison.rows]
+        if not metric_of(metric).higher_is_better and min(estimates) > 0:  # KID is unbiased, and may be negative
             panel.set_yscale("log")
         panel.set_xticks(sorted({getattr(row, attribute) for row in self.comparison.rows}))
         panel.grid(alpha=0.3)
