@@ -42,6 +42,7 @@ from models.asset_table import (
     fault_of,
     pinned_digest,
 )
+from models.checkpoints import looks_like
 from models.devices import free_memory, gigabytes
 from models.digests import digest_of, record_digest, record_of
 
@@ -189,6 +190,8 @@ def _verify(asset: AssetFile, remote: Remote, part: Path) -> str:
     fault = fault_of(asset, part, asset.digest)
     if fault is None and remote.sha256 not in (None, digest):
         fault = f"its SHA-256 is {digest}, the server named {remote.sha256}"
+    if fault is None and asset.digest is None and (found := looks_like(part)).startswith("it is an HTML"):
+        fault = found  # a page that says why there is no file
     if fault is not None:
         part.unlink()
         raise InputError(

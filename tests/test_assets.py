@@ -155,6 +155,13 @@ def test_a_corrupt_download_is_deleted(hub, target, asset):
     assert names_beside(target) == []
 
 
+def test_a_page_in_the_place_of_what_nothing_is_published_of_is_not_kept(hub, target):
+    hub.files[PATH] = b"\n<!DOCTYPE html><html>too many people have fetched it</html>"
+    message = refusal(AssetFile("weights/thing.bin", hub.address + PATH), target)
+    assert "it is an HTML or XML page" in message
+    assert names_beside(target) == []
+
+
 def test_another_size_than_the_published_one_is_not_even_fetched(hub, target):
     hub.files[PATH] = b"<html>please log in</html>"
     assert f"26 bytes, {len(BODY)} are published" in refusal(PINNED, target)

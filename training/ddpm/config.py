@@ -31,8 +31,7 @@ class PathConfig:
     judge: str | None = knob(None, "reward model that is never trained against; null: <rm>-judge beside path.rm")
     preference: str | None = knob(
         None,
-        "for finetune.reward=preference, a reward of the main job: a checkpoint in open_clip's layout, pickscore, "
-        "clip_score or aesthetic",
+        "for finetune.reward=preference, a reward as the main job's reward.weights_path takes it",
     )
     runs: str = knob("runs", "folder in which each command makes a folder of its own: tensorboard --logdir runs")
 

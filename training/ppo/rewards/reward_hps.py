@@ -61,7 +61,8 @@ def check_tokenizer(weights: Path, folder: Path) -> None:
     if absent and not (folder / "tokenizer.json").is_file():
         raise InputError(
             f"The tokenizer of the reward {weights} is missing: {folder} lacks {' and '.join(absent)} "
-            "(about 1.6 MB together). CLIP's own is fetched by: python -m models.assets fetch tokenizer"
+            "(about 1.6 MB together). CLIP's own, which reward.cache_dir=null takes, is fetched by: "
+            "python -m models.assets fetch tokenizer"
         )
 
 
