@@ -277,8 +277,8 @@ def test_the_page_holds_everything_in_itself(report, comparison):
     assert "is better than heun with 4 (4 in all)" in said
     assert f"{difference.interval.estimate:+.3g}" in said
     extremes, first = (re.findall("<figcaption>(.*?)</figcaption>", part) for part in text.split("<details>"))
-    reference = f"ddim, {report.reference.solver.evaluations.parallel} evaluations"
-    assert first == 2 * [*(f"{row.label}, {row.parallel} evaluations" for row in comparison.rows), reference]
+    # the reference is one of the rows here
+    assert first == 2 * [f"{row.label}, {row.parallel} evaluations" for row in comparison.rows]
     assert extremes == 8 * ["epd-00003, 4 evaluations", "heun, 4 evaluations"]
     gains = difference.row.cells["reward"].entry.measured.values["reward"]
     gains = gains - difference.baseline_entry.measured.values["reward"]
