@@ -428,7 +428,9 @@ def test_prompts_that_the_reward_cuts_are_said(world, tmp_path, caplog):
     result = run(world, tmp_path / "out", "--reward", tmp_path / "short.pt", *DDIM_2)
     assert result.exit_code == 0, result.output
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["reward short reads 3 tokens of a prompt: 6 of 6 prompts are longer and judged by these"]
+    assert "reward short reads 3 tokens of a prompt: 6 of 6 prompts are longer and judged by these" in said
+    assert any(one.startswith("reward short was taught no word of 6 of 6 prompts") for one in said)
+    assert len(said) == 2
 
 
 def test_true_images_of_shapes_pass_the_verifier_and_depend_on_their_own_seed_only():

@@ -387,7 +387,6 @@ def test_options_that_are_no_json_object_are_refused(workplace, content):
     [
         (train.main, ("--dataset_name", "shapes", "--init-only")),
         (sample.main, ("--model_path", "shapes", "--solver", "ddim", "--num-steps", "3", "--prompt", "a")),
-        (evaluate.main, ("--model", "shapes")),
         (scripts.finetune.main, ("--cfg", str(REPOSITORY / "configs" / "smoke.yaml"))),
         (scripts.eval.main, ("--cfg", str(REPOSITORY / "configs" / "smoke.yaml"))),
     ],
@@ -396,6 +395,13 @@ def test_what_runs_in_one_process_is_not_run_in_several(workplace, monkeypatch, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = refusal(CliRunner().invoke(command, arguments))
     assert said == "Error: torchrun started 2 processes of this command, which runs in one: start it once\n"
+    assert [file.name for file in workplace.iterdir()] == ["prompts.txt"]
+
+
+def test_an_evaluation_in_several_processes_is_told_of_them(workplace, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refusal(CliRunner().invoke(evaluate.main, ("--model", "shapes")))
+    assert said == "Error: torchrun started 2 processes of this command: add --num-devices 2\n"
     assert [file.name for file in workplace.iterdir()] == ["prompts.txt"]
 
 

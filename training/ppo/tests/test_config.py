@@ -64,7 +64,8 @@ def test_public_keys_are_there_and_every_knob_is_documented():
     assert all(len(known.metadata["meaning"]) > 10 for known in KNOBS.values())
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CFGS.glob("*.yaml")))
+# The template leaves out what its user fills in: tests/test_how_to.py runs it filled in.
+@pytest.mark.parametrize("name", sorted(path.name for path in CFGS.glob("*.yaml") if path.stem != "own_model"))
 def test_shipped_configurations_hold_every_public_key(name: str):
     written = yaml.safe_load((CFGS / name).read_text())
     assert all(keys <= written[section].keys() for section, keys in PUBLIC_KEYS.items())
