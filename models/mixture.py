@@ -66,6 +66,10 @@ class MixtureWorld:
     def validate_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse none."""
 
+    def too_long(self, prompt: str) -> bool:
+        """It reads none."""
+        return False
+
     def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
         """Take any: it changes nothing."""
 
