@@ -28,11 +28,11 @@ python sample.py --predictor_path "$run" --seeds 0-3 --grid --outdir "$run/sampl
 echo "== 4/4  measuring them on held-out prompts"
 # Guidance 3 suits this small model, 7.5 is what the tables were made for: DDIM may have either.
 python evaluate.py --model shapes --solvers epd,ddim --nfe 4 --schedules polynomial:4,polynomial:5 --guidances 3,7.5 \
-    --reference-steps 50 \
-    --predictor_path 0 --predictor_path 1 --predictor_path "${runs[0]}" --predictor_path "${runs[1]}" \
-    --baseline epd-00001 --baseline epd-00000 --number 64 --outdir "$run/evaluation"
+    --predictor_path "${runs[1]}" --predictor_path "${runs[0]}" --predictor_path 0 --predictor_path 1 \
+    --baseline classical --baseline epd-00000 --baseline epd-00001 \
+    --reference-steps 50 --number 64 --outdir "$run/evaluation"
 
 echo
 echo "The runs' pages:       ${runs[0]}/report.html ${runs[1]}/report.html"
 echo "Replayed images:       $run/samples/replay/grid.png"
-echo "Beside other solvers:  $run/evaluation/report.md"
+echo "Beside other solvers:  $run/evaluation/index.html"
