@@ -2,7 +2,7 @@
 # From a fresh clone to a tuned solver, on the shapes world, with nothing but Python, git and the package registry:
 #   bash quickstart.sh [--override ppo.steps=20 ...]     options are those of training/ppo/launch.py
 # Makes .venv, tunes a distilled and an untrained table by reinforcement learning, exports the results, replays one, and
-# measures them on held-out prompts beside the tables that they started from and DDIM.
+# measures them on held-out prompts beside the tables that they started from and DDIM at its better guidance.
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/make_environment.sh
 make_environment ""

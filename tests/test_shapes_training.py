@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.nn import functional
 
-from models.shapes import data, scenes
+from models import load_denoiser
+from models.shapes import data, scenes, train_autoencoder, train_diffusion, train_reward
 from models.shapes.data import RenderedScenes, cached_scenes, render_scenes
 from models.shapes.layout import LayoutHead, layout_of
 from models.shapes.tokenizer import build_tokenizer
@@ -196,3 +198,21 @@ def test_reward_terms_of_equals_are_those_of_chance():
     # One true and one wrong caption for each image beside the three of the others; four images for each caption.
     assert float(terms["matching"]) == pytest.approx(np.log(5) + np.log(4), rel=1e-3)
     assert float(terms["good_beats_light"]) == 0
+
+
+def test_the_training_commands_run_from_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_diffusion, "LAYOUT_STEPS", 1)
+    monkeypatch.setattr(train_reward, "LAYOUT_STEPS", 1)
+    monkeypatch.setattr(train_reward, "COMPARED_SCENES", 4)
+    pipeline, reward = tmp_path / "shapes", tmp_path / "reward.pt"
+    text = ("--tokenizer", tmp_path / "tokenizer", "--text-encoder", pipeline / "text_encoder")
+    small = ("--scratch", tmp_path / "scratch", "--steps", 1, "--images", 8, "--batch", 2)
+    for command, *options in (
+        (train_autoencoder.main, "--output", pipeline / "vae"),
+        (train_diffusion.main, "--output", pipeline),
+        (train_reward.main, "--output", reward, *text),
+    ):
+        result = CliRunner().invoke(command, [str(word) for word in (*small, *options)])
+        assert result.exit_code == 0, (result.output, result.exception)
+    assert load_denoiser(str(pipeline), device="cpu", dtype=torch.float32).latent_shape == (4, 16, 16)
+    assert RewardHPS(reward).score(torch.rand(1, 3, 64, 64), ["a large red star on a white background"]).isfinite()
