@@ -216,3 +216,10 @@ def test_the_training_commands_run_from_nothing(tmp_path, monkeypatch):
         assert result.exit_code == 0, (result.output, result.exception)
     assert load_denoiser(str(pipeline), device="cpu", dtype=torch.float32).latent_shape == (4, 16, 16)
     assert RewardHPS(reward).score(torch.rand(1, 3, 64, 64), ["a large red star on a white background"]).isfinite()
+    weights = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    refused = CliRunner().invoke(train_diffusion.main, [str(word) for word in (*small, "--output", pipeline)])
+    assert refused.exit_code == 2
+    assert str(weights) in refused.output
