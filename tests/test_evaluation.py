@@ -41,10 +41,19 @@ class Brightness:
         return {self.name: images.mean((1, 2, 3)).double() ** self.power + numbers}
 
 
+class Named(Brightness):
+    """A judge that is called otherwise than its fingerprint."""
+
+    def __init__(self, name, fingerprint, power):
+        super().__init__(name, power)
+        self.fingerprint = fingerprint
+
+
 class Colours:
     """An extractor: the mean colour of 8-bit images."""
 
     name = fingerprint = "colours"
+    code = ()
 
     def features(self, pixels):
         assert pixels.dtype == torch.uint8
@@ -150,6 +159,15 @@ def test_another_judge_draws_nothing_and_asks_the_first_nothing(tmp_path, solver
     changed.fingerprint = "other weights"
     assert evaluation(tmp_path, changed).measure(solvers[0]).key != found.key
     assert changed.asked == COUNT
+
+
+def test_judges_that_change_places_keep_their_own_words(tmp_path, solvers):
+    """The first reward is called `reward`, whichever it is; what was kept under that name is not the other's."""
+    expected = evaluation(tmp_path / "alone", Named("reward", "b", 2)).measure(solvers[0]).values["reward"]
+    evaluation(tmp_path / "kept", Named("reward", "a", 1), Named("other", "b", 2)).measure(solvers[0])
+    found = evaluation(tmp_path / "kept", Named("reward", "b", 2), Named("other", "a", 1)).measure(solvers[0])
+    assert found.values.keys() == {"reward", "other"}
+    assert torch.equal(found.values["reward"], expected)
 
 
 def test_one_process_finds_what_two_find(tmp_path, solvers):

@@ -14,7 +14,10 @@ from models.families import FAMILIES
 from models.fingerprints import file_sha256, fingerprint, model_fingerprint
 from models.registry import Asset, RegisteredModel
 from tests.test_import_boundaries import REPOSITORY, imported_names
-from training.measuring.evaluation import SAMPLING_CODE
+from training.measuring.evaluation import JUDGING_CODE, SAMPLING_CODE, FeatureJudge
+from training.measuring.real_images import EXTRACTING_CODE
+from training.ppo.panels import JUDGES_CODE, RewardJudge
+from training.ppo.rewards import load_reward
 
 
 def write(folder, files):
@@ -89,6 +92,42 @@ def test_latents_that_are_kept_count_as_made_by_all_code_that_makes_them(module)
     known = {path.relative_to(REPOSITORY).as_posix() for path in (*SAMPLING_CODE, *family.code)}
     imported = {name for path in known for name in _files_imported_by(REPOSITORY / path)}
     assert known >= imported - OF_NO_ACCOUNT
+
+
+# Of judges: how their weights are read and numbers kept, and what takes distances, which has a name of its own.
+OF_NO_ACCOUNT_TO_JUDGES = {
+    "models/checkpoints.py",
+    "models/denoiser.py",
+    "models/generate.py",
+    "models/loading.py",
+    "models/recent.py",
+    "training/measuring/distances.py",
+}
+
+
+@pytest.mark.parametrize("code", [JUDGES_CODE, EXTRACTING_CODE])
+def test_what_is_kept_of_a_judge_counts_as_made_by_all_code_that_makes_it(code):
+    own = {path.relative_to(REPOSITORY).as_posix() for path in code}
+    known = own | {path.relative_to(REPOSITORY).as_posix() for path in JUDGING_CODE}
+    imported = {name for path in own for name in _files_imported_by(REPOSITORY / path)}
+    assert known >= imported - OF_NO_ACCOUNT - OF_NO_ACCOUNT_TO_JUDGES
+
+
+def test_other_code_of_an_extractor_makes_another_judge(tmp_path):
+    class Extractor:
+        name = fingerprint = "colours"
+        code = (tmp_path / "colours.py",)
+
+    found = {FeatureJudge(Extractor()).fingerprint for text in "ab" if Extractor.code[0].write_text(text)}
+    assert len(found) == 2
+
+
+def test_two_functions_of_one_file_are_two_judges(tmp_path, monkeypatch):
+    write(tmp_path, {"two_rewards.py": "def bright(images, prompts): return images.mean((1, 2, 3))\ndark = bright\n"})
+    monkeypatch.chdir(tmp_path)
+    sources = ["two_rewards:bright", "two_rewards:dark"]
+    judges = [RewardJudge(source, load_reward(source, device="cpu", batch_size=1), first=True) for source in sources]
+    assert judges[0].fingerprint != judges[1].fingerprint
 
 
 def _files_imported_by(file: Path) -> set[str]:

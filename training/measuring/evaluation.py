@@ -105,7 +105,7 @@ class Judge(Protocol):
     """Says something of each image.
 
     name: of the judge, no other's. features: the name of the features that it gives, None for none. fingerprint: of all
-    that what it says depends on but the images and prompts.
+    that what it says depends on but its name, the images and prompts: weights, and code but for the denoiser's.
     """
 
     name: str
@@ -123,7 +123,7 @@ class FeatureJudge:
     def __init__(self, extractor: Extractor) -> None:
         """Asks `extractor`, whose name is the judge's and that of the features."""
         self.name = self.features = extractor.name
-        self.fingerprint, self._extractor = extractor.fingerprint, extractor
+        self.fingerprint, self._extractor = f"{extractor.fingerprint} {fingerprint(extractor.code)}", extractor
 
     def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """See `Judge`."""
@@ -339,7 +339,7 @@ class Evaluation:
         for part in self.setting.parts:
             description = {
                 "kind": "features",
-                "judge": judge.fingerprint,
+                "judge": [judge.name, judge.fingerprint],
                 "images": {**described, "prompts": list(prompts[part]), "first": part.start},
                 "code": self._judging_code,
             }
@@ -397,7 +397,7 @@ class Evaluation:
         jobs = {"images": _Job({"kind": "images", "previews": previews, **base}, look)}
         for judge in self.judges:
             jobs[judge.name] = _Job(
-                {"kind": "judged", "judge": judge.fingerprint, **base},
+                {"kind": "judged", "judge": [judge.name, judge.fingerprint], **base},
                 lambda batch, judge=judge: judge.judge(batch.images, self.setting.prompts[batch.rows]),
             )
         if self.reference_solver is not None:

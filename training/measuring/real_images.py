@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from errors import InputError, first_line
 from files import write_atomically
-from models import asset_table, clip
+from models import asset_table, clip, inception, pictures
 from models.asset_table import fault_of
 from models.devices import to_device
 from models.inception import Inception, Resize
@@ -36,6 +36,7 @@ FEWEST_FOR_FID = 2048
 FETCH_CLIP = "python -m models.assets fetch clip336"
 MAKE = "python -m scripts.image_statistics FOLDER"
 SHOWN = 3  # file names in a message
+EXTRACTING_CODE = (*(Path(module.__file__) for module in (clip, inception, pictures)), Path(__file__))
 
 Note = Callable[[str], object]
 
@@ -43,11 +44,13 @@ Note = Callable[[str], object]
 class Extractor(Protocol):
     """What sees features in images.
 
-    name: under which features are kept. fingerprint: of the network and of how images come to it.
+    name: under which features are kept. fingerprint: of the network and of how images come to it, for files that
+    outlive the code. code: the source files whose change may change features.
     """
 
     name: str
     fingerprint: str
+    code: tuple[Path, ...]
 
     def features(self, pixels: Tensor) -> Tensor:
         """Features [N, D] float32 of images uint8 [N, 3, H, W], on the extractor's device."""
@@ -56,6 +59,8 @@ class Extractor(Protocol):
 
 class InceptionFeatures(Inception):
     """Features for FID and KID; those of another resizing go by another name."""
+
+    code = EXTRACTING_CODE
 
     def __init__(self, device: torch.device | str, resize: Resize) -> None:
         """See `Inception`."""
@@ -72,6 +77,7 @@ class ClipFeatures:
     """
 
     name = "clip"
+    code = EXTRACTING_CODE
 
     def __init__(self, device: torch.device | str) -> None:
         """Load it. Raises InputError where a file is missing or another, or there is too little memory."""

@@ -15,14 +15,21 @@ from models import clip
 from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
 from models.shapes import scenes, verify
+from training.measuring import scoring
 from training.measuring.evaluation import Judge
 from training.measuring.scoring import scores_by
-from training.ppo import rewards
+from training.ppo import reward_names, rewards
 from training.ppo.rewards import Reward, find_reward_files, load_reward
 from training.ppo.rewards.clip_scorer import FeatureScorer
 
 SHAPES = "shapes"
 """The model whose captions the verifier can read."""
+JUDGES_CODE = (
+    *(Path(module.__file__) for module in (clip, scenes, verify, scoring, reward_names)),
+    *sorted(Path(rewards.__file__).parent.glob("*.py")),
+    Path(__file__),
+)
+"""Files whose change may change what is said of an image, or what is true of a caption."""
 
 
 class VerifierPanel:
@@ -66,10 +73,9 @@ class RewardJudge:
 
     def __init__(self, source: Path, reward: Reward, *, first: bool) -> None:
         """`source`: what `load_reward` loaded the reward by."""
-        code = [Path(clip.__file__), *sorted(Path(rewards.__file__).parent.glob("*.py"))]
         self.name = "reward" if first else reward.name
         self.features = "reward_features" if first else None
-        self.fingerprint = fingerprint([*find_reward_files(source).paths(), *code])
+        self.fingerprint = f"{reward.name} {fingerprint([*find_reward_files(source).paths(), *JUDGES_CODE])}"
         self._reward = reward
 
     def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -95,7 +101,7 @@ class VerifierJudge:
 
     def __init__(self) -> None:
         """It has nothing to load."""
-        self.fingerprint = fingerprint([Path(scenes.__file__), Path(verify.__file__)])
+        self.fingerprint = fingerprint(JUDGES_CODE)
 
     def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """By the names of `training.measuring.evaluation.METRICS`."""

@@ -25,10 +25,11 @@ from training.measuring.distances import paired_frechet_values
 from training.measuring.evaluation import PREVIEWS, Evaluation, FeatureJudge, Judge, Setting, Store
 from training.measuring.real_images import Extractor, RealImages, folder_features, real_files
 from training.measuring.statistics import pairs_needed, tellable_difference
-from training.ppo.panels import SHAPES, true_images
+from training.ppo.panels import JUDGES_CODE, SHAPES, true_images
 from training.solver import Solver
 
 CODE_OF_DISTANCES = fingerprint([Path(distances.__file__)])
+CODE_OF_TRUE_IMAGES = fingerprint(JUDGES_CODE)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Scene:
         description = {
             "kind": "real images",
             "files": [list(file) for file in files],
-            "extractors": {extractor.name: extractor.fingerprint for extractor in self.extractors},
+            "extractors": {judge.name: judge.fingerprint for judge in map(FeatureJudge, self.extractors)},
         }
 
         def compute() -> dict[str, Tensor]:
@@ -171,7 +172,7 @@ class Scene:
         """In the features of the first reward, to true images where the world can draw them, or to the reference's."""
         name = "reward_features"
         if self.model == SHAPES:
-            prompts, said = evaluation.setting.prompts, {"true images": True, "seed": self.seed}
+            prompts, said = evaluation.setting.prompts, {"true images": CODE_OF_TRUE_IMAGES, "seed": self.seed}
             target = evaluation.features(name, lambda part: true_images(prompts[part], self.seed, part.start), said)
         elif evaluation.reference_solver is not None:
             target = evaluation.reference().features(name)
