@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -241,4 +242,10 @@ def test_images_are_written_if_wanted_and_not_twice(tmp_path, solvers):
     next(Path(folder).glob("00005*.png")).unlink()
     one.measure(solvers[0])
     assert denoiser.decoded == COUNT + 4  # the part that lacks one
-    assert denoiser.evaluations == COUNT * solvers[0].evaluations.total
+    other = evaluation(tmp_path / "kept", Brightness(), denoiser=denoiser, writer=folders)
+    other.setting = replace(other.setting, model_fingerprint="other weights at the same path")
+    denoiser.decode = lambda latents, chunk_size=16: torch.full((len(latents), 3, 4, 4), 0.25)
+    other.measure(solvers[0])
+    for record in records:
+        np.testing.assert_array_equal(np.array(Image.open(folder / record["file"])), np.full((4, 4, 3), 64))
+    assert denoiser.evaluations == 2 * COUNT * solvers[0].evaluations.total

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -20,12 +21,13 @@ from files import append_whole, write_atomically
 from models.denoiser import Denoiser
 from models.generate import Decoded, decode
 from models.options import AS_IT_IS, ModelOptions
-from models.pictures import contact_sheet, file_stem, png_text, to_pixels
+from models.pictures import contact_sheet, file_stem, opened_picture, png_text, to_pixels
 from training.networks import Plain
 from training.solver import Solver
 
 LOG_NAME = "images.jsonl"
 SHEET_NAME = "grid.png"
+KEY = "drawn as"  # of the entry that names, in an image of an evaluation, all that it depends on
 DECODED_AT_ONCE = 16  # images
 # What JSON allows inside a text and many readers take for the end of a line.
 LINE_BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
@@ -143,17 +145,17 @@ class SolverFolders:
         name = f"{solver.label}-{solver.grid_name}-nfe{solver.evaluations.parallel:02d}-g{scale}"
         return self.root / re.sub(r"[^\w.-]+", "_", name)
 
-    def holds(self, solver: Solver, rows: slice) -> bool:
-        """Whether the images of these prompts are all there."""
+    def holds(self, solver: Solver, rows: slice, key: str) -> bool:
+        """Whether the images of these prompts are all there, written under that name: others had other weights."""
         return all(
-            (self.folder(solver) / self._record(solver, row, finite=True).file).is_file() for row in _numbers(rows)
+            _key_in(self.folder(solver) / self._record(solver, row, finite=True).file) == key for row in _numbers(rows)
         )
 
-    def write(self, solver: Solver, rows: slice, pixels: np.ndarray, finite: Sequence[bool]) -> None:
+    def write(self, solver: Solver, rows: slice, key: str, pixels: np.ndarray, finite: Sequence[bool]) -> None:
         """Write the images uint8 [n, H, W, 3] of these prompts."""
         for row, image, is_finite in zip(_numbers(rows), pixels, finite, strict=True):
             record = self._record(solver, row, finite=is_finite)
-            write_atomically(self.folder(solver) / record.file, _png(image, record))
+            write_atomically(self.folder(solver) / record.file, _png(image, record, {KEY: key}))
 
     def write_log(self, solver: Solver, finite: Sequence[bool]) -> None:
         """Write the images.jsonl of a solver's N images."""
@@ -213,9 +215,18 @@ def _record(request: ImageRequest, number: int, prompt: str, seed: int, *, finit
     )
 
 
-def _png(image: np.ndarray, record: ImageRecord) -> bytes:
+def _key_in(file: Path) -> str | None:
+    """The name under which an image was written; None where there is none, or it is damaged."""
+    try:
+        with opened_picture(file) as image:
+            return image.info.get(KEY)
+    except InputError:
+        return None
+
+
+def _png(image: np.ndarray, record: ImageRecord, more: Mapping[str, str] = MappingProxyType({})) -> bytes:
     described = {key: value for key, value in asdict(record).items() if value is not None and key != "file"}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png", pnginfo=png_text(texts))
+    Image.fromarray(image).save(buffer, format="png", pnginfo=png_text({**texts, **more}))
     return buffer.getvalue()

@@ -183,13 +183,13 @@ class Batch(NamedTuple):
 
 
 class ImageWriter(Protocol):
-    """Writes the images that are drawn to files."""
+    """Writes the images that are drawn to files, under the name of all that they depend on."""
 
-    def holds(self, solver: Solver, rows: slice) -> bool:
-        """Whether the images of these prompts are all there."""
+    def holds(self, solver: Solver, rows: slice, key: str) -> bool:
+        """Whether the images of these prompts are all there, written under that name."""
         ...
 
-    def write(self, solver: Solver, rows: slice, pixels: np.ndarray, finite: Sequence[bool]) -> None:
+    def write(self, solver: Solver, rows: slice, key: str, pixels: np.ndarray, finite: Sequence[bool]) -> None:
         """Write the images uint8 [n, H, W, 3] of these prompts."""
         ...
 
@@ -279,8 +279,10 @@ class Evaluation:
 
     def work(self, solver: Solver, part: slice) -> None:
         """Draw and judge a part, one of the setting's, as far as that is not kept, and keep it."""
-        jobs = [job for job in self._jobs(solver, part).values() if not self.store.holds(job.description)]
-        writing = self._writer is not None and not self._writer.holds(solver, part)
+        wanted = self._jobs(solver, part)
+        jobs = [job for job in wanted.values() if not self.store.holds(job.description)]
+        key = key_of(wanted["images"].description)
+        writing = self._writer is not None and not self._writer.holds(solver, part, key)
         if not jobs and not writing:
             return
         found: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in jobs]
@@ -289,7 +291,7 @@ class Evaluation:
                 for name, values in job.judge(batch).items():
                     gathered[name].append(values)
             if writing:
-                self._writer.write(solver, batch.rows, batch.pixels.numpy(), (~batch.exploded).tolist())
+                self._writer.write(solver, batch.rows, key, batch.pixels.numpy(), (~batch.exploded).tolist())
         for job, gathered in zip(jobs, found, strict=True):
             self.store.keep(job.description, {name: torch.cat(values) for name, values in gathered.items()})
 
