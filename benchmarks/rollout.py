@@ -8,6 +8,11 @@ K points of an interval one after another, texts encoded anew each time, images 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from interrupts import end_at_once_on_signals
+
+    end_at_once_on_signals()
+
 import resource
 import statistics
 from collections.abc import Callable, Sequence

@@ -26,6 +26,18 @@ COMMANDS = [
     ["-m", "scripts.finetune"],
     ["-m", "scripts.eval"],
     ["-m", "scripts.verify_images"],
+    ["-m", "scripts.image_statistics"],
+    ["-m", "scripts.show_solver"],
+    ["-m", "scripts.push_to_hub"],
+    ["-m", "scripts.export_diffusers"],
+    ["download_hpsv2_weights.py"],
+    ["-m", "models.assets"],
+    ["-m", "models.shapes.train_diffusion"],
+    ["-m", "benchmarks.tuning_study"],
+    ["-m", "benchmarks.rollout"],
+    ["-m", "benchmarks.ddpm_study"],
+    ["-m", "benchmarks.budget"],
+    ["-m", "benchmarks.rehearse_sd15"],
 ]
 COMMAND = """
 import gc, os, signal, sys, time
