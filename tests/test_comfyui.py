@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,14 @@ def test_reads_exports_and_snapshots_alike(tmp_path: Path) -> None:
         assert torch.equal(getattr(export, name), getattr(table, name))
 
 
+def test_a_snapshot_in_which_a_digit_flipped_is_refused(tmp_path: Path) -> None:
+    save_snapshot(tmp_path / "snapshot", TABLES["all columns"], {"sigmas": SIGMAS.tolist(), "guidance_rate": 4.0})
+    file = tmp_path / "snapshot.json"
+    file.write_text(file.read_text().replace('"guidance_rate": 4.0', '"guidance_rate": 6.0'))
+    with pytest.raises(ValueError, match=r"snapshot\.json: is damaged: its content is not that of its sha256"):
+        read_solver(file)
+
+
 GOOD = {"sigmas": [3.0, 1.0], "positions": [[0.5]], "weights": [[1.0]]}
 
 
@@ -185,6 +194,12 @@ GOOD = {"sigmas": [3.0, 1.0], "positions": [[0.5]], "weights": [[1.0]]}
         ({**GOOD, "sigmas": [1.0]}, "at least two positive numbers"),
         ({**GOOD, "sigmas": ["a", "b"]}, "holds no solver"),
         ({**GOOD, "weights": [["a"]]}, "weights must be 1 rows of 1 numbers"),
+        ({**GOOD, "weights": [[math.nan]]}, "weights must be 1 rows of 1 numbers"),
+        ({**GOOD, "weights": [[True]]}, "weights must be 1 rows of 1 numbers"),
+        ({**GOOD, "scale_dir": [[math.inf]]}, "scale_dir must be 1 rows of 1 numbers"),
+        ({**GOOD, "sigmas": [10**400, 1]}, "holds no solver"),
+        ({**GOOD, "guidance_scale": "7.5"}, "its guidance scale '7.5' is no finite number"),
+        ({**GOOD, "version": 3, "a column of later days": [[1.0]]}, "has version 3, of a later RLEPD"),
         ({"metadata": 1}, "holds no solver"),
         ({**GOOD, "sigmas": [1.0, 3.0]}, "each below the one before"),
         ({**GOOD, "weights": [[0.5, 0.5]]}, "weights must be 1 rows of 1 numbers"),

@@ -14,6 +14,7 @@ after arXiv 2507.14797 and 2512.22796.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -29,8 +30,10 @@ from tqdm.auto import trange
 GUIDANCE = "epd_guidance"
 """Under this key of `model_options` a model is told the guidance scale of each of its rows, a list."""
 
-# What our network-snapshot-*.json calls otherwise.
+# What our network-snapshot-*.json calls otherwise, its versions that are read, and the checksum of all else in it.
 SNAPSHOT_KEYS = {"positions": "r", "weights": "w"}
+SNAPSHOT_VERSIONS = (1, 2)
+CHECKSUM = "sha256"
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,28 @@ class Solver:
 def read_solver(path: str | Path) -> Solver:
     """Read a solver from the scheduler_config.json of an export for diffusers, or from a network-snapshot-*.json.
 
-    Raises ValueError for a file that holds none, or whose noise levels only a model could tell.
+    Raises ValueError for a file that holds none, is damaged, or whose noise levels only a model could tell.
     """
     try:
         return _solver(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: holds no solver ({error})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _solver(said: dict[str, Any]) -> Solver:
+    recorded = said.pop(CHECKSUM, None)
+    if recorded is not None and recorded != hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest():
+        raise ValueError(f"is damaged: its content is not that of its {CHECKSUM}; copy or download it anew")
+    if said.get("version", 1) not in SNAPSHOT_VERSIONS:
+        raise ValueError(f"has version {said['version']!r}, of a later RLEPD: install its nodes")
     metadata = said.get("metadata", said)
-    sigmas = metadata.get("sigmas")
+    sigmas, scale = metadata.get("sigmas"), metadata.get("guidance_rate", metadata.get("guidance_scale"))
+    if scale is not None and not _is_number(scale):
+        raise ValueError(f"its guidance scale {scale!r} is no finite number")
     if metadata.get("afs"):
         raise ValueError("takes its first direction without asking the network (AFS), which is not played here")
     if sigmas is None or (metadata.get("sampler_stu") == "ipndm" and said.get("direction_history") is None):
@@ -92,8 +102,8 @@ def _solver(said: dict[str, Any]) -> Solver:
         if rows is None or not width:
             return torch.full((count, width), neutral, dtype=torch.float64)
         numbers = [number for row in rows for number in row]
-        if [len(row) for row in rows] != [width] * count or not all(isinstance(n, int | float) for n in numbers):
-            raise ValueError(f"{name} must be {count} rows of {width} numbers")
+        if [len(row) for row in rows] != [width] * count or not all(map(_is_number, numbers)):
+            raise ValueError(f"{name} must be {count} rows of {width} numbers, all finite")
         return torch.tensor(rows, dtype=torch.float64)
 
     return Solver(
@@ -105,8 +115,12 @@ def _solver(said: dict[str, Any]) -> Solver:
         guidance=None if said.get("guidance") is None else column("guidance", 1 + points, 1.0).tolist(),
         history=column("history", count, 0.0).tolist(),
         direction_history=column("direction_history", count, 0.0).tolist(),
-        guidance_scale=metadata.get("guidance_rate", metadata.get("guidance_scale")),
+        guidance_scale=scale,
     )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def first_interval(solver: Solver, sigmas: Tensor) -> int:
