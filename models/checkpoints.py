@@ -196,7 +196,8 @@ def _plain_content(path: Path) -> Any:
             def storage(described: tuple[str, torch.dtype, str, str, int]) -> Tensor:
                 _, dtype, key, _, count = described
                 if len(numbers(key)) != count * dtype.itemsize:
-                    raise pickle.UnpicklingError(f"{count} numbers are to lie in data/{key}, which has {numbers(key)}")
+                    found = f"{len(numbers(key))} bytes"
+                    raise pickle.UnpicklingError(f"{count} numbers are to lie in data/{key}, which has {found}")
                 return torch.frombuffer(numbers(key), dtype=dtype) if count else torch.empty(0, dtype=dtype)
 
             def resolve(module: str, name: str) -> Any:

@@ -6,6 +6,7 @@ import math
 import pickle
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -434,6 +435,16 @@ def test_nothing_of_a_pickled_module_is_run(tmp_path):
     module.bomb = Bomb()
     torch.save(module, tmp_path / "bomb.pth")
     assert read_module(tmp_path / "bomb.pth").keys() == {"weight", "bias"}
+
+
+def test_numbers_that_are_not_there_are_counted_not_shown(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "cut.pth", "w") as cut:
+        for entry in whole.infolist():
+            content = whole.read(entry)
+            cut.writestr(entry.filename, content + bytes(10_000) if entry.filename.endswith("data/0") else content)
+    with pytest.raises(InputError, match=r"4 numbers are to lie in data/0, which has 10016 bytes$"):
+        read_module(tmp_path / "cut.pth")
 
 
 def looped() -> nn.Module:
