@@ -46,6 +46,7 @@ from training.distillation_run import (
 )
 from training.networks import EPD_predictor
 from training.parameters import SolverParameters
+from training.runs import run_folder
 from training.snapshot import load_snapshot
 from training.starts import start_table
 
@@ -616,6 +617,45 @@ def test_interruptions_anywhere_do_not_change_the_result(tmp_path, changes, expe
         for file in (whole.with_suffix(".json"), whole.parent / "stats.jsonl"):
             assert (folder / file.name).read_bytes() == file.read_bytes()
         assert is_finished(folder, options)
+
+
+def test_a_full_disk_costs_no_distillation(tmp_path, monkeypatch, caplog):
+    """The teacher's states and the first two updates find no room, nor do the rows of these."""
+    options = dataclasses.replace(OPTIONS, trajectories=12, M=2, batch=3, batch_gpu=4, total_kimg=0.036)
+    whole = carried_out(tmp_path / "whole", options, GuidedMixture(), PROMPTS)
+    refused = []
+
+    def full_at_first(write, error):
+        def written(path, content):
+            if len(refused) < 5:
+                refused.append(path.name)
+                raise error
+            return write(path, content)
+
+        return written
+
+    full = InputError("cannot be written (No space left on device)")
+    monkeypatch.setattr(distillation_run, "write_tensors", full_at_first(distillation_run.write_tensors, full))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(run_folder, "append_whole", full_at_first(run_folder.append_whole, full))
+    snapshot = carried_out(tmp_path / "full", options, GuidedMixture(), PROMPTS)
+    assert refused == ["teacher.pt", "stats.jsonl", "training-state.pt", "stats.jsonl", "training-state.pt"]
+    assert caplog.text.count("No space left on device") == 5
+    for file in (whole.with_suffix(".json"), whole.parent / "stats.jsonl"):
+        assert (snapshot.parent / file.name).read_bytes() == file.read_bytes()
+    assert is_finished(snapshot.parent, options)
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_distillation_is_an_error(tmp_path, monkeypatch):
+    options = dataclasses.replace(OPTIONS, trajectories=12, M=2, batch=3, batch_gpu=4, total_kimg=0.036)
+
+    def full(path, content):
+        raise InputError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(distillation_run, "write_tensors", full)
+    with pytest.raises(InputError, match=r"training-state\.pt: cannot be written"):
+        carried_out(tmp_path, options, GuidedMixture(), PROMPTS)
+    assert not is_finished(tmp_path, options)
 
 
 @pytest.mark.parametrize("changes", [WITH_POINTS, WITHOUT_POINTS])

@@ -14,9 +14,11 @@ states) and training-state.pt, from which `resume` goes on.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ from training.snapshot import GRID as SIGMAS
 from training.snapshot import JSON_KEYS, load_snapshot, save_snapshot
 from training.solver import check_afs
 from training.starts import start_table
+
+log = logging.getLogger(__name__)
 
 STATS, TEACHER, STATE = "stats.jsonl", "teacher.pt", "training-state.pt"
 
@@ -182,7 +186,7 @@ def _distil(folder: Path, options: Options, denoiser: Denoiser, lesson: Lesson) 
     own = {SIGMAS: sigmas.tolist()} if GRID in options.learned else {}
     snapshot = save_snapshot(_last_snapshot(folder, options), table, options.metadata(denoiser) | own)
     (folder / STATE).unlink()
-    (folder / TEACHER).unlink()
+    (folder / TEACHER).unlink(missing_ok=True)
     return snapshot
 
 
@@ -217,7 +221,8 @@ def _taught(file: Path, task: Task, sampler: str, lesson: Lesson) -> Trajectorie
             raise InputError(f"{file}: its states are no tensor of shape {[*shape]}; {REMEDY}")
         return Trajectories(lesson.prompts, state["states"].to(task.denoiser.device, torch.float32))
     trajectories = teacher_trajectories(task, sampler, lesson.sigmas, lesson.prompts, lesson.seeds)
-    write_tensors(file, {"states": trajectories.states.cpu(), "prompts": lesson.prompts})
+    with _outlived():
+        write_tensors(file, {"states": trajectories.states.cpu(), "prompts": lesson.prompts})
     return trajectories
 
 
@@ -264,8 +269,20 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
                 best_loss, best = loss, refinement.state_dict()["parameters"]
             bar.set_postfix(held_out=f"{loss:.4f}", best=f"{best_loss:.4f}")
         line = {"update": refinement.done, "trajectories": refinement.done * refinement.batch, **line}
-        stats.append(line)
-        write_tensors(folder / STATE, {"refinement": refinement.state_dict(), "best_loss": best_loss, "best": best})
+        state = {"refinement": refinement.state_dict(), "best_loss": best_loss, "best": best}
+        with _outlived():
+            stats.append(line)
+        with nullcontext() if refinement.done == refinement.updates else _outlived():  # the last is read again
+            write_tensors(folder / STATE, state)
+
+
+@contextmanager
+def _outlived() -> Iterator[None]:
+    """A distillation outlives a disk that is full for a while: what cannot be written now is said and passed over."""
+    try:
+        yield
+    except InputError as error:
+        log.warning("%s", error)
 
 
 def _learned_numbers(refinement: Refinement) -> dict[str, Plain]:
