@@ -267,7 +267,7 @@ def pinned_digest(asset: AssetFile, path: Path) -> str | None:
     if asset.digest is not None:
         return asset.digest
     recorded = recorded_digest(path)
-    return recorded and f"sha256:{recorded}"
+    return None if recorded is None else f"sha256:{recorded}"
 
 
 def fault_of(asset: AssetFile, path: Path, pinned: str | None) -> str | None:

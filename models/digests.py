@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from errors import InputError
+from files import write_atomically
 
 
 def digest_of(path: Path, algorithm: str = "sha256") -> str:
@@ -27,15 +28,14 @@ def record_of(path: Path) -> Path:
 
 
 def recorded_digest(path: Path) -> str | None:
-    """The SHA-256 that is kept beside a file, None where there is none."""
+    """The SHA-256 that is kept beside a file, None where there is no record; an empty one is that of no file."""
     record = record_of(path)
-    words = record.read_text(errors="replace").split() if record.is_file() else []
-    return words[0] if words else None
+    return next(iter(record.read_text(errors="replace").split()), "") if record.is_file() else None
 
 
 def record_digest(path: Path, digest: str) -> None:
     """Keep the SHA-256 of a file beside it."""
-    record_of(path).write_text(f"{digest}  {path.name}\n")
+    write_atomically(record_of(path), f"{digest}  {path.name}\n".encode())
 
 
 def record_weights(folder: Path) -> None:

@@ -50,6 +50,13 @@ def rewritten(path: Path, change=lambda name, content: content, **options: objec
     return path
 
 
+def test_a_record_that_was_emptied_lets_nothing_pass(tmp_path):
+    path = written(tmp_path / "weights.safetensors")
+    record_of(path).write_bytes(b"")
+    with pytest.raises(InputError, match=r"its SHA-256 is not the one in weights\.safetensors\.sha256"):
+        read_state_dict(path)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_flipped_bit_never_becomes_another_number(tmp_path, suffix):
     whole = written(tmp_path / f"whole{suffix}")

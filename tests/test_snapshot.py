@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
+from models.digests import digest_of, record_digest
 from solvers import EPDTable
 from tests import golden
 from training.networks import EPD_predictor
@@ -144,6 +145,21 @@ def test_a_flipped_bit_in_a_json_never_becomes_another_table(tmp_path):
     assert refused > 150
 
 
+@pytest.mark.parametrize("suffix", [".json", ".pkl"])
+def test_what_was_recorded_of_a_file_without_a_checksum_is_held_against_it(tmp_path, suffix):
+    path = save_snapshot(tmp_path / "snapshot.pkl", _table(), METADATA).with_suffix(suffix)
+    for other in tmp_path.glob("snapshot.*"):
+        if other != path:
+            other.unlink()
+    if suffix == ".json":
+        path.write_text(json.dumps(_unchecked(json.loads(path.read_text()))))
+    record_digest(path, digest_of(path))
+    load_snapshot(path)
+    path.write_bytes(path.read_bytes().replace(b"guidance_rate", b"guidance_rite"))
+    with pytest.raises(InputError, match=rf"snapshot\{suffix} is damaged: its SHA-256 is not the one in snapshot"):
+        load_snapshot(path)
+
+
 def test_a_json_that_was_edited_says_how_to_keep_it(tmp_path):
     path = save_snapshot(tmp_path / "snapshot.pkl", _table(), METADATA).with_suffix(".json")
     path.with_suffix(".pkl").unlink()
@@ -160,10 +176,10 @@ def test_a_json_that_was_edited_says_how_to_keep_it(tmp_path):
 def test_a_pair_whose_metadata_differs_is_refused(tmp_path):
     path = save_snapshot(tmp_path / "snapshot.pkl", _table(), METADATA).with_suffix(".json")
     described = _unchecked(json.loads(path.read_text()))
-    described["metadata"]["guidance_rate"] = 3.5
-    path.write_text(json.dumps(described))
-    with pytest.raises(InputError, match="contradict each other"):
-        load_snapshot(path)
+    for changed in ({"guidance_rate": 3.5}, {"guidance_rite": described["metadata"].pop("guidance_rate")}):
+        path.write_text(json.dumps({**described, "metadata": {**described["metadata"], **changed}}))
+        with pytest.raises(InputError, match="contradict each other"):
+            load_snapshot(path)
 
 
 # ------------------------------------------------------------------------------- the public code base's own format

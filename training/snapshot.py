@@ -19,6 +19,7 @@ from torch import Tensor
 from errors import InputError, first_line
 from files import write_atomically
 from models.asset_table import HUB_ID
+from models.digests import check_recorded
 from solvers import COLUMNS, EPDTable
 from training.networks import PUBLIC_ATTRIBUTES, EPD_predictor, Plain
 from training.pickled_predictor import predictor_state
@@ -217,6 +218,7 @@ def _newest_snapshot(folder: Path) -> Path | None:
 def load_snapshot(path: str | Path) -> Snapshot:
     """Read a table and its metadata from a .pkl or a .json file; of a pair of both, either name reads the same.
 
+    A file is held against the checksum in it, and against the SHA-256 beside it, <file>.sha256, where they are there.
     Read are this project's snapshots, the public EPD code base's (its numbers and plain attributes; the source code
     inside is ignored) and published tables in the layout of our .json (`num_steps`, `num_points`, `r`, `w`,
     `scale_dir`, `scale_time`, `metadata`). Where the two files of a pair are there, they must agree; the .json's
@@ -248,6 +250,7 @@ def _content(path: Path) -> bytes:
         size = path.stat().st_size
         if size > LARGEST_FILE:
             raise InputError(f"{path}: {size:,} bytes; that is no snapshot, which has some ten thousand")
+        check_recorded(path)
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
@@ -366,9 +369,9 @@ def _table(path: Path, metadata: Mapping[str, Plain], **rows: Tensor | None) -> 
 
 
 def _agree(one: Snapshot, other: Snapshot) -> bool:
-    """Whether two tables are the same to the precision of a .pkl, and no metadata that both have differs."""
+    """Whether two tables are the same to the precision of a .pkl, and their metadata the same."""
     (table, metadata), (other_table, other_metadata) = one, other
-    if any(metadata[name] != other_metadata[name] for name in metadata.keys() & other_metadata.keys()):
+    if metadata != other_metadata:
         return False
     pairs = [(getattr(table, field.name), getattr(other_table, field.name)) for field in fields(EPDTable)]
     return all(
