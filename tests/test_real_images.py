@@ -14,6 +14,7 @@ from models.inception import Inception, resized
 from scripts import image_statistics
 from tests.test_distances import scipy_frechet
 from tests.tiny_inception import WIDTH, put_extractors
+from training.measuring import real_images
 from training.measuring.distances import cmmd_values, kid_values
 from training.measuring.real_images import RealImages, folder_features, load_extractors, parse_distances
 
@@ -143,6 +144,17 @@ def test_statistics_that_are_none_are_refused(tmp_path, content):
     np.savez(tmp_path / "bad.npz", **content)
     with pytest.raises(InputError, match="must be finite numbers"):
         RealImages.load(tmp_path / "bad.npz")
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    numbers = {"mu": np.zeros(200), "sigma": np.zeros((200, 200))}
+    np.savez_compressed(tmp_path / "small.npz", **numbers)
+    assert (tmp_path / "small.npz").stat().st_size < 10_000
+    RealImages.load(tmp_path / "small.npz")
+    monkeypatch.setattr(real_images, "LARGEST_UNPACKED", 100_000)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(InputError, match=r"no readable statistics file: it unpacks to 321,\d+ bytes"):
+        RealImages.load(tmp_path / "small.npz")
 
 
 def test_files_that_are_no_archives_or_hold_code_are_refused(tmp_path):
