@@ -37,6 +37,7 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from benchmarks.compvis_layout import compvis_state_dict
 from errors import InputError, shows_input_errors
+from files import replacing
 from models.asset_table import COCO_PROMPTS, HPS, ROOT, SD15_CKPT, TOKENIZER
 from models.clip import clip_config, to_open_clip
 from models.devices import gigabytes, resolve_device
@@ -181,10 +182,8 @@ def _random_clip_tensor(name: str, shape: tuple[int, ...], generator: torch.Gene
 
 def write_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
     """Write tensors as the published files hold them, under `state_dict`; the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save({"state_dict": state}, part)
-    part.replace(path)
+    with replacing(path) as temporary:
+        torch.save({"state_dict": state}, temporary)
 
 
 def _own_peak() -> int:

@@ -32,6 +32,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 from errors import InputError, first_line, shows_input_errors
+from files import move
 from models import asset_table
 from models.asset_table import (
     BUNDLES,
@@ -94,7 +95,7 @@ def fetch(asset: AssetFile, target: Path, note: Note) -> None:
     digest = _verify(asset, remote, part)
     if asset.digest is None:
         record_digest(target, digest)
-    part.replace(target)
+    move(part, target)
     recorded = f"; no published digest is known, recorded in {record_of(target).name}" if asset.digest is None else ""
     note(f"{target}: fetched, {target.stat().st_size} bytes, SHA-256 {digest}{recorded}")
 

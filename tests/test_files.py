@@ -13,6 +13,7 @@ import pytest
 
 from errors import InputError
 from files import only_writer, replacing, sweep, write_atomically
+from tests.test_import_boundaries import calls_of
 from training.runs.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -75,6 +76,11 @@ def test_the_content_is_on_disk_before_the_name_and_the_name_before_all_else(tmp
     monkeypatch.setattr(os, "replace", renamed)
     write_atomically(tmp_path / "file", b"new")
     assert events == ["file", "renamed", "folder"]
+
+
+def test_nothing_is_renamed_but_by_what_flushes_it_to_disk():
+    of_paths = [entry for entry in calls_of("replace") if len(entry[1].args) == 1 and not entry[1].keywords]
+    assert {module for module, _ in (*calls_of("rename"), *of_paths)} == {"files"}
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):

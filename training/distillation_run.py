@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
-from files import only_writer, removed_if_it_fails, write_atomically
+from files import move, only_writer, removed_if_it_fails, write_atomically
 from models.denoiser import Denoiser
 from models.randomness import generator_of
 from solvers import EPDTable
@@ -85,7 +85,8 @@ def claim_folder(root: Path, options: Options) -> Path:
                 with removed_if_it_fails(claim):
                     if not any(root.glob(f"{claim.name}-*")):
                         write_atomically(claim / OPTIONS, (json.dumps(asdict(options), indent=2) + "\n").encode())
-                        return claim.rename(folder)
+                        move(claim, folder)
+                        return folder
                 claim.rmdir()
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be made ({error.strerror})") from error
