@@ -8,6 +8,7 @@ if __name__ == "__main__":
     end_at_once_on_signals()
 
 import logging
+import re
 import shlex
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     except InputError as error:
         raise click.UsageError(str(error)) from None
     context.default_map = {
-        parameters[key].name: values if parameters[key].multiple else ",".join(map(str, values))
+        parameters[key].name: values if parameters[key].multiple else ",".join(values)
         for key, value in protocol.options.items()
         for values in [value if isinstance(value, list) else [value]]
     }
@@ -634,7 +635,7 @@ def _listed(text: str, option: str) -> list[str]:
 
 def _budgets(text: str) -> list[int]:
     parts = _listed(text, "--nfe")
-    if not all(part.isascii() and part.isdecimal() and 0 < int(part) <= 1000 for part in parts):
+    if not all(re.fullmatch("[0-9]{1,9}", part) and 0 < int(part) <= 1000 for part in parts):
         raise InputError(f"--nfe {text!r}: write numbers of evaluations from 1 to 1000, for example 4,6,8")
     return sorted({int(part) for part in parts})
 

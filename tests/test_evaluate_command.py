@@ -33,7 +33,7 @@ from tests.plain_clip import write_letter_tokenizer
 from tests.test_distances import scipy_frechet
 from tests.tiny_inception import put_extractors
 from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
-from training.measuring.protocol import FOLDER
+from training.measuring.protocol import FOLDER, load_protocol
 from training.ppo import panels
 from training.ppo.rewards.reward_hps import RewardHPS
 from training.snapshot import save_snapshot
@@ -596,7 +596,7 @@ def test_a_protocol_is_its_options_and_its_published_figures_stand_beside_ours(w
     [
         ({"option": {}}, "unknown key option; did you mean options?"),
         ({"options": {"solver": "ddim"}}, "unknown key options.solver; did you mean solvers?"),
-        ({"options": {"nfe": {"a": 1}}}, "options.nfe is {'a': 1}; write a value, or a list"),
+        ({"options": {"nfe": {"a": 1}}}, "options.nfe is {'a': '1'}; write a value, or a list"),
         ({"options": {"nfe": "x"}}, "--nfe 'x': write numbers"),
         ({"options": {"tell": "x"}}, "Invalid value for '--tell'"),
         ({"published": [{"solver": "ddim", "nfe": 2, "metric": "reward", "value": 1.0}]}, "figure 1 has no source"),
@@ -611,6 +611,40 @@ def test_protocols_that_cannot_be_used_get_one_clear_message(world, tmp_path, co
     result = run(world, tmp_path / "out", "--protocol", protocol(tmp_path, content), base=())
     assert message in refused(result)
     assert not (tmp_path / "out").exists()
+
+
+NESTED = "[" * 9_000 + "]" * 9_000
+REPEATED = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 0}]\n" for n in range(12))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"options: {{nfe: {NESTED}}}", "it is nested too deeply"),
+        (f"options: {{nfe: {'9' * 5_000}}}", "--nfe '999"),
+        (REPEATED + "options: {nfe: *a11}", "has too many entries"),
+        ("options: {nfe: 2, nfe: 4}", "the key nfe is there twice"),
+        ("options: {nfe: !!int x}", "not a readable YAML file"),
+        (f"published: [{{solver: ddim, nfe: {'9' * 5_000}, metric: reward, value: 1, source: s}}]", "nfe is '999"),
+        ("published: [{solver: [ddim], nfe: 2, metric: reward, value: 1, source: s}]", "solver is ['ddim'], not a"),
+        (
+            "published: [{solver: ddim, nfe: 2, metric: reward, value: .nan, source: s}]",
+            "value is '.nan', not a number",
+        ),
+        ("#" * 100_000, "it has more than 32768 bytes"),
+        ("options: {nfe: 0b11}", "--nfe '0b11': write numbers"),
+    ],
+)
+def test_a_protocol_of_any_content_ends_in_one_message(tmp_path, text, message):
+    (tmp_path / "protocol.yaml").write_text(text)
+    result = CliRunner().invoke(evaluate.main, ["--protocol", str(tmp_path / "protocol.yaml"), "--dry-run"])
+    assert message in refused(result)
+
+
+def test_a_value_in_a_protocol_means_what_was_typed(tmp_path):
+    (tmp_path / "protocol.yaml").write_text("options: {seed: 0012, nfe: [010], number: 1_0, guidance: 1:30, pair: yes}")
+    read = load_protocol(str(tmp_path / "protocol.yaml"), ["seed", "nfe", "number", "guidance", "pair"]).options
+    assert read == {"seed": "0012", "nfe": ["010"], "number": "1_0", "guidance": "1:30", "pair": "yes"}
 
 
 def test_a_protocol_that_is_not_there_is_told_with_those_that_are(world, tmp_path):

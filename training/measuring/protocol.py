@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from errors import InputError, first_line
-from training.networks import Plain
+from errors import InputError
+from training.runs.configuration import read_yaml_file, value_fault
 
 FOLDER = Path(__file__).resolve().parents[2] / "evaluations"
 KEYS = ("about", "options", "published")
+FIGURE = {"solver": str, "nfe": int, "metric": str, "value": float, "source": str}
+"""What a published figure consists of, and what is made of what the file says."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Published:
 
 @dataclass(frozen=True)
 class Protocol:
-    """An evaluation by name. options: of evaluate.py, plain values and lists of them."""
+    """An evaluation by name. options: of evaluate.py, values as they are typed there, and lists of them."""
 
     name: str
     about: str
-    options: Mapping[str, Plain]
+    options: Mapping[str, str | list[str]]
     published: tuple[Published, ...]
 
 
@@ -54,18 +54,18 @@ def load_protocol(name: str, options: Collection[str]) -> Protocol:
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml_file(file)
     except FileNotFoundError:
         known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
         raise InputError(f"protocol {name!r}: there is no {file}; known are {known}, or name a .yaml file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file}: no readable YAML ({first_line(error)})") from None
+    if reason := value_fault(content):
+        raise InputError(f"{file}: it {reason}")
     content = _mapping(file, "it", content)
     _check_keys(file, "", content, KEYS)
     chosen = _mapping(file, "options", content.get("options", {}))
     _check_keys(file, "options.", chosen, options)
     for key, value in chosen.items():
-        if not all(isinstance(part, str | int | float) for part in (value if isinstance(value, list) else [value])):
+        if not all(isinstance(part, str) for part in (value if isinstance(value, list) else [value])):
             raise InputError(f"{file}: options.{key} is {value!r:.80}; write a value, or a list of values")
     figures = content.get("published", [])
     if not isinstance(figures, list):
@@ -76,18 +76,22 @@ def load_protocol(name: str, options: Collection[str]) -> Protocol:
 
 def _published(file: Path, number: int, figure: Any) -> Published:
     where = f"published figure {number}"
-    kinds = {"solver": str, "nfe": int, "metric": str, "value": (int, float), "source": str}
     figure = _mapping(file, where, figure)
-    _check_keys(file, f"{where}: ", figure, kinds)
-    for key, kind in kinds.items():
+    _check_keys(file, f"{where}: ", figure, FIGURE)
+    read: dict[str, Any] = {}
+    for key, kind in FIGURE.items():
         value = figure.get(key)
         if value is None or value == "":
-            raise InputError(f"{file}: {where} has no {key}; a figure needs {', '.join(kinds)}")
-        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InputError(f"{file}: {where} has no {key}; a figure needs {', '.join(FIGURE)}")
+        try:
+            read[key] = kind(value)
+        except (TypeError, ValueError):
+            read[key] = None
+        if not isinstance(value, str) or read[key] is None:
             raise InputError(f"{file}: {where}: {key} is {value!r:.80}, not a {'number' if key == 'value' else key}")
-    if not math.isfinite(figure["value"]):
-        raise InputError(f"{file}: {where}: value is {figure['value']}; it must be finite")
-    return Published(**{**figure, "value": float(figure["value"])})
+    if not math.isfinite(read["value"]):
+        raise InputError(f"{file}: {where}: value is {read['value']}; it must be finite")
+    return Published(**read)
 
 
 def _mapping(file: Path, what: str, value: Any) -> Mapping[str, Any]:

@@ -186,7 +186,7 @@ class Schema(Generic[Config]):
                 hint = self._suggestion(key) if len(faults) < MOST_FAULTS else ""
                 faults.append(f"{where}: unknown key {_cut(key)}{hint}")
                 continue
-            reason = _complaint(value) or self._assign(node, key, value)
+            reason = value_fault(value) or self._assign(node, key, value)
             if reason is None:
                 origins[key] = where
             else:
@@ -245,17 +245,11 @@ class Schema(Generic[Config]):
 
     def _read_file(self, path: Path) -> Mapping[str, Any]:
         try:
-            with path.open("rb") as file:
-                content = file.read(LARGEST_FILE + 1)
-            if len(content) > LARGEST_FILE:
-                raise yaml.YAMLError(f"it has more than {LARGEST_FILE} bytes")
-            values = _read_yaml(content) or {}
+            values = read_yaml_file(path) or {}
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no such configuration file; those that come with the project are in {self._shipped}"
             ) from None
-        except (yaml.YAMLError, OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
         if not isinstance(values, dict):
             found = "a list" if isinstance(values, list) else _shown(values)
             raise InputError(f"{path}: expected sections ({', '.join(self._sections)}), found {found}")
@@ -290,6 +284,25 @@ class Schema(Generic[Config]):
             complaint = known.metadata["limits"].complaint(value_of(config, key))
             if complaint:
                 yield key, complaint
+
+
+def read_yaml_file(path: Path) -> Any:
+    """What a YAML file says, its scalars as texts or None; of any depth and, by aliases, any size (see `value_fault`).
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it cannot be read, is too large for a configuration, or no YAML.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise yaml.YAMLError(f"it has more than {LARGEST_FILE} bytes")
+        return _read_yaml(content)
+    except FileNotFoundError:
+        raise
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
 
 
 def value_of(config: Any, key: str) -> Any:
@@ -403,7 +416,7 @@ def _is_silent(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and all(part is None for part in value.values()))
 
 
-def _complaint(value: Any) -> str | None:
+def value_fault(value: Any) -> str | None:
     """Why what a knob is given can be no value of any knob, or None."""
     left, seen = [(value, 0)], 0
     while left:
