@@ -168,7 +168,8 @@ class LogNormal(Normal):
     @staticmethod
     def start(mean: Tensor, std: float) -> tuple[Tensor, ...]:
         """The unconstrained parameters of this mean, and of `std`, the standard deviation of the logarithm."""
-        return mean.log() - 0.5 * std**2, _log_std(mean, std)
+        log_std = _log_std(mean, std)  # first: the square of a std out of range may be no number
+        return mean.log() - 0.5 * std**2, log_std
 
     @staticmethod
     def values(drawn: Tensor) -> Tensor:

@@ -93,14 +93,14 @@ class CMAES:
         """One generation.
 
         Raises:
-            DivergenceError: no candidate's rewards are finite.
+            DivergenceError: no candidate's rewards are finite, or a candidate is no solver.
         """
         start = perf_counter()
         self.source.take_seconds()  # what others did with the source since the last step is not this step's
         candidates = self._evolution.ask()
         scores = self._score(candidates)
         self._tell(candidates, self._fitness(scores.rewards).tolist())
-        self.policy.at(self._evolution.mean)
+        self._at(self._evolution.mean)
         self.completed_steps += 1
         return {
             **reward_metrics(self.completed_steps, scores, self._population),
@@ -146,13 +146,23 @@ class CMAES:
 
     def _score(self, candidates: list[np.ndarray]) -> Scores:
         """Every candidate on each prompt of the generation, prompt-major."""
-        tables, grids = zip(*map(self.policy.at, candidates), strict=True)
+        tables, grids = zip(*map(self._at, candidates), strict=True)
         columns = {name: torch.stack([getattr(table, name) for table in tables]) for name in tables[0].columns()}
         prompts = self.prompts.take(self._images // self._population)
         every = torch.arange(self._population).repeat(len(prompts))
         sigmas = None if grids[0] is None else torch.stack(grids)[every]
         outcome = self.source.roll_out(EPDTable(**columns).select(every), prompts, self.completed_steps, sigmas)
         return self.source.score(outcome)
+
+    def _at(self, point: np.ndarray) -> tuple[EPDTable, Tensor | None]:
+        """`policy.at`, where the point is a solver."""
+        try:
+            return self.policy.at(point)
+        except ValueError as error:
+            raise DivergenceError(
+                f"step {self.completed_steps + 1}: a candidate is no solver ({error}): the search went too far; lower "
+                f"search.sigma0, and resume from the last checkpoint"
+            ) from error
 
     def _fitness(self, rewards: Tensor) -> Tensor:
         """Mean reward of each candidate [population]; one with a reward that is not finite is as good as the worst."""

@@ -161,6 +161,14 @@ def test_a_candidate_without_a_finite_reward_is_as_good_as_the_worst():
         a_search(Faulty([True] * POPULATION)).step()
 
 
+def test_a_candidate_that_is_no_solver_ends_the_search_in_a_line():
+    config = configured((*TRAINED, "guidance"))
+    config = dataclasses.replace(config, search=dataclasses.replace(config.search, sigma0=1e5))
+    search = a_search(policy=make_policy(a_solver((*TRAINED, "guidance")), config), config=config)
+    with pytest.raises(DivergenceError, match=r"step 1: a candidate is no solver .* lower search\.sigma0"):
+        search.step()
+
+
 def test_one_parameter_alone_is_refused():
     one = EPDTable(torch.tensor([[0.5]]).double(), torch.tensor([[1.0]]).double())
     config = configured(("positions",))

@@ -414,8 +414,11 @@ def test_what_cannot_be_a_policy_is_refused():
     with pytest.raises(InputError, match=r"ppo.grid_concentration=1e-05 .* for grid: .* raise it to"):
         policy_of(table, (GRID,), grid_concentration=1e-5)
     for std, names in (("scale_std", "scale_time"), ("guidance_std", "guidance"), ("history_std", "history")):
-        with pytest.raises(InputError, match=rf"ppo\.{std}=10 is out of range for {names}: it must lie between"):
-            policy_of(table, (names,), **{std: 10.0})
+        for value, shown in ((10.0, "10"), (1e300, r"1e\+300"), (1e-300, "1e-300")):
+            with pytest.raises(
+                InputError, match=rf"ppo\.{std}={shown} is out of range for {names}: it must lie between"
+            ):
+                policy_of(table, (names,), **{std: value})
     with pytest.raises(InputError, match="a batch of 2"):
         EPDParamPolicy(table.expand(2), concentration=20.0)
     disordered = EPDTable(table.positions.flip(-1), table.weights)
