@@ -275,6 +275,7 @@ def epd_sampler(
     afs: bool = False,
     denoise_to_zero: bool = False,
     parallel: bool = True,
+    first: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """EPD: ensemble of K parallel directions per interval (arXiv 2507.14797, Section 3; arXiv 2512.22796), and its kin.
@@ -298,10 +299,11 @@ def epd_sampler(
     parallel  the K points of an interval go through the network in ONE call of B·K rows, sample-major (row b·K + k is
             point k of sample b), sigma and guidance [B·K]; False makes K calls of B rows: slower, less memory, and the
             same result
+    first   D(x, σ₀; g_0) of the first interval where it is known, x's shape and dtype: then it is not asked
 
     Differentiable in x, in the table and in sigmas. Raises ValueError where table, grid and batch do not fit together.
     """
-    steps = EPDSteps(table, sigmas, x, afs=afs)
+    steps = EPDSteps(table, sigmas, x, afs=afs, first=first)
 
     def step(x: Tensor, i: int) -> Tensor:
         return answered(denoise, steps.interval(i, x, parallel=parallel))
@@ -335,7 +337,9 @@ class EPDSteps:
     shape, dtype and device count.
     """
 
-    def __init__(self, table: EPDTable, sigmas: Tensor, x: Tensor, *, afs: bool = False) -> None:
+    def __init__(
+        self, table: EPDTable, sigmas: Tensor, x: Tensor, *, afs: bool = False, first: Tensor | None = None
+    ) -> None:
         """Multiply the table out on its grid."""
         levels = _checked_grid(sigmas)
         if table.num_steps != levels.shape[-1]:
@@ -344,7 +348,7 @@ class EPDSteps:
             raise ValueError(f"the table holds {table.batch_size} samples, x holds {len(x)}")
         if levels.ndim == 2 and len(levels) != len(x):
             raise ValueError(f"sigmas hold {len(levels)} grids, x holds {len(x)} samples")
-        self.afs, self.num_points = afs, table.num_points
+        self.afs, self.num_points, self._first = afs, table.num_points, first
         self._levels = levels.cpu() if levels.ndim == 1 else levels.T.to(x.device)  # [S + 1] or [S + 1, B]
         rows = {name: _by_interval(entries) for name, entries in table.columns().items()}  # [S, B or 1, ...]
         grid = levels.to(rows["positions"].device)
@@ -368,7 +372,9 @@ class EPDSteps:
     def interval(self, i: int, x: Tensor, *, parallel: bool = True) -> Asking:
         """From x at sigmas[i] to the state at sigmas[i + 1]: one query, and then one for all points or one for each."""
         a, step = (_like(level, x) for level in (self._levels[i], self._levels[i + 1] - self._levels[i]))
-        denoised = _afs_estimate(x, a) if self.afs and i == 0 else (yield self._query(i, x, self._levels[i]))
+        denoised = self._known(x, a) if i == 0 else None
+        if denoised is None:
+            denoised = yield self._query(i, x, self._levels[i])
         denoised = _recalling(self._history, i, denoised, self._estimates)
         direction = _recalling(self._direction_history, i, _slope(x, denoised, a), self._directions)
         if self.num_points == 0:
@@ -386,6 +392,10 @@ class EPDSteps:
     def to_zero(self, x: Tensor) -> Asking:
         """From x at the last level to its estimate."""
         return (yield self._query(len(self) - 1, x, self._levels[-1]))
+
+    def _known(self, x: Tensor, sigma: Tensor) -> Tensor | None:
+        """The first estimate, where the network need not be asked for it."""
+        return _afs_estimate(x, sigma) if self.afs else self._first
 
     def _query(self, i: int, x: Tensor, sigma: Tensor, points: slice | None = None) -> Query:
         """At the points, or at the interval's start; x holds their rows, sample-major."""

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from models.denoiser import Denoiser, GuidanceKind
+from models.denoiser import Conditioning, Denoiser, GuidanceKind
+from models.devices import to_device
 from models.fingerprints import file_sha256
 from models.generate import Asked, Measure, conditioned, initial_noise
 from models.options import AS_IT_IS, ModelOptions
+from models.processes import per_row
+from models.recent import RecentTensors
 from schedules import MODEL_TIMES, SCHEDULES, FlowTime, get_schedule
 from solvers import (
     COLUMNS,
@@ -190,6 +193,12 @@ class Solver:
         return counted if self.guidance_kind.doubles else counted._replace(rows=counted.total)
 
     @property
+    def first_rows(self) -> int:
+        """Network rows of an image's evaluation at its start, by one table; none with AFS."""
+        scale = self.table.guidance[0, 0].item() if self.has_guidance_column else self.guidance_scale
+        return 0 if self.afs else 1 + (self.guidance_kind.doubles and scale not in (None, 1))
+
+    @property
     def rows_at_once(self) -> int:
         """Most network rows of an image in one call: one for an interval's start, or its points; two where guided."""
         doubles = self.guidance_kind.doubles
@@ -280,12 +289,15 @@ class Solver:
         """The table's sampler interval by interval, for whoever calls the network; needs a table, settled by `on`."""
         return EPDSteps(self.table, self.sigmas, x, afs=self.afs)
 
-    def solve(self, denoise: Denoise, noise: Tensor) -> Tensor:
-        """From standard normal noise [N, C, H, W] to latents; the solver is settled by `on`."""
-        first = self.sigmas[..., 0]
-        x = noise * (first if first.ndim == 0 else first.to(noise).view(-1, *[1] * (noise.ndim - 1)))
+    def solve(self, denoise: Denoise, noise: Tensor, first: Tensor | None = None) -> Tensor:
+        """From standard normal noise [N, C, H, W] to latents; the solver is settled by `on`.
+
+        first: of a table, its first estimate where it is known; see `solvers.epd_sampler`.
+        """
+        start = self.sigmas[..., 0]
+        x = noise * (start if start.ndim == 0 else start.to(noise).view(-1, *[1] * (noise.ndim - 1)))
         if self.table is not None:
-            return SAMPLERS["epd"](denoise, x, self.sigmas, self.table, afs=self.afs)
+            return SAMPLERS["epd"](denoise, x, self.sigmas, self.table, afs=self.afs, first=first)
         return SAMPLERS[self.sampler](denoise, x, self.sigmas, afs=self.afs, **(self.options or {}))
 
     def latents(
@@ -298,6 +310,7 @@ class Solver:
         dtype: torch.dtype = torch.float32,
         measure: Measure = nullcontext,
         asked: Asked = int,
+        known: RecentTensors[Tensor] | None = None,
     ) -> Tensor:
         """One latent for every pair of a prompt and a seed: [N, C, H, W] in `dtype`, on the denoiser's device.
 
@@ -305,7 +318,8 @@ class Solver:
         only. The noise and the text embeddings are identical to the last bit in every batch; the network's matrix
         products may be summed in another order when the batch has another size, which moves latents by a few units of
         the last place a step. Differentiable in the solver's numbers, one evaluation of the network at a time
-        (`models.generate.recomputed`).
+        (`models.generate.recomputed`). Samples of one prompt and one seed share their first evaluation (`_first`);
+        `known` keeps these for later calls with the same model, whatever the table.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"need as many prompts as seeds, and at least one: got {len(prompts)} and {len(seeds)}")
@@ -322,8 +336,52 @@ class Solver:
                 noise = initial_noise(seeds[rows], denoiser.latent_shape, device=denoiser.device, dtype=dtype)
                 # The table stays on the host, where it is checked and multiplied out without a word to the device.
                 denoise = conditioned(denoiser, conditioning, measure, asked, recompute=True)
-                batches.append(self.select(rows).solve(denoise, noise))
+                part = self.select(rows)
+                first = part._first(denoiser, prompts[rows], seeds[rows], noise, measure, asked, known)
+                batches.append(part.solve(denoise, noise, first))
         return torch.cat(batches)
+
+    def _first(
+        self,
+        denoiser: Denoiser,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        noise: Tensor,
+        measure: Measure,
+        asked: Asked,
+        known: RecentTensors[Tensor] | None,
+    ) -> Tensor | None:
+        """D(x, sigma_0) [N, C, H, W], asked once for samples of one prompt and one seed; None: the sampler is to ask.
+
+        Where their tables begin at scales of their own, classifier-free guidance makes it the line through the
+        estimates without and with the prompt, which are asked instead. It carries no gradient.
+        """
+        pairs = list(zip(prompts, seeds, strict=True))
+        distinct = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        sigma, alone = self.sigmas[..., 0].flatten(), len(distinct) == len(pairs)
+        if self.table is None or self.afs or torch.is_grad_enabled() or (sigma != sigma[0]).any():
+            return None
+        conditioning = denoiser.encode([prompt for prompt, _ in distinct], self.guidance_scale)
+        scales = None if self.table.guidance is None else self.table.guidance[..., 0, 0].flatten().cpu()
+        one_scale = scales is None or bool((scales == scales[0]).all())
+        if (alone and (known is None or not one_scale)) or not (one_scale or conditioning.unconditional):
+            return None
+        rows = to_device(torch.tensor([pairs.index(pair) for pair in distinct]), noise.device)
+        places = to_device(torch.tensor([distinct[pair] for pair in pairs]), noise.device)
+        x, count = noise[rows] * sigma[0], len(distinct)
+        if not one_scale:
+            halves = Conditioning(2 * count, conditioning.rows(count, unconditional=count), None, 1.0)
+            both = conditioned(denoiser, halves, measure, asked)(torch.cat([x, x]), sigma[0])
+            without, with_prompt = both[places], both[places + count]
+            return torch.lerp(without, with_prompt, per_row(scales, both))
+        guidance = () if scales is None else (scales[:1].double().expand(count),)
+        key = repr((prompts, seeds, sigma[0].item(), self.guidance_scale, guidance and scales[0].item()))
+        estimate = None if known is None else known.get(key)
+        if estimate is None:
+            estimate = conditioned(denoiser, conditioning, measure, asked)(x, sigma[0], *guidance)
+            if known is not None:
+                known.keep(key, estimate)
+        return estimate[places]
 
     def described(self) -> dict[str, Plain]:
         """Plain values that say all that its latents depend on but the model, the prompts and the noise."""

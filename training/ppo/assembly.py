@@ -84,12 +84,14 @@ class Costs:
         images: images per step.
         prompts: prompts per step.
         updates: optimizer updates per step.
+        first_rows: network rows of an image's evaluation at its start.
     """
 
     evaluations: NetworkEvaluations
     images: int
     prompts: int
     updates: int
+    first_rows: int
 
     def lines(self, config: Config) -> list[str]:
         """For people, one fact a line."""
@@ -100,10 +102,15 @@ class Costs:
             f"num_steps {model.num_steps} ({model.num_steps - 1} intervals), num_points {model.num_points}",
             f"{parallel} network calls an image one after another, {rows} network rows ({total} evaluations{guided})",
             f"{self.images} images a step: {self.prompts} prompts x {group_size(config)} tables",
-            f"{self.images * rows} network rows a step",
+            f"{self.images * rows} network rows a step{self._shared(config)}",
             *self._update(config),
             f"{ppo.steps} steps, {ppo.steps * self.images} images in all",
         ]
+
+    def _shared(self, config: Config) -> str:
+        """The first evaluations that the images of a prompt have in common (`Solver.latents`)."""
+        spared = (self.images - self.prompts) * self.first_rows if config.ppo.shared_noise else 0
+        return f", {spared} of them spared where a prompt's images begin alike" if spared else ""
 
     def _update(self, config: Config) -> list[str]:
         passes, minibatch = config.ppo.ppo_epochs, config.ppo.minibatch_size
@@ -279,6 +286,7 @@ def costs(start: Start) -> Costs:
         images=config.ppo.rollout_batch_size,
         prompts=config.ppo.rollout_batch_size // group_size(config),
         updates=config.ppo.ppo_epochs * updates_a_pass,
+        first_rows=solver.first_rows,
     )
 
 

@@ -18,6 +18,7 @@ from errors import InputError
 from models.denoiser import Denoiser
 from models.generate import decode
 from models.randomness import derived_seed
+from models.recent import RecentTensors
 from solvers import EPDTable
 from training.ppo.phase_clock import PhaseClock, timer_of
 from training.ppo.rewards.mix import WeightedMix
@@ -111,6 +112,7 @@ class RLRunner:
         self.clock = PhaseClock(timer_of(denoiser.device))
         self.max_rows = max_rows if max_rows or denoiser.device.type == "cuda" else DEFAULT_MAX_ROWS
         self._configured_max_rows = max_rows
+        self._starts: RecentTensors[Tensor] = RecentTensors()
 
     def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int, sigmas: Tensor | None = None) -> Images:
         """This process's part of the images of tables [B * k, S, K] on B prompts, k for each, prompt-major.
@@ -126,7 +128,7 @@ class RLRunner:
         first = self.shard.rank * prompts_here
         groups = range(first, first + prompts_here)
         samples = slice(groups.start * self.group_size, groups.stop * self.group_size)
-        return self.sample_images(
+        return self._images(
             tables.select(samples),
             [prompts.texts[group] for group in groups for _ in range(self.group_size)],
             [self.noise_seed(step, group, member) for group in groups for member in range(self.group_size)],
@@ -154,11 +156,23 @@ class RLRunner:
         `sigmas`: noise levels for all [S + 1] or for each [N, S + 1], or None for the solver's.
 
         Runs in micro-batches of at most `max_rows` network rows; where the device's memory does not suffice they are
-        halved, for this and all later calls. Differentiable in the numbers that require a gradient.
+        halved, for this and all later calls. What the network says of their starts is kept for calls with another
+        table. Differentiable in the numbers that require a gradient.
 
         Raises:
             InputError: the memory does not suffice for one image.
         """
+        return self._images(table, prompts, seeds, sigmas, self._starts)
+
+    def _images(
+        self,
+        table: EPDTable,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sigmas: Tensor | None,
+        known: RecentTensors[Tensor] | None = None,
+    ) -> Images:
+        """See `sample_images`; `known` as `Solver.latents` takes it."""
         solver = self.solver.with_numbers(table, sigmas)
         numbers = (*table.columns().values(), *(() if sigmas is None else (sigmas,)))
         differentiable = torch.is_grad_enabled() and any(part.requires_grad for part in numbers)
@@ -167,7 +181,7 @@ class RLRunner:
         while start < len(prompts):
             rows = slice(start, min(start + self._micro_batch(solver), len(prompts)))
             with torch.set_grad_enabled(differentiable):
-                result = self._sample_if_it_fits(solver.select(rows), prompts[rows], seeds[rows])
+                result = self._sample_if_it_fits(solver.select(rows), prompts[rows], seeds[rows], known)
             if result is None:
                 self._halve(rows.stop - rows.start, solver)
                 continue
@@ -201,17 +215,21 @@ class RLRunner:
                 raise ValueError(f"the limit of rows is {self.max_rows}")
 
     def _sample_if_it_fits(
-        self, solver: Solver, prompts: Sequence[str], seeds: Sequence[int]
+        self, solver: Solver, prompts: Sequence[str], seeds: Sequence[int], known: RecentTensors[Tensor] | None
     ) -> tuple[Tensor, Tensor] | None:
         """`_sample`, or None when the device ran out of memory: past the handler, what it allocated is free."""
         try:
-            return self._sample(solver, prompts, seeds)
+            return self._sample(solver, prompts, seeds, known)
         except torch.OutOfMemoryError:
             return None
 
-    def _sample(self, solver: Solver, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _sample(
+        self, solver: Solver, prompts: Sequence[str], seeds: Sequence[int], known: RecentTensors[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """One micro-batch: images [n, 3, H, W], and which of them are finite [n]."""
-        latents = solver.latents(self.denoiser, prompts, seeds, dtype=self.dtype, measure=self.clock.measure)
+        latents = solver.latents(
+            self.denoiser, prompts, seeds, dtype=self.dtype, measure=self.clock.measure, known=known
+        )
         with self.clock.measure("decode"):
             decoded = decode(self.denoiser, latents, self.decode_chunk_size)
             return decoded.images, decoded.fine

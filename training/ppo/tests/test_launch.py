@@ -148,7 +148,7 @@ def test_dry_run_says_what_a_step_costs_and_trains_nothing(config: Path):
         "num_steps 3 (2 intervals), num_points 2",
         "4 network calls an image one after another, 12 network rows (6 evaluations, twice for guidance)",
         "8 images a step: 2 prompts x 4 tables",
-        "96 network rows a step",
+        "96 network rows a step, 12 of them spared where a prompt's images begin alike",
         "6 updates a step",
         "5 steps, 40 images in all",
         "nothing was trained",

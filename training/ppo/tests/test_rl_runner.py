@@ -13,7 +13,9 @@ import schedules
 from errors import InputError
 from models.generate import initial_noise
 from models.randomness import derived_seed
+from models.registry import load_denoiser
 from solvers import EPDTable, classical_table, epd_sampler
+from tests.tiny_pipeline import save_tiny_pipeline
 from training.ppo.cold_start import DRAWN, prepare_table
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.rewards.mix import WeightedMix
@@ -223,6 +225,84 @@ def test_with_shared_noise_equal_tables_make_equal_images():
     assert not torch.equal(shared[0, 0], shared[1, 0])
     distinct = runner(shared_noise=False).roll_out(one, batch(), 0).pixels.view(4, K, -1)
     assert not torch.equal(distinct[:, 0], distinct[:, 1])
+
+
+@pytest.mark.parametrize("train", [("positions",), ("positions", "grid")])
+def test_samples_that_begin_alike_share_their_first_evaluation(train):
+    """One row a prompt in the place of K, and the images are those that each sample's own evaluation makes."""
+    table, sigmas = drawn(train)
+    denoiser = GaussianDenoiser()
+    images = runner(denoiser, shared_noise=True).roll_out(table, batch(), 7, sigmas)
+    assert denoiser.rows == [4, 24, 12, 24]
+    rolled = runner(shared_noise=True)
+    for row in range(4 * K):
+        own = None if sigmas is None else sigmas[row]
+        seed = rolled.noise_seed(7, row // K, row % K)
+        alone = rolled.sample_images(table.select(row), [PROMPTS[row // K]], [seed], own).pixels[0]
+        torch.testing.assert_close(images.pixels[row], alone, rtol=0, atol=1e-6)
+
+
+def first_rows(train, **settings):
+    denoiser = GaussianDenoiser()
+    table, sigmas = drawn(train)
+    runner(denoiser, **{"shared_noise": True} | settings).roll_out(table, batch(), 7, sigmas)
+    return denoiser.rows[0]
+
+
+def test_samples_that_do_not_begin_alike_share_nothing():
+    """Other noise, other guidance of a network that has no unconditional half; with AFS there is nothing to share."""
+    assert first_rows(("positions",), shared_noise=False) == 4 * K
+    assert first_rows(("guidance",)) == 4 * K
+    assert first_rows(("positions",), solver=replace(SOLVER, afs=True)) == 2 * 4 * K
+
+
+def test_samples_that_carry_a_gradient_share_nothing():
+    table, _ = drawn(("positions",))
+    wanted = replace(table, positions=table.positions.clone().requires_grad_())
+    denoiser = GaussianDenoiser()
+    runner(denoiser, shared_noise=True).roll_out(wanted, batch(), 7)
+    assert denoiser.rows == [12, 24, 12, 24]
+
+
+def test_drawn_guidance_shares_both_halves_of_the_first_evaluation(tmp_path):
+    """A real network's: two rows a prompt in the place of 2 K, and the same images."""
+    denoiser = load_denoiser(save_tiny_pipeline(tmp_path / "model"), device="cpu", dtype=torch.float64)
+    sigmas = schedules.get_schedule("logsnr", 3, denoiser.sigma_min, denoiser.sigma_max)
+    table, _ = drawn(("guidance", "positions"))
+    rolled = runner(denoiser, solver=replace(SOLVER, sigmas=sigmas), shared_noise=True)
+    prompts = PromptBatch(("red", "green"), (0, 1))
+    rows = []
+    handle = denoiser.network.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    images = rolled.roll_out(table.select(slice(2 * K)), prompts, 7).pixels
+    handle.remove()
+    assert rows == [2 * 2, 2 * 4 * K, 2 * 2 * K, 2 * 4 * K]
+    for row in range(2 * K):
+        seed = rolled.noise_seed(7, row // K, row % K)
+        alone = rolled.sample_images(table.select(row), [prompts.texts[row // K]], [seed]).pixels[0]
+        torch.testing.assert_close(images[row], alone, rtol=0, atol=1e-6)
+
+
+def test_the_watch_asks_for_the_start_of_its_samples_once():
+    one, other = (cold_start_table(2, points) for points in (2, 3))
+    denoiser = GaussianDenoiser()
+    watched, prompts, seeds = runner(denoiser), list(PROMPTS[:4]), [11, 12, 13, 14]
+    first = watched.sample_images(one, prompts, seeds).pixels
+    assert torch.equal(watched.sample_images(one, prompts, seeds).pixels, first)
+    assert denoiser.rows == [4, 8, 4, 8, 8, 4, 8]
+    assert torch.equal(
+        watched.sample_images(other, prompts, seeds).pixels, runner().sample_images(other, prompts, seeds).pixels
+    )
+    for changed in ((prompts[::-1], seeds), (prompts, [15, 12, 13, 14])):
+        assert torch.equal(watched.sample_images(one, *changed).pixels, runner().sample_images(one, *changed).pixels)
+    levels = SIGMAS * 0.9
+    assert torch.equal(
+        watched.sample_images(one, prompts, seeds, levels).pixels,
+        runner().sample_images(one, prompts, seeds, levels).pixels,
+    )
+    guided = replace(one, guidance=torch.full((2, 3), 1.5, dtype=torch.float64))
+    assert torch.equal(
+        watched.sample_images(guided, prompts, seeds).pixels, runner().sample_images(guided, prompts, seeds).pixels
+    )
 
 
 def test_scores_are_those_of_the_reward_in_order():
