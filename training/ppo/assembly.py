@@ -14,20 +14,30 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from errors import InputError
 from models.denoiser import Denoiser
 from models.devices import check_compiler, resolve_device, resolve_dtype
+from models.fingerprints import fingerprint, model_fingerprint
 from models.prompts import read_prompts
 from models.registry import check_assets, default_guidance_scale, load_denoiser, traits_of
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
+from training.measuring.evaluation import SAMPLING_CODE, Store
 from training.parameters import GRID, PARTS
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
 from training.ppo.cold_start import ColdStart, prepare_table, trainable
 from training.ppo.config import Config, apply_snapshot, group_size, model_options, model_spec, with_usual
-from training.ppo.heldout import HeldoutJudge, HeldoutWatch
-from training.ppo.panels import SHAPES, VerifierPanel, require_readable, require_verifiable
+from training.ppo.heldout import HeldoutJudge, HeldoutWatch, Kept
+from training.ppo.panels import (
+    SHAPES,
+    VerifierPanel,
+    require_readable,
+    require_verifiable,
+    reward_fingerprint,
+    verifier_fingerprint,
+)
 from training.ppo.rewards import Reward, build_reward, find_reward_files, load_reward
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptStream
@@ -410,8 +420,31 @@ def build(start: Start, fabric: Fabric) -> Parts:
         heldout,
         first_seed=config.logging.eval_seed,
         preview_count=config.logging.preview_prompts,
+        kept=Kept(Store(Path(config.logging.cache), log.warning), _described(start, denoiser)),
     )
     return Parts(start, denoiser, trainer, judge, HeldoutWatch(reward))
+
+
+def _described(start: Start, denoiser: Denoiser) -> Callable[[EPDTable, Tensor | None], dict[str, Any]]:
+    """Of a table and noise levels in the place of the start's: see `Kept`."""
+    config = start.config
+    watch, reward = config.logging, config.reward
+    sources = [reward.weights_path, *reward.mix, *([] if watch.panel in (None, VERIFIER) else [watch.panel])]
+
+    @cache
+    def shared() -> dict[str, Any]:
+        return {
+            "model": model_fingerprint(model_spec(config), model_options(config)),
+            "code": fingerprint([*SAMPLING_CODE, *denoiser.code, *sorted(Path(__file__).parent.glob("*.py"))]),
+            "device": denoiser.device.type,
+            "network dtype": str(denoiser.dtype),
+            "reward dtype": str(_amp_dtype(config, denoiser.device)),
+            "torch": torch.__version__,
+            "rewards": [[str(source), reward_fingerprint(source, reward.cache_dir)] for source in sources],
+            "panel": [watch.panel, verifier_fingerprint() if watch.panel == VERIFIER else None],
+        }
+
+    return lambda table, sigmas: {**shared(), **start.solver.with_numbers(table, sigmas).described()}
 
 
 def make_policy(start: Start) -> Policy:

@@ -225,6 +225,10 @@ class LoggingConfig:
     panel: str | None = knob(
         None, "judge that is never trained on: verifier (shapes), or a reward as weights_path takes it; null: none"
     )
+    cache: str = knob(
+        "outputs/evaluation-cache",
+        "folder where held-out scores of the start and of classical solvers are kept for runs that begin alike",
+    )
     stop_on_reward_hacking: bool = knob(False, "end the run when the held-out reward rises while the panel falls")
 
 

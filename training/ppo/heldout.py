@@ -6,23 +6,28 @@ reward that rises while a judge that is not trained on falls is reported as susp
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from errors import InputError
 from models.randomness import generator_of
 from solvers import EPDTable
+from training.measuring.evaluation import Store
 from training.measuring.scoring import scores_by
 from training.measuring.statistics import Interval, bootstrap_indices, paired_difference_interval
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rewards.protocol import Reward
 from training.ppo.rl_runner import Images, Shard
 from training.ppo.rollout import DivergenceError
+
+log = logging.getLogger(__name__)
 
 HELDOUT_METRICS: Mapping[str, str] = {
     "heldout/reward": "mean training reward of the mean table on the held-out prompts",
@@ -55,6 +60,19 @@ class HeldoutScores:
     previews: Tensor
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Where the scores of solvers that many runs look at are kept from one run to the next.
+
+    Attributes:
+        store: where.
+        described: (table, noise levels) -> all that images and scores depend on but the prompts and the seeds.
+    """
+
+    store: Store
+    described: Callable[[EPDTable, Tensor | None], Mapping[str, Any]]
+
+
 class ImageSource(Protocol):
     """What makes the images: see `RLRunner.sample_images`."""
 
@@ -79,6 +97,7 @@ class HeldoutJudge:
         *,
         first_seed: int,
         preview_count: int,
+        kept: Kept | None = None,
     ) -> None:
         """Fix everything but the table.
 
@@ -89,11 +108,13 @@ class HeldoutJudge:
             prompts: one image is made for each.
             first_seed: seed of the first prompt's noise; the next has the next.
             preview_count: how many images are handed back.
+            kept: for `judge_once`, which judges anew without it, and in a run of several processes.
         """
         self.prompts = tuple(prompts)
         self.seeds = tuple(range(first_seed, first_seed + len(self.prompts)))
         self._source, self._reward, self._panel = source, reward, panel
         self._preview_count = preview_count
+        self._kept = kept if source.shard.count == 1 else None
 
     @torch.no_grad()
     def judge(self, table: EPDTable, sigmas: Tensor | None = None, count: int | None = None) -> HeldoutScores:
@@ -116,11 +137,54 @@ class HeldoutJudge:
             panel = self._gathered(scores_by(self._panel, shown, prompts) if prompts else None, finite)[:number]
         return HeldoutScores(parts, panel, images.pixels[: self._preview_count].cpu())
 
+    def judge_once(self, table: EPDTable, sigmas: Tensor | None = None, count: int | None = None) -> HeldoutScores:
+        """`judge`, or what it said in an earlier run; without previews where `count` is given."""
+
+        def compute() -> dict[str, Tensor]:
+            scores = self.judge(table, sigmas, count)
+            panel = {} if scores.panel is None else {"panel": scores.panel}
+            parts = {f"reward/{name}": part for name, part in scores.parts.items()}
+            return {**parts, **panel, "previews": scores.previews[: None if count is None else 0]}
+
+        found = self._fetched("held-out scores", table, sigmas, count or len(self.prompts), compute)
+        parts = {name: found[f"reward/{name}"] for name in self._reward.state_dict()}
+        return HeldoutScores(parts, found.get("panel"), found["previews"])
+
     @torch.no_grad()
     def previews(self, table: EPDTable, sigmas: Tensor) -> Tensor:
-        """The images [P, 3, H, W] of the first prompts by a table at noise levels; every process draws them."""
+        """The images [P, 3, H, W] of the first prompts by a table at noise levels; every process draws them.
+
+        Those of an earlier run, where they are kept.
+        """
         shown = slice(0, self._preview_count)
-        return self._source.sample_images(table, self.prompts[shown], self.seeds[shown], sigmas).pixels.cpu()
+
+        def compute() -> dict[str, Tensor]:
+            drawn = self._source.sample_images(table, self.prompts[shown], self.seeds[shown], sigmas)
+            return {"previews": drawn.pixels.cpu()}
+
+        return self._fetched("held-out previews", table, sigmas, self._preview_count, compute)["previews"]
+
+    def _fetched(
+        self, kind: str, table: EPDTable, sigmas: Tensor | None, count: int, compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What is kept of the first `count` prompts, or what is computed, and then kept."""
+        if self._kept is None:
+            return compute()
+        description = {
+            **self._kept.described(table, sigmas),
+            "kind": kind,
+            "prompts": self.prompts[:count],
+            "seeds": self.seeds[:count],
+            "previews": self._preview_count,
+        }
+        if self._kept.store.holds(description):
+            return self._kept.store.fetch(description, compute)
+        computed = compute()
+        try:
+            self._kept.store.keep(description, computed)
+        except InputError as error:  # the run is whole without
+            log.warning("%s: %s are not kept for other runs", error, kind)
+        return computed
 
     def _rows_here(self, number: int) -> list[int]:
         """This process's consecutive share of the prompts; the last share is filled up with the last prompt."""

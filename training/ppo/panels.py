@@ -68,6 +68,11 @@ def require_readable(denoiser: Denoiser, readers: Sequence[str]) -> None:
         )
 
 
+def reward_fingerprint(reward: str | Path, tokenizer_folder: str | Path | None = None) -> str:
+    """All that a reward's scores depend on, named as `find_reward_files` takes it."""
+    return fingerprint([*find_reward_files(reward, tokenizer_folder).paths(), *JUDGES_CODE])
+
+
 class RewardJudge:
     """A reward as a judge of an evaluation; the first of several is called `reward`, and keeps its image features."""
 
@@ -75,7 +80,7 @@ class RewardJudge:
         """`source`: what `load_reward` loaded the reward by."""
         self.name = "reward" if first else reward.name
         self.features = "reward_features" if first else None
-        self.fingerprint = f"{reward.name} {fingerprint([*find_reward_files(source).paths(), *JUDGES_CODE])}"
+        self.fingerprint = f"{reward.name} {reward_fingerprint(source)}"
         self._reward = reward
 
     def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -94,6 +99,11 @@ class RewardJudge:
         return {self.name: scores.double().cpu(), **kept}
 
 
+def verifier_fingerprint() -> str:
+    """All that the verifier's verdicts depend on."""
+    return fingerprint(JUDGES_CODE)
+
+
 class VerifierJudge:
     """The exact verifier of the shapes world as a judge of an evaluation: parts of a caption, and whole captions."""
 
@@ -101,7 +111,7 @@ class VerifierJudge:
 
     def __init__(self) -> None:
         """It has nothing to load."""
-        self.fingerprint = fingerprint(JUDGES_CODE)
+        self.fingerprint = verifier_fingerprint()
 
     def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """By the names of `training.measuring.evaluation.METRICS`."""

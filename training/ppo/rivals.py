@@ -35,9 +35,9 @@ def best_classical(
     tried = [] if start.afs else list(_solvers(start, denoiser, start.evaluations.total))
     if not tried:
         return None
-    means = [watch.mean_reward(judge.judge(*_numbers(solver, start), CHOSEN_ON)) for solver in tried]
+    means = [watch.mean_reward(judge.judge_once(*_numbers(solver, start), CHOSEN_ON)) for solver in tried]
     best = tried[max(range(len(tried)), key=means.__getitem__)]
-    return f"{best.label}, {best.grid_name}", judge.judge(*_numbers(best, start))
+    return f"{best.label}, {best.grid_name}", judge.judge_once(*_numbers(best, start))
 
 
 def reference_images(judge: HeldoutJudge, start: Solver, denoiser: Denoiser) -> Tensor | None:

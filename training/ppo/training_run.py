@@ -223,7 +223,8 @@ class TrainingRun:
     def _evaluate(self) -> dict[str, float]:
         """Score the policy's mean on the held-out prompts; keeps its checkpoint where it is the best so far."""
         mean = self.trainer.policy.mean()
-        scores: HeldoutScores = self.judge.judge(*mean)
+        judge = self.judge.judge if self.step else self.judge.judge_once  # the start's are other runs' start's too
+        scores: HeldoutScores = judge(*mean)
         metrics = self.watch.observe(self.step, scores)
         if self._writer is not None:
             self._writer.previews(self.step, scores.previews)

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import schedules
 from errors import InputError
 from models.shapes.scenes import captions, parse, render
 from solvers import EPDTable
-from training.ppo.heldout import HELDOUT_METRICS, HeldoutJudge, HeldoutScores, HeldoutWatch
+from training.measuring.evaluation import Store
+from training.ppo.heldout import HELDOUT_METRICS, HeldoutJudge, HeldoutScores, HeldoutWatch, Kept
 from training.ppo.panels import VerifierPanel, require_verifiable
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner, Shard
@@ -68,6 +70,50 @@ def test_the_classical_solver_beside_it_is_paired_and_outlives_a_checkpoint():
         assert metrics["heldout/dropped"] == 0
     assert watch.mean_reward(watch.classical[1]) == pytest.approx(metrics["heldout/classical"])
     assert {name.removesuffix("_low").removesuffix("_high") for name in metrics} <= HELDOUT_METRICS.keys()
+
+
+def kept_judge(folder: Path, says: str = "", **settings) -> tuple[HeldoutJudge, list[int]]:
+    """A run's judge, and the rows of the network's calls."""
+    runner = source()
+    settings = {"prompts": PROMPTS[:5], "first_seed": 7, "preview_count": 2} | settings
+    kept = Kept(Store(folder, pytest.fail), lambda table, sigmas: {"run": says, "positions": table.positions.tolist()})
+    return HeldoutJudge(runner, runner.reward, Brightness(), kept=kept, **settings), runner.denoiser.rows
+
+
+def test_what_runs_have_in_common_is_judged_once(tmp_path: Path):
+    (one, rows), (other, spared) = kept_judge(tmp_path), kept_judge(tmp_path)
+    sigmas = schedules.get_schedule("logsnr", 3, 0.1, 10)
+    for count in (None, 3):
+        found, again = one.judge_once(OTHER, count=count), other.judge_once(OTHER, count=count)
+        plain = judge().judge(OTHER, count=count)
+        for told in (found, again):
+            assert torch.equal(told.parts["brightness"], plain.parts["brightness"])
+            assert torch.equal(told.panel, plain.panel)
+            assert torch.equal(told.previews, plain.previews[: 2 if count is None else 0])
+    assert torch.equal(one.previews(OTHER, sigmas), other.previews(OTHER, sigmas))
+    assert rows
+    assert not spared
+    other.judge(OTHER)  # of a table on the way
+    assert spared
+
+
+def test_what_runs_do_not_have_in_common_is_judged_anew(tmp_path: Path):
+    kept_judge(tmp_path)[0].judge_once(OTHER)
+    changes = ({"says": "another model"}, {"prompts": PROMPTS[1:6]}, {"first_seed": 8}, {"preview_count": 1})
+    for changed in changes:
+        anew, rows = kept_judge(tmp_path, **changed)
+        anew.judge_once(OTHER)
+        assert rows, changed
+    anew, rows = kept_judge(tmp_path)
+    anew.judge_once(cold_start_table())
+    assert rows
+
+
+def test_a_folder_that_takes_nothing_costs_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "file").write_text("in the folder's place")
+    scores = kept_judge(tmp_path / "file")[0].judge_once(OTHER)
+    assert torch.equal(scores.panel, judge().judge(OTHER).panel)
+    assert "held-out scores are not kept for other runs" in caplog.text
 
 
 def test_differences_are_paired():

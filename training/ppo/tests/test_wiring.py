@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from solvers import EPDTable
+from tests.tiny_pipeline import save_tiny_pipeline
 from training.ppo.assembly import Parts, build, make_fabric, prepare
 from training.ppo.config import load_config
 from training.ppo.rewards.mix import WeightedMix
@@ -71,6 +72,28 @@ def test_each_of_these_settings_changes_the_image(world: Path, tmp_path: Path):
         images.append(parts.trainer.source.sample_images(table, ["a"], [3]).pixels)
     for other in images[1:]:
         assert (other - images[0]).abs().max() > 1e-3
+
+
+def test_scores_are_kept_under_all_that_they_depend_on(tmp_path: Path):
+    """What says it changes with the model's weights, the rewards', and the solver's settings, and with nothing else."""
+    world = write_world(tmp_path / "world")
+
+    def described(*overrides: str, **says: object) -> dict:
+        file = save_snapshot(tmp_path / "network-snapshot-000001", SOLVER, {**SAYS, **says})
+        start = prepare(load_config(world, [f"data.predictor_snapshot={file}", *overrides]))
+        fabric = make_fabric(start.config)
+        fabric.launch()
+        parts = build(start, fabric)
+        return parts.judge._kept.described(parts.start.table, parts.start.solver.sigmas)
+
+    first = described()
+    assert described("run.seed=3", "ppo.steps=9", "ppo.learning_rate=0.1", "logging.preview_prompts=1") == first
+    others = [described(**change) for change in ({"guidance_rate": 4.0}, {"sigma_max": 12.0}, {"afs": False})]
+    others.append(described("logging.panel=null"))
+    others.append(described(f"reward.weights_path={tmp_path / 'world' / 'panel.pt'}", "logging.panel=null"))
+    save_tiny_pipeline(tmp_path / "world" / "model", seed=1)
+    others.append(described())
+    assert first not in others
 
 
 def test_the_kl_term_is_of_the_policy_from_the_cold_start(world: Path, tmp_path: Path):

@@ -70,5 +70,6 @@ def configuration(folder: Path) -> dict[str, dict[str, Any]]:
             "eval_count": 6,
             "preview_prompts": 2,
             "panel": str(folder / "panel.pt"),
+            "cache": str(folder / "cache"),
         },
     }
