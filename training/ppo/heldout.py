@@ -139,14 +139,16 @@ class HeldoutJudge:
 
     def judge_once(self, table: EPDTable, sigmas: Tensor | None = None, count: int | None = None) -> HeldoutScores:
         """`judge`, or what it said in an earlier run; without previews where `count` is given."""
+        shown = self._preview_count if count is None else 0
 
         def compute() -> dict[str, Tensor]:
             scores = self.judge(table, sigmas, count)
             panel = {} if scores.panel is None else {"panel": scores.panel}
             parts = {f"reward/{name}": part for name, part in scores.parts.items()}
-            return {**parts, **panel, "previews": scores.previews[: None if count is None else 0]}
+            return {**parts, **panel, "previews": scores.previews[:shown]}
 
-        found = self._fetched("held-out scores", table, sigmas, count or len(self.prompts), compute)
+        description = self._described("held-out scores", table, sigmas, count) | {"previews": shown}
+        found = self._fetched(description, compute)
         parts = {name: found[f"reward/{name}"] for name in self._reward.state_dict()}
         return HeldoutScores(parts, found.get("panel"), found["previews"])
 
@@ -162,28 +164,25 @@ class HeldoutJudge:
             drawn = self._source.sample_images(table, self.prompts[shown], self.seeds[shown], sigmas)
             return {"previews": drawn.pixels.cpu()}
 
-        return self._fetched("held-out previews", table, sigmas, self._preview_count, compute)["previews"]
+        description = self._described("held-out previews", table, sigmas, self._preview_count)
+        return self._fetched(description, compute)["previews"]
 
-    def _fetched(
-        self, kind: str, table: EPDTable, sigmas: Tensor | None, count: int, compute: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """What is kept of the first `count` prompts, or what is computed, and then kept."""
+    def _described(self, kind: str, table: EPDTable, sigmas: Tensor | None, count: int | None) -> dict[str, Any]:
+        """All that something said of the first `count` prompts depends on."""
+        of_solver = {} if self._kept is None else self._kept.described(table, sigmas)
+        return {**of_solver, "kind": kind, "prompts": self.prompts[:count], "seeds": self.seeds[:count]}
+
+    def _fetched(self, description: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What is kept under the description, or what is computed, and then kept."""
         if self._kept is None:
             return compute()
-        description = {
-            **self._kept.described(table, sigmas),
-            "kind": kind,
-            "prompts": self.prompts[:count],
-            "seeds": self.seeds[:count],
-            "previews": self._preview_count,
-        }
         if self._kept.store.holds(description):
             return self._kept.store.fetch(description, compute)
         computed = compute()
         try:
             self._kept.store.keep(description, computed)
         except InputError as error:  # the run is whole without
-            log.warning("%s: %s are not kept for other runs", error, kind)
+            log.warning("%s: %s are not kept for other runs", error, description["kind"])
         return computed
 
     def _rows_here(self, number: int) -> list[int]:
