@@ -30,7 +30,12 @@ def exit_status(error: KeyboardInterrupt) -> int:
 
 
 def end_at_once_on_signals() -> None:
-    """From now until a command takes over, end in a line: Python traces back what interrupts the loading of modules."""
+    """From now until a command takes over, end in a line: Python traces back what interrupts the loading of modules.
+
+    What is loaded then has its idle threads sleep, unless the environment says OMP_WAIT_POLICY: beside another process,
+    threads that wait for each other by spinning take each other's core.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP reads it once, when torch is loaded
     for number in _heeded():
         signal.signal(number, _end_at_once)
 

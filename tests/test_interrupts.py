@@ -39,6 +39,7 @@ COMMANDS = [
     ["-m", "benchmarks.budget"],
     ["-m", "benchmarks.rehearse_sd15"],
 ]
+POLICY = "import os, interrupts; interrupts.end_at_once_on_signals(); print(os.environ['OMP_WAIT_POLICY'])"
 COMMAND = """
 import gc, os, signal, sys, time
 import click
@@ -84,6 +85,15 @@ def ended(arguments: list[str], number: int, *, path: Path = REPOSITORY, signals
 def ended_command(body: str, number: int, **options: object) -> tuple[int, str]:
     indented = "\n".join(f"    {line}" for line in body.splitlines())
     return ended(["-c", COMMAND.format(body=indented)], number, **options)
+
+
+@pytest.mark.parametrize(("said", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_sleep_unless_the_environment_says_otherwise(said: str | None, policy: str):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if said is None else {"OMP_WAIT_POLICY": said}
+    command = [sys.executable, "-c", POLICY]
+    found = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == policy
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
