@@ -14,7 +14,7 @@ from torch import Tensor
 
 from errors import InputError
 
-Baseline = Literal["prompt", "mixed"]
+Baseline = Literal["prompt", "mixed", "shrunk"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 LARGEST_LOG_RATIO = 80.0
@@ -41,6 +41,8 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int, *, baseline: Base
         group_size: k, tables per prompt.
         baseline: `prompt` groups the k samples of one prompt. `mixed` groups samples j, j + N/k, j + 2N/k, ... as the
             public EPD implementation does: its groups mix prompts, the prompts' own spread enters; for ablation only.
+            `shrunk` draws the baseline of `prompt` towards the mean of the other prompts' images, as James and Stein
+            do, the more, the less the prompts' means differ beside the noise that they carry.
 
     Returns:
         [N] in the order of `rewards`.
@@ -49,9 +51,20 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int, *, baseline: Base
         raise InputError(f"{len(rewards)} rewards cannot be split into groups of {group_size}")
     if group_size == 1:
         return rewards.clone()
-    groups = rewards.view(-1, group_size) if baseline == "prompt" else rewards.view(group_size, -1).T
+    groups = rewards.view(group_size, -1).T if baseline == "mixed" else rewards.view(-1, group_size)
     advantages = groups - (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-    return (advantages if baseline == "prompt" else advantages.T).reshape(-1)
+    if baseline == "shrunk" and len(groups) > 1:
+        means, share = groups.mean(1, keepdim=True), _own_share(rewards, group_size)
+        advantages = share * advantages + (1 - share) * (groups - (means.sum() - means) / (len(groups) - 1))
+    return (advantages.T if baseline == "mixed" else advantages).reshape(-1)
+
+
+def _own_share(rewards: Tensor, group_size: int) -> float:
+    """Of the prompts' true spread in that of the means of k - 1 of their images, in [0, 1]: the variances' estimate."""
+    within, between = reward_variances(rewards, group_size)
+    between = max(0.0, between - within / group_size)
+    noise = within / (group_size - 1)
+    return between / (between + noise) if noise else 1.0
 
 
 def normalize(advantages: Tensor) -> Tensor:

@@ -113,7 +113,10 @@ class PPOConfig:
     rloo_k: int = knob(4, "tables (images) drawn per prompt, the leave-one-out group", at_least=2)
     shared_noise: bool = knob(True, "a group shares its initial noise: its rewards differ by the table alone")
     baseline: str = knob(
-        "prompt", "leave-one-out groups: one prompt each, or mixed as in the public code", choices=("prompt", "mixed")
+        "prompt",
+        "leave-one-out groups: one prompt each, the same shrunk towards the other prompts' mean, or mixed as in the "
+        "public code",
+        choices=("prompt", "mixed", "shrunk"),
     )
     ppo_epochs: int = knob(1, "passes over each rollout", at_least=1)
     minibatch_size: int = knob(32, "images per optimizer update, over all devices", at_least=1)

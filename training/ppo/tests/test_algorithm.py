@@ -56,6 +56,22 @@ def test_an_offset_of_one_prompt_changes_no_advantage(seed, prompts, k, offset):
     torch.testing.assert_close(advantages.view(prompts, k).sum(1), torch.zeros(prompts, dtype=torch.float64))
 
 
+def test_shrunk_baseline_by_hand():
+    """Means 2 and 7; within 5, between 12.5 - 5/2 = 10: 10 / (10 + 5) of the prompt's own, the rest of the other's."""
+    rewards = torch.tensor([1.0, 3.0, 5.0, 9.0], dtype=torch.float64)
+    close(algorithm.leave_one_out_advantages(rewards, 2, baseline="shrunk"), [-10 / 3, 0, -5 / 3, 5])
+
+
+def test_the_shrunk_baseline_is_the_prompts_where_prompts_are_all_and_the_batchs_where_they_are_nothing():
+    own = torch.tensor([0.0, 1.0, 1000.0, 1001.0], dtype=torch.float64)
+    close(algorithm.leave_one_out_advantages(own, 2, baseline="shrunk"), [-1, 1, -1, 1], tolerance=2e-3)
+    alike = torch.tensor([0.0, 4.0, 1.0, 3.0], dtype=torch.float64)  # both means are 2
+    close(algorithm.leave_one_out_advantages(alike, 2, baseline="shrunk"), [-2, 2, -1, 1])
+    for rewards in (torch.ones(4), own[:2]):  # without noise, or without another prompt
+        plain = algorithm.leave_one_out_advantages(rewards, 2)
+        assert torch.equal(algorithm.leave_one_out_advantages(rewards, 2, baseline="shrunk"), plain)
+
+
 def test_the_mixed_baseline_lets_the_prompts_spread_in():
     rewards = tensor([0, 0, 0, 0, 5, 5, 5, 5])  # the tables made no difference at all
     close(algorithm.leave_one_out_advantages(rewards, 4), [0] * 8)
