@@ -68,6 +68,7 @@ def policies() -> dict[str, EPDParamPolicy]:
     }
 
 
+@torch.no_grad()
 def mirrored(policy: EPDParamPolicy, number: int, generator: torch.Generator) -> TableSample:
     """`number` draws of which every second mirrors the one before: each uniform number u by 1 - u."""
 
@@ -87,10 +88,7 @@ def pool(policy: EPDParamPolicy, batches: int, *, antithetic: bool) -> Pool:
     """Draw, solve and reward by the negative distance to the solution, relative to its length."""
     count = batches * PROMPTS
     generator = generator_of(derived_seed("estimators", antithetic))
-    with torch.no_grad():
-        sample = (mirrored if antithetic else lambda policy, *rest: policy().sample(*rest))(
-            policy, count * GROUP, generator
-        )
+    sample = mirrored(policy, count * GROUP, generator) if antithetic else policy().sample(count * GROUP, generator)
     noise = torch.randn(count, *WORLD.latent_shape, generator=generator_of(derived_seed("estimators", "noise")))
     x = WORLD.sigma_max * noise
     wanted = WORLD.solution(x, WORLD.sigma_max, WORLD.sigma_min)

@@ -235,10 +235,11 @@ def report(start: Start, plain: PlainPath, timings: Timings, step: dict[str, flo
     images, precision = start.config.ppo.rollout_batch_size, start.config.model.dtype
     fast_seconds, plain_seconds = statistics.median(timings.fast), statistics.median(timings.plain)
     # Counted where nothing is compiled.
-    flops = network_flops(plain.denoiser, plain.runner.solver.guidance_scale) * costs(start).evaluations.total
+    cost = costs(start)
+    flops = network_flops(plain.denoiser, plain.runner.solver.guidance_scale) * cost.evaluations.total
     peak = matrix_peak(device, dtype)
     whole = step.pop("step")
-    achieved = flops * images / whole
+    achieved = flops * (images - cost.spared_rows(start.config) / cost.evaluations.rows) / whole
     return [
         f"device {device}, {torch.get_num_threads()} threads, network in {precision}, {images} images a step",
         f"fast path: {fast_seconds:.3f} s, {images / fast_seconds:.2f} images/s (median of {len(timings.fast)})",

@@ -20,9 +20,9 @@ def test_mirrored_draws_come_in_pairs_and_from_the_policy() -> None:
 
 
 def test_the_ratio_is_that_of_known_noise() -> None:
-    noise = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gradients = torch.tensor([3.0, 0.0, 4.0]).double() + 5 * noise
-    weights = torch.ones(1, 4000, dtype=torch.float64)
+    half = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients = torch.tensor([3.0, 0.0, 4.0]).double() + 5 * torch.cat([half, -half])  # of mean [3, 0, 4] exactly
+    weights = torch.ones(1, 8000, dtype=torch.float64)
     torch.testing.assert_close(ratio(gradients, weights), torch.tensor([25 / 75]).double(), rtol=0.05, atol=0)
 
 

@@ -107,20 +107,21 @@ class Costs:
         """For people, one fact a line."""
         model, ppo = config.model, config.ppo
         parallel, total, rows = self.evaluations
+        spared = self.spared_rows(config)
+        alike = f", {spared} of them spared where a prompt's images begin alike" if spared else ""
         guided = "" if rows == total else ", twice for guidance" if rows == 2 * total else ", some twice for guidance"
         return [
             f"num_steps {model.num_steps} ({model.num_steps - 1} intervals), num_points {model.num_points}",
             f"{parallel} network calls an image one after another, {rows} network rows ({total} evaluations{guided})",
             f"{self.images} images a step: {self.prompts} prompts x {group_size(config)} tables",
-            f"{self.images * rows} network rows a step{self._shared(config)}",
+            f"{self.images * rows} network rows a step{alike}",
             *self._update(config),
             f"{ppo.steps} steps, {ppo.steps * self.images} images in all",
         ]
 
-    def _shared(self, config: Config) -> str:
-        """The first evaluations that the images of a prompt have in common (`Solver.latents`)."""
-        spared = (self.images - self.prompts) * self.first_rows if config.ppo.shared_noise else 0
-        return f", {spared} of them spared where a prompt's images begin alike" if spared else ""
+    def spared_rows(self, config: Config) -> int:
+        """Network rows of a step that are not asked: first evaluations that a prompt's images have in common."""
+        return (self.images - self.prompts) * self.first_rows if config.ppo.shared_noise else 0
 
     def _update(self, config: Config) -> list[str]:
         passes, minibatch = config.ppo.ppo_epochs, config.ppo.minibatch_size
