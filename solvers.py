@@ -19,6 +19,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -349,18 +350,20 @@ class EPDSteps:
         if levels.ndim == 2 and len(levels) != len(x):
             raise ValueError(f"sigmas hold {len(levels)} grids, x holds {len(x)} samples")
         self.afs, self.num_points, self._first = afs, table.num_points, first
-        self._levels = levels.cpu() if levels.ndim == 1 else levels.T.to(x.device)  # [S + 1] or [S + 1, B]
+        # Nobody waits for these copies: the host goes on to queue up the network's calls.
+        brought = partial(torch.Tensor.to, device=x.device, non_blocking=True)
+        self._levels = levels.cpu() if levels.ndim == 1 else brought(levels.T)  # [S + 1] or [S + 1, B]
         rows = {name: _by_interval(entries) for name, entries in table.columns().items()}  # [S, B or 1, ...]
         grid = levels.to(rows["positions"].device)
         grid = grid[:, None, None] if grid.ndim == 1 else grid.T[..., None]  # [S + 1, B or 1, 1]
         current, following = grid[:-1], grid[1:]
         points = following ** rows["positions"] * current ** (1 - rows["positions"])
-        self._told = (points * rows.get("scale_time", 1.0)).to(x.device)
-        self._offsets = (points - current).to(x)
-        self._gains = ((following - current) * rows["weights"] * rows.get("scale_dir", 1.0) / points).to(x)
+        self._told = brought(points * rows.get("scale_time", 1.0))
+        self._offsets = brought(points - current, dtype=x.dtype)
+        self._gains = brought((following - current) * rows["weights"] * rows.get("scale_dir", 1.0) / points, dtype=x.dtype)
         self._guidance = rows["guidance"].cpu() if "guidance" in rows else None
         self._history, self._direction_history = (
-            rows[name].to(x) if name in rows else None for name in ("history", "direction_history")
+            brought(rows[name], dtype=x.dtype) if name in rows else None for name in ("history", "direction_history")
         )
         self._estimates: dict[int, Tensor] = {}
         self._directions: dict[int, Tensor] = {}

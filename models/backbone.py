@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +21,11 @@ from models.options import AS_IT_IS, ModelOptions
 from models.processes import Process, per_row
 
 Module = TypeVar("Module", bound=nn.Module)
+
+COMPILED = Path("outputs/compiled")
+"""Where compiled code is kept, unless TORCHINDUCTOR_CACHE_DIR names another folder: the next process starts with it."""
+GRAPHED_ROWS = 16
+"""Of so few rows a GPU is done before the host has launched the next kernel; a CUDA graph launches all at once."""
 
 
 def code_files(*modules: str) -> tuple[Path, ...]:
@@ -95,6 +101,8 @@ class Backbone(ABC):
         self.guidance, self.default_guidance_scale = guidance
         self.time_min = process.time_min
         self.sigma_min, self.sigma_max = process.sigma_min, process.sigma_max
+        self._row_counts: tuple[int, ...] = ()
+        self._graphed = False
 
     @classmethod
     @abstractmethod
@@ -126,9 +134,17 @@ class Backbone(ABC):
         """The same where the folder names no scale of its own."""
         return cls.usual_guidance
 
-    def compile_network(self, backend: str = "inductor") -> None:
-        """Have the network compiled by torch, anew for each shape that it is asked at: minutes first, then faster."""
-        self.network.compile(dynamic=False, backend=backend)
+    def compile_network(self, rows: Collection[int] = (), backend: str = "inductor") -> None:
+        """Have the network compiled by torch: minutes first, then faster; on CUDA as a graph up to `GRAPHED_ROWS`.
+
+        rows: the numbers of rows that it is asked at from now on: what is more goes in parts, and what is fewer is
+        filled up. Without them it is compiled anew for every number that comes.
+        """
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED.absolute()))
+        self._row_counts = tuple(sorted(rows))
+        self._graphed = self.device.type == "cuda" and 0 < max(rows, default=0) <= GRAPHED_ROWS
+        mode = "reduce-overhead" if self._graphed else None
+        self.network.compile(dynamic=False, backend=backend, mode=mode)
 
     def sigma_of_time(self, time: Tensor) -> Tensor:
         """The noise level (float64) at a model time in [time_min, 1]."""
@@ -149,7 +165,7 @@ class Backbone(ABC):
         else:
             self.check_guidance(scales)
             scales = scales.to(self.device, torch.float32, non_blocking=True)
-            prediction = self._predict(z, times, conditioning.rows(len(z)), scales).to(x.dtype)
+            prediction = self._predicted(z, times, conditioning.rows(len(z)), scales).to(x.dtype)
         return self.process.estimate(x, levels, prediction)
 
     @abstractmethod
@@ -158,6 +174,24 @@ class Backbone(ABC):
 
         scales: [N], float32, for a network that is told the guidance scale; others are given None.
         """
+
+    def _predicted(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
+        """`_predict`, by a network that was compiled for some numbers of rows at no others."""
+        if not self._row_counts:
+            return self._predict(z, times, text, scales)
+        predictions = []
+        for start in range(0, len(z), self._row_counts[-1]):
+            part = slice(start, start + self._row_counts[-1])
+            count = len(z[part])
+            rows = next(rows for rows in self._row_counts if rows >= count)
+            given = {name: _filled(tensor[part], rows) for name, tensor in text.items()}
+            told = None if scales is None else _filled(scales[part], rows)
+            if self._graphed:
+                torch.compiler.cudagraph_mark_step_begin()
+            predicted = self._predict(_filled(z[part], rows), _filled(times[part], rows), given, told)
+            # A copy: a CUDA graph writes its next answer over this one.
+            predictions.append(predicted[:count].clone())
+        return torch.cat(predictions)
 
     def _guided(
         self, z: Tensor, times: Tensor, conditioning: Conditioning, scales: Tensor, dtype: torch.dtype
@@ -169,9 +203,9 @@ class Backbone(ABC):
         guided = (scales != 1).nonzero().flatten()
         text = conditioning.rows(len(z), unconditional=len(guided))
         if len(guided) == 0:
-            return self._predict(z, times, text, None).to(dtype)
+            return self._predicted(z, times, text, None).to(dtype)
         rows = guided.to(z.device, non_blocking=True)
-        both = self._predict(torch.cat([z[rows], z]), torch.cat([times[rows], times]), text, None).to(dtype)
+        both = self._predicted(torch.cat([z[rows], z]), torch.cat([times[rows], times]), text, None).to(dtype)
         without, prediction = both.split([len(guided), len(z)])
         with_text = prediction[rows]
         return prediction.index_copy(0, rows, without + per_row(scales[guided], both) * (with_text - without))
@@ -185,6 +219,11 @@ class Backbone(ABC):
             )
         if self.guidance is GuidanceKind.NONE and bool((torch.as_tensor(scales) != 1).any()):
             raise InputError(f"Model {self.name} has no guidance: its guidance scale must be 1 everywhere.")
+
+
+def _filled(tensor: Tensor, rows: int) -> Tensor:
+    """So many rows, contiguous, since the compiler counts strides as shapes: the last one again and again."""
+    return torch.cat([tensor, tensor[-1:].expand(rows - len(tensor), *tensor.shape[1:])]).contiguous()
 
 
 def sides(

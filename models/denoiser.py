@@ -7,7 +7,7 @@ the model was trained by flow matching (arXiv 2210.02747); its sigma is in (0, 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -135,6 +135,10 @@ class Denoiser(Protocol):
 
         negative_prompt: what guidance leads away from; None is the one that the model was loaded with.
         """
+        ...
+
+    def compile_network(self, rows: Collection[int] = ()) -> None:
+        """Have the network compiled, if wanted for these numbers of rows alone."""
         ...
 
     def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Tensor | None = None) -> Tensor:

@@ -123,6 +123,8 @@ class LatentDiffusion(Backbone):
         self._negative_prompt = parts.options.negative_prompt or ""
         height, width = (side * pixels_per_latent(self.vae) for side in self.latent_shape[1:])
         self.image_size = (height, width)
+        widest = self.vae.config.block_out_channels[:2][-1]  # channels that the decoder has at the images' full size
+        self._decodable = max(1, (2**31 - 1) // (widest * height * width))
         self._unknown_words = unknown_words
         self._texts: RecentTensors[Text] = RecentTensors(CACHED_BYTES)
 
@@ -164,13 +166,16 @@ class LatentDiffusion(Backbone):
         )
 
     def decode(self, latents: Tensor, chunk_size: int = 16) -> Tensor:
-        """Latents [N, C, H, W] to float32 images [N, 3, H, W] in [0, 1] or NaN, at most `chunk_size` at once."""
+        """Latents [N, C, H, W] to float32 images [N, 3, H, W] in [0, 1] or NaN, at most `chunk_size` at once.
+
+        Fewer where a layer would hold more numbers than 32 bits count.
+        """
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
         scaled = latents / self.vae.config.scaling_factor
         if self.vae.config.shift_factor is not None:
             scaled = scaled + self.vae.config.shift_factor
-        chunks = scaled.to(self.vae.dtype).split(chunk_size)
+        chunks = scaled.to(self.vae.dtype).split(min(chunk_size, self._decodable))
         images = [self.vae.decode(chunk, return_dict=False)[0].float() for chunk in chunks]
         return to_images(torch.cat(images))
 

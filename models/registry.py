@@ -116,20 +116,16 @@ def load_denoiser(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    compiled: bool = False,
     options: ModelOptions = AS_IT_IS,
 ) -> Denoiser:
-    """The model called `spec`, ready on `device`, its modules in `dtype`; `compiled`: its network by torch.compile.
+    """The model called `spec`, ready on `device`, its modules in `dtype`.
 
     `spec` is a registered name (`shapes`, `sd15`), a diffusers pipeline folder, the name of such a pipeline on a hub,
     fetched before, or a single .safetensors or .ckpt file of Stable Diffusion 1.x. Nothing is downloaded. Raises
     `InputError` for an unknown name, for files that are missing (each named, with its size and what to do) and for
     files that are not what they should be.
     """
-    denoiser = _denoiser(str(spec), torch.device(device), dtype, options, torch.device("cpu"))
-    if compiled:
-        denoiser.compile_network()
-    return denoiser
+    return _denoiser(str(spec), torch.device(device), dtype, options, torch.device("cpu"))
 
 
 def _denoiser(

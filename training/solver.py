@@ -199,12 +199,15 @@ class Solver:
         return 0 if self.afs else 1 + (self.guidance_kind.doubles and scale not in (None, 1))
 
     @property
+    def rows_at_start(self) -> int:
+        """Most network rows of an image at an interval's start: two where that is, or may be, guided."""
+        return 2 if self.guidance_kind.doubles and self.guidance_scale != 1 else 1
+
+    @property
     def rows_at_once(self) -> int:
         """Most network rows of an image in one call: one for an interval's start, or its points; two where guided."""
-        doubles = self.guidance_kind.doubles
-        if not (doubles and self.has_guidance_column):
-            points = 1 if self.table is None else max(1, self.table.num_points)
-            return points * (2 if doubles and self.guidance_scale != 1 else 1)
+        if not (self.guidance_kind.doubles and self.has_guidance_column):
+            return self.rows_at_start * (1 if self.table is None else max(1, self.table.num_points))
         rows = 1 + (self.table.guidance != 1).int()  # [..., S, 1 + K]
         return int(torch.maximum(rows[..., 0], rows[..., 1:].sum(-1)).max())
 

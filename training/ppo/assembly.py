@@ -372,7 +372,6 @@ def build(start: Start, fabric: Fabric) -> Parts:
         model_spec(config),
         device=fabric.device,
         dtype=resolve_dtype(config.model.dtype),
-        compiled=config.model.compile,
         options=model_options(config),
     )
     backend = config.model.backend
@@ -403,6 +402,8 @@ def build(start: Start, fabric: Fabric) -> Parts:
         decode_chunk_size=ppo.decode_chunk_size,
         shard=_shard(fabric),
     )
+    if config.model.compile:
+        runner.compile_network(ppo.rollout_batch_size // runner.shard.count)
     stream = PromptStream(prompts, shuffle=config.data.shuffle, seed=config.run.seed)
     trainer = method_called(config.search.method).make_search(make_policy(start), runner, stream, config)
     heldout = _heldout_prompts(config, denoiser) if config.logging.eval_interval else []

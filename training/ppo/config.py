@@ -79,7 +79,11 @@ class ModelConfig:
     without_t5: bool = knob(False, "leave the text encoder T5 out, where the model can do without it")
     text_on_cpu: bool = knob(False, "run the text encoders on the CPU: slower, and out of the device's memory")
     dtype: str = knob("float32", "precision of the frozen network", choices=("float32", "float16", "bfloat16"))
-    compile: bool = knob(False, "have the network compiled by torch.compile: the first step takes minutes longer")
+    compile: bool = knob(
+        False,
+        "have the network compiled by torch.compile, for one number of rows: the first step takes minutes longer; what "
+        "is compiled is kept in outputs/compiled",
+    )
 
 
 @dataclass
@@ -164,8 +168,8 @@ class PPOConfig:
     decode_rgb: bool = knob(True, "as public configurations have it: rewards score decoded RGB images; only true")
     max_rows: int | None = knob(
         None,
-        "most rows (images x points x guidance halves) in one network call, per device; null: all on CUDA, else 64; "
-        "halved where memory does not suffice",
+        "most rows (images x points x guidance halves) in one network call, per device; null: on CUDA 128 at Stable "
+        "Diffusion 1.x's size and fewer at a larger one, else 64; halved where memory does not suffice",
         at_least=1,
     )
     decode_chunk_size: int = knob(8, "latents decoded at once, per device", at_least=1)

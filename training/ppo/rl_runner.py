@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MAX_ROWS = 64
 """Network rows per call where no limit is set and the device does not report that its memory is full."""
+MOST_POSITIONS = 128 * 64 * 64
+"""Positions of all rows of a call on CUDA where no limit is set: 128 rows of Stable Diffusion 1.x at 512 x 512, whose
+widest layer then holds 1.3 of the 2.1 thousand million numbers that 32 bits count; beyond them kernels are slower."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,8 @@ class RLRunner:
             shared_noise: the samples of a prompt start from the same noise, so that their rewards differ by the table
                 alone; otherwise each has its own.
             seed: of the initial noise.
-            max_rows: most rows (images x points x guidance halves) in one network call. None: on CUDA all at once,
-                elsewhere `DEFAULT_MAX_ROWS`. Halved whenever the device's memory does not suffice.
+            max_rows: most rows (images x points x guidance halves) in one network call. None: see `usual_rows`. Halved
+                whenever the device's memory does not suffice.
             decode_chunk_size: latents decoded at once.
             dtype: of the solver's state.
             shard: this process's part of the work; None: all of it.
@@ -110,9 +113,20 @@ class RLRunner:
         self.dtype = dtype
         self.shard = shard or Shard()
         self.clock = PhaseClock(timer_of(denoiser.device))
-        self.max_rows = max_rows if max_rows or denoiser.device.type == "cuda" else DEFAULT_MAX_ROWS
+        self.max_rows = max_rows or usual_rows(denoiser.device, denoiser.latent_shape)
         self._configured_max_rows = max_rows
         self._starts: RecentTensors[Tensor] = RecentTensors()
+        self._compiled_for: int | None = None
+
+    def compile_network(self, images: int) -> None:
+        """Have the network compiled for steps of `images` in this process, at one number of rows.
+
+        That is what an interval's start takes of a micro-batch: its points are a multiple, and what else is drawn, held
+        out or left over at the end, is filled up to it.
+        """
+        self._compiled_for = images
+        at_once = min(images, self._micro_batch(self.solver))
+        self.denoiser.compile_network([at_once * self.solver.rows_at_start])
 
     def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int, sigmas: Tensor | None = None) -> Images:
         """This process's part of the images of tables [B * k, S, K] on B prompts, k for each, prompt-major.
@@ -209,10 +223,8 @@ class RLRunner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave; a limit of rows that was configured anew since then wins over it."""
         self.reward.load_state_dict(state["reward"])
-        if state["configured_max_rows"] == self._configured_max_rows:
-            self.max_rows = None if state["max_rows"] is None else operator.index(state["max_rows"])
-            if self.max_rows is not None and self.max_rows < 1:
-                raise ValueError(f"the limit of rows is {self.max_rows}")
+        if state["configured_max_rows"] == self._configured_max_rows and state["max_rows"] is not None:
+            self._limit(operator.index(state["max_rows"]))
 
     def _sample_if_it_fits(
         self, solver: Solver, prompts: Sequence[str], seeds: Sequence[int], known: RecentTensors[Tensor] | None
@@ -243,7 +255,15 @@ class RLRunner:
 
     def _micro_batch(self, solver: Solver) -> int:
         """Images that go through the solver together."""
-        return max(1, self.max_rows // solver.rows_at_once) if self.max_rows else 2**31
+        return max(1, self.max_rows // solver.rows_at_once)
+
+    def _limit(self, rows: int) -> None:
+        """From now on at most so many rows at once."""
+        if rows < 1:
+            raise ValueError(f"the limit of rows is {rows}")
+        self.max_rows = rows
+        if self._compiled_for is not None:
+            self.compile_network(self._compiled_for)
 
     def _halve(self, images: int, solver: Solver) -> None:
         """Remember that `images` at once were too many."""
@@ -252,9 +272,15 @@ class RLRunner:
                 f"the memory of {self.denoiser.device} does not suffice for one image: "
                 f"free it, use a smaller model.dtype, or another device"
             )
-        self.max_rows = (images // 2) * solver.rows_at_once
+        self._limit((images // 2) * solver.rows_at_once)
         log.warning(
             "out of memory with %d images at once: from now on %d (max_rows %d)", images, images // 2, self.max_rows
         )
         if self.denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def usual_rows(device: torch.device, latent_shape: tuple[int, int, int]) -> int:
+    """Most rows of a network call where nobody says."""
+    _, height, width = latent_shape
+    return max(1, MOST_POSITIONS // (height * width)) if device.type == "cuda" else DEFAULT_MAX_ROWS
