@@ -71,6 +71,7 @@ from training.solver import (
     load_solver,
     parse_classical,
     parse_schedule,
+    usual_dtype,
 )
 
 SHAPES_REWARD = Path("weights/shapes_reward.pt")
@@ -271,7 +272,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     show_default=True,
     help="Devices, each with a process of its own, that share the prompts out; they must share --cache.",
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the network.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the network. [float32; on CUDA half precision]")
 @shows_input_errors
 @takes_model_options
 def main(protocol: Protocol | None, *, dry_run: bool, **told: Any) -> None:
@@ -327,7 +328,7 @@ class Asked:
     cache: Path
     device: str
     num_devices: int
-    dtype: str
+    dtype: str | None
     model_options: ModelOptions
 
     @cached_property
@@ -456,8 +457,7 @@ def preview(asked: Asked) -> None:
         if needing & set(asked.wanted):
             there(find)
     tables = there(lambda: asked.tables(_nothing)) or []
-    number_type = resolve_dtype(asked.dtype)
-    cost = Cost.of(asked.model, asked.model_options, number_type)
+    cost = Cost.of(asked.model, asked.model_options, resolve_dtype(asked.dtype or "float32"))
     usual = cost.denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
     rivals = asked.rivals(asked.budgets, usual, _nothing)
     chosen = list({(solver.label, solver.num_steps): solver for solver in rivals}.values())
@@ -481,7 +481,6 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
         find_reward_files(reward)
     asked.check_real_images()
     prompts, validation_prompts = asked.prompts(), asked.validation_prompts()
-    number_type = resolve_dtype(asked.dtype)
 
     fabric = fabric_of(asked.device, asked.num_devices)
     fabric.launch()
@@ -489,6 +488,12 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
     if not fabric.is_global_zero:
         logging.disable(logging.WARNING)  # said by the first process
     tables = asked.tables(say)
+    if asked.dtype is None:
+        number_type, line = usual_dtype(asked.model, fabric.device, tables)
+        if line is not None:
+            say(line)
+    else:
+        number_type = resolve_dtype(asked.dtype)
     denoiser = load_denoiser(asked.model, device=fabric.device, dtype=number_type, options=asked.model_options)
     everything = [*prompts, *(validation_prompts or [])]
     denoiser.validate_prompts(everything)
@@ -582,7 +587,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
             f"{last + asked.validation_number}",
             "predictors": ", ".join(f"{table.label} = {table.where}" for table in tables) or "none",
             "torch": torch.__version__,
-            "device": f"{asked.num_devices} x {denoiser.device}, {asked.dtype}",
+            "device": f"{asked.num_devices} x {denoiser.device}, {str(number_type).removeprefix('torch.')}",
         },
     )
     files = [*report.write(asked.outdir), asked.outdir / "index.html"]

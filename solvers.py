@@ -360,7 +360,9 @@ class EPDSteps:
         points = following ** rows["positions"] * current ** (1 - rows["positions"])
         self._told = brought(points * rows.get("scale_time", 1.0))
         self._offsets = brought(points - current, dtype=x.dtype)
-        self._gains = brought((following - current) * rows["weights"] * rows.get("scale_dir", 1.0) / points, dtype=x.dtype)
+        self._gains = brought(
+            (following - current) * rows["weights"] * rows.get("scale_dir", 1.0) / points, dtype=x.dtype
+        )
         self._guidance = rows["guidance"].cpu() if "guidance" in rows else None
         self._history, self._direction_history = (
             brought(rows[name], dtype=x.dtype) if name in rows else None for name in ("history", "direction_history")

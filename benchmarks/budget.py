@@ -132,9 +132,10 @@ class Blank:
 
     model_max_length = 77
 
-    def __call__(self, _text: str, *, max_length: int = 1, **_options: Any) -> SimpleNamespace:
-        """Tokens [1, max_length]."""
-        return SimpleNamespace(input_ids=torch.zeros(1, max_length, dtype=torch.long, device=META))
+    def __call__(self, texts: str | list[str], *, max_length: int = 1, **_options: Any) -> SimpleNamespace:
+        """Tokens [N, max_length]."""
+        count = 1 if isinstance(texts, str) else len(texts)
+        return SimpleNamespace(input_ids=torch.zeros(count, max_length, dtype=torch.long, device=META))
 
     def num_special_tokens_to_add(self) -> int:
         """It has no marks."""

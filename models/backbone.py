@@ -61,6 +61,7 @@ class Backbone(ABC):
         optional: a text encoder that a pipeline may do without, and its tokenizer.
         known_options: those of `ModelOptions` that it can do.
         usual_guidance: of its models.
+        half: the half precision that they are used in.
         takes_prompts: see `Denoiser`.
     """
 
@@ -71,6 +72,7 @@ class Backbone(ABC):
     known_options: ClassVar[frozenset[str]]
     usual_guidance: ClassVar[Guidance]
     takes_prompts: ClassVar[bool] = True
+    half: ClassVar[torch.dtype] = torch.float16
     code = code_files(
         "additions",
         "backbone",

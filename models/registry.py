@@ -140,10 +140,11 @@ def _denoiser(
 
 
 class Traits(NamedTuple):
-    """What is known of a model before it is loaded; see `Denoiser`."""
+    """What is known of a model before it is loaded; see `Denoiser`. half: the half precision that it is used in."""
 
     takes_prompts: bool
     guidance: Guidance
+    half: torch.dtype = torch.float16
 
 
 def traits_of(spec: str) -> Traits:
@@ -154,7 +155,7 @@ def traits_of(spec: str) -> Traits:
     from models.pipelines import contents_of  # with diffusers, which takes seconds to import
 
     family = contents_of(path).family
-    return Traits(family.takes_prompts, family.guidance_of(path))
+    return Traits(family.takes_prompts, family.guidance_of(path), family.half)
 
 
 def default_guidance_scale(spec: str) -> float:

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from errors import InputError
 from models.denoiser import Conditioning, Denoiser, GuidanceKind
-from models.devices import to_device
+from models.devices import DTYPES, to_device
 from models.fingerprints import file_sha256
 from models.generate import Asked, Measure, conditioned, initial_noise
 from models.options import AS_IT_IS, ModelOptions
 from models.processes import per_row
 from models.recent import RecentTensors
+from models.registry import traits_of
 from schedules import MODEL_TIMES, SCHEDULES, FlowTime, get_schedule
 from solvers import (
     COLUMNS,
@@ -82,6 +83,8 @@ LARGEST_MU = 50  # of a dynamic shift; FLUX.1 has 0.5 to 1.15
 
 MODEL_OPTIONS = "model_options"
 """The key of a snapshot that says how its model was loaded; not there where that was as it comes."""
+NETWORK_DTYPE = "network_dtype"
+"""The key of a snapshot that says what its network computed in as it was tuned; not there where that was float32."""
 
 # How the public code base calls the one EPD solver in its snapshots, and its plug-in for iPNDM.
 EPD_NAMES = (None, "epd", "epd_parallel")
@@ -146,8 +149,8 @@ class Solver:
     guidance_scale: the one scale of all evaluations, 1 for none; None where the table has a column of its own, and
     until `on` a model where its default is meant. guidance_kind: what a scale does to the model, taken for classifier-
     free guidance until `on` one.
-    model: what it was made for, by name or path; None where nothing says. model_options: how that was loaded. origin:
-    the file it was read from, if any.
+    model: what it was made for, by name or path; None where nothing says. model_options: how that was loaded. tuned_in:
+    the half precision that the network had, by name, where one is told of. origin: the file it was read from, if any.
     """
 
     label: str
@@ -164,6 +167,7 @@ class Solver:
     guidance_kind: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
     model: str | None = None
     model_options: ModelOptions = AS_IT_IS
+    tuned_in: str | None = None
     origin: Origin | None = None
 
     @property
@@ -398,6 +402,20 @@ class Solver:
         }
 
 
+def usual_dtype(model: str, device: torch.device, solvers: Sequence[Solver]) -> tuple[torch.dtype, str | None]:
+    """What a model's network computes in where nobody says, and a line about it where that is not float32.
+
+    On CUDA that is the half precision that the solvers were tuned in, or, where they do not say one, the model's own.
+    """
+    if device.type != "cuda":
+        return torch.float32, None
+    tuned = {solver.tuned_in for solver in solvers}
+    if len(tuned) == 1 and (name := tuned.pop()) is not None:
+        return DTYPES[name], f"network in {name}, as the solver was tuned in; --dtype names another"
+    half = traits_of(model).half
+    return half, f"network in {str(half).removeprefix('torch.')}, usual on CUDA; --dtype names another"
+
+
 def check_afs(denoiser: Denoiser) -> None:
     """Raise InputError where a model's first direction cannot be estimated without asking it."""
     if denoiser.sigma_max <= 1:
@@ -449,6 +467,7 @@ def solver_of(table: EPDTable, origin: Origin) -> Solver:
         guidance_scale=None if table.guidance is not None else says.guidance_scale(),
         model=says.model(),
         model_options=says.model_options(),
+        tuned_in=says.half_precision(),
         origin=origin,
     )
 
@@ -517,6 +536,12 @@ class _Says(NamedTuple):
         if told is None and self.text("backend") not in (None, USUAL_BACKEND):
             told = self._public_size()
         return ModelOptions.from_changes({} if told is None else told, f"{self.origin.file}: {MODEL_OPTIONS}")
+
+    def half_precision(self) -> str | None:
+        name = self.text(NETWORK_DTYPE)
+        if name not in (None, *DTYPES):
+            raise self.fault(NETWORK_DTYPE, name, f"known are {', '.join(DTYPES)}")
+        return name if name in ("float16", "bfloat16") else None
 
     def _public_size(self) -> dict[str, int]:
         """The size of the images as the public code base says it, where it does; that of backend ldm is no size."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,6 +37,7 @@ class Flux(LatentDiffusion):
         "text_encoder": CLIPTextModel,
         "text_encoder_2": T5EncoderModel,
     }
+    half = torch.bfloat16
     known_options = LatentDiffusion.known_options - {"negative_prompt"}
     tokenizers: ClassVar = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5Tokenizer}
     code = (*LatentDiffusion.code, *code_files("families.flux"))
@@ -71,9 +73,9 @@ class Flux(LatentDiffusion):
         """See `Backbone.usual_guidance_of`."""
         return DEV if read_json(folder / "transformer" / "config.json").get("guidance_embeds") else SCHNELL
 
-    def _read(self, prompt: str) -> Text:
-        clip, t5 = (encoder(prompt) for encoder in self.text_encoders)
-        return {"encoder_hidden_states": t5.last_hidden_state[0], "pooled_projections": clip.pooler_output[0]}
+    def _read(self, prompts: Sequence[str]) -> Text:
+        clip, t5 = (encoder(prompts) for encoder in self.text_encoders)
+        return {"encoder_hidden_states": t5.last_hidden_state, "pooled_projections": clip.pooler_output}
 
     def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
         patches = functional.pixel_unshuffle(z, PATCH)  # [N, 4C, H/2, W/2]

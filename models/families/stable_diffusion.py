@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
@@ -53,9 +54,9 @@ class StableDiffusion(LatentDiffusion):
             options=pipeline.options,
         )
 
-    def _read(self, prompt: str) -> Text:
+    def _read(self, prompts: Sequence[str]) -> Text:
         (encoder,) = self.text_encoders
-        return {"encoder_hidden_states": encoder(prompt).last_hidden_state[0]}
+        return {"encoder_hidden_states": encoder(prompts).last_hidden_state}
 
     def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
         return self.network(z, times, **text, return_dict=False)[0]

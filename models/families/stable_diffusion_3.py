@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -72,15 +73,15 @@ class StableDiffusion3(LatentDiffusion):
             options=pipeline.options,
         )
 
-    def _read(self, prompt: str) -> Text:
-        first, second, *t5 = (encoder(prompt) for encoder in self.text_encoders)
+    def _read(self, prompts: Sequence[str]) -> Text:
+        first, second, *t5 = (encoder(prompts) for encoder in self.text_encoders)
         width = self.network.config.joint_attention_dim
-        short = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)[0]
-        long = t5[0].last_hidden_state[0] if t5 else short.new_zeros(T5_TOKENS, width)
+        short = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        long = t5[0].last_hidden_state if t5 else short.new_zeros(len(short), T5_TOKENS, width)
         padded = functional.pad(short, (0, width - short.shape[-1]))
         return {
-            "encoder_hidden_states": torch.cat([padded, long]),
-            "pooled_projections": torch.cat([first.text_embeds, second.text_embeds], dim=-1)[0],
+            "encoder_hidden_states": torch.cat([padded, long], dim=1),
+            "pooled_projections": torch.cat([first.text_embeds, second.text_embeds], dim=-1),
         }
 
     def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:

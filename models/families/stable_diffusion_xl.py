@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -65,11 +66,11 @@ class StableDiffusionXL(LatentDiffusion):
             options=pipeline.options,
         )
 
-    def _read(self, prompt: str) -> Text:
-        first, second = (encoder(prompt) for encoder in self.text_encoders)
+    def _read(self, prompts: Sequence[str]) -> Text:
+        first, second = (encoder(prompts) for encoder in self.text_encoders)
         return {
-            "encoder_hidden_states": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)[0],
-            "text_embeds": second.text_embeds[0],
+            "encoder_hidden_states": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
+            "text_embeds": second.text_embeds,
         }
 
     def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:

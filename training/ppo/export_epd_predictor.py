@@ -34,7 +34,7 @@ from training.runs.checkpoint import best_path, fitting, newest_checkpoint
 from training.runs.configuration import to_plain
 from training.runs.run_folder import RunFolder, read_metrics
 from training.snapshot import GRID, load_snapshot, private_parts, save_snapshot
-from training.solver import MODEL_OPTIONS, RANGE_KEYS, Solver, load_solver
+from training.solver import MODEL_OPTIONS, NETWORK_DTYPE, RANGE_KEYS, Solver, load_solver
 
 SNAPSHOT_TOLERANCE = 1e-6
 """How far the numbers read back from a .pkl may be from the exported ones: it holds float32 parameters."""
@@ -163,6 +163,8 @@ def snapshot_metadata(export: Export) -> dict[str, Any]:
         named["backend"] = model.backend
     if changes := model_options(export.start.config).changes():
         named[MODEL_OPTIONS] = changes
+    if model.dtype != "float32" or NETWORK_DTYPE in export.start.snapshot.origin.metadata:
+        named[NETWORK_DTYPE] = model.dtype
     guidance = {"guidance_rate": None if export.table.guidance is not None else guidance_scale(export.start.config)}
     own: dict[str, Any] = {}
     snapshot, tuned = export.start.snapshot, export.start.solver
