@@ -135,21 +135,23 @@ class Blank:
     def __call__(self, texts: str | list[str], *, max_length: int = 1, **_options: Any) -> SimpleNamespace:
         """Tokens [N, max_length]."""
         count = 1 if isinstance(texts, str) else len(texts)
-        return SimpleNamespace(input_ids=torch.zeros(count, max_length, dtype=torch.long, device=META))
+        return SimpleNamespace(input_ids=torch.zeros(count, max_length, dtype=torch.long))
 
     def num_special_tokens_to_add(self) -> int:
         """It has no marks."""
         return 0
 
 
-def loaded(folder: Path, options: ModelOptions, dtype: torch.dtype) -> tuple[Denoiser, dict[str, nn.Module]]:
-    """The model that a pipeline's configurations describe, and its parts, on the meta device.
+def loaded(
+    folder: Path, options: ModelOptions, dtype: torch.dtype, device: torch.device = META
+) -> tuple[Denoiser, dict[str, nn.Module]]:
+    """The model that a pipeline's configurations describe, and its parts; elsewhere than on meta with random weights.
 
     Raises InputError where they describe none that is known.
     """
     contents = contents_of(folder, options)
     with quiet_and_repeatable():
-        with META:
+        with device:
             modules = {part: described(kind, folder / part).to(dtype) for part, kind in contents.modules.items()}
         pipeline = Pipeline(
             source=folder,
@@ -162,7 +164,7 @@ def loaded(folder: Path, options: ModelOptions, dtype: torch.dtype) -> tuple[Den
         )
         parts = contents.family.assembled(pipeline)
     family: type[Backbone] = contents.family
-    return family(folder.name, parts, device=META, dtype=dtype), modules
+    return family(folder.name, parts, device=device, dtype=dtype), modules
 
 
 def budget_of(denoiser: Denoiser, modules: Mapping[str, nn.Module]) -> Budget:

@@ -34,7 +34,7 @@ COMMANDS = [
     ["-m", "models.assets"],
     ["-m", "models.shapes.train_diffusion"],
     ["-m", "benchmarks.tuning_study"],
-    ["-m", "benchmarks.rollout"],
+    ["-m", "benchmarks.gpu_hour"],
     ["-m", "benchmarks.ddpm_study"],
     ["-m", "benchmarks.budget"],
     ["-m", "benchmarks.rehearse_sd15"],

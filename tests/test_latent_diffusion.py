@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import pairwise
@@ -23,7 +24,7 @@ from models.families.stable_diffusion import StableDiffusion
 from models.pipelines import load_folder
 from models.recent import RecentTensors
 from schedules import get_schedule
-from solvers import EPDTable, epd_sampler
+from solvers import EPDSteps, EPDTable, answered, epd_sampler
 from tests import golden
 from tests.tiny_pipeline import TEXT_WIDTH, TOKEN_LIMIT, modules_of, save_tiny_pipeline
 
@@ -412,6 +413,80 @@ def test_the_network_is_one_graph_to_the_compiler(denoiser):
     assert (found.graph_count, found.graph_break_count) == (1, 0)
 
 
+def test_a_network_is_compiled_once_however_many_rows_come(folder, exact):
+    """What is more than the rows that it was compiled for goes in parts, what is fewer is filled up."""
+    torch._dynamo.reset()
+    denoiser, graphs, rows = load_denoiser(folder, device="cpu", dtype=torch.float64), [], []
+
+    def compiler(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    denoiser.compile_network([4], backend=compiler)
+    denoiser.network.register_forward_pre_hook(lambda _module, inputs: rows.append(len(inputs[0])))
+    scales = torch.tensor([1.0, 3.0, 3.0, 1.0, 3.0, 1.0])
+    with torch.no_grad():
+        for count, guidance in ((2, None), (6, None), (2, 1.0), (6, scales), (4, None)):
+            column = guidance if isinstance(guidance, Tensor) else None
+            scale = guidance if column is None else None
+            x, level = noise(count, 3.0), torch.tensor(3.0, dtype=torch.float64)
+            # As strided as a network in channels_last answers.
+            x = x.to(memory_format=torch.channels_last) if count == 4 else x
+            estimates = [one.denoise(x, level, one.encode(PROMPTS, scale), column) for one in (denoiser, exact)]
+            torch.testing.assert_close(*estimates, rtol=0, atol=1e-10)
+    assert rows == [4] * (1 + 3 + 1 + 3 + 2)
+    assert len(graphs) == 1
+
+
+def test_the_fewest_rows_that_hold_a_call_are_taken(folder):
+    denoiser, rows = load_denoiser(folder, device="cpu", dtype=torch.float32), []
+    denoiser.compile_network({8, 2}, backend="eager")
+    denoiser.network.register_forward_pre_hook(lambda _module, inputs: rows.append(len(inputs[0])))
+    conditioning = denoiser.encode(["red"], 1.0)
+    for count in (1, 2, 3, 10):
+        denoiser.denoise(noise(count, 1.0), torch.tensor(1.0), conditioning)
+    assert rows == [2, 2, 8, 8, 2]
+
+
+def test_compiled_code_is_kept_in_a_folder_that_can_be_named(folder, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    denoiser = load_denoiser(folder, device="cpu", dtype=torch.float32)
+    for told, kept in ((None, str(tmp_path / "outputs" / "compiled")), ("/else", "/else")):
+        if told:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", told)
+        denoiser.compile_network(backend="eager")
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == kept
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", kept)  # so that it is taken away again
+
+
+def test_texts_in_batches_are_encoded_alike_whoever_is_with_them(folder):
+    """As on CUDA: always as many at once, the last ones filled up."""
+    alone = load_denoiser(folder, device="cpu", dtype=torch.float32)
+    one, other = (load_denoiser(folder, device="cpu", dtype=torch.float32) for _ in range(2))
+    one._texts_at_once = other._texts_at_once = 4
+    read: list[int] = []
+    one.text_encoders[0].module.register_forward_pre_hook(lambda _module, inputs: read.append(len(inputs[0])))
+    prompts = ["red", "a big cat", "red box", "blue", "a dog"]
+    together = one.encode(prompts, 1.0).text[HIDDEN]
+    assert read == [4, 4, 4]  # the empty prompt too
+    reordered = torch.cat([other.encode([prompt], 1.0).text[HIDDEN] for prompt in reversed(prompts)]).flip(0)
+    assert torch.equal(together, reordered)
+    torch.testing.assert_close(together, alone.encode(prompts, 1.0).text[HIDDEN], rtol=0, atol=1e-5)
+
+
+def test_no_layer_of_the_decoder_holds_more_than_can_be_counted(folder, monkeypatch):
+    denoiser, decoded = load_denoiser(folder, device="cpu", dtype=torch.float32), []
+    assert denoiser._decodable == (2**31 - 1) // (16 * 16 * 16)
+    denoiser._decodable = 2
+    plain = denoiser.vae.decode
+    monkeypatch.setattr(
+        denoiser.vae, "decode", lambda z, **told: decoded.append(len(z)) or plain(z, **told), raising=True
+    )
+    denoiser.decode(noise(5, 1.0, torch.float32), 4)
+    assert decoded == [2, 2, 1]
+
+
 class WaitsForTheDevice(TorchDispatchMode):
     """Takes note of copies from the host to the meta device that the host would wait for on a CUDA device."""
 
@@ -471,6 +546,21 @@ def test_nothing_in_the_solver_loop_waits_for_the_device(folder, batched):
         assert mode.found == []
         torch.ones(2).to(meta)
         assert mode.found == ["[2] torch.float32"]  # it would have been seen
+
+
+def test_a_batch_is_begun_while_the_device_works_at_the_one_before():
+    table = EPDTable(
+        torch.tensor([[0.3, 0.6], [0.4, 0.8]]),
+        torch.tensor([[0.5, 0.5], [0.6, 0.4]]),
+        scale_time=torch.tensor([[1.0, 1.1], [0.9, 1.0]]),
+        history=torch.tensor([[0.0, 0.0], [0.1, 0.0]]),
+    ).expand(2)
+    x = torch.ones(2, 4, 8, 8, device="meta")
+    with WaitsForTheDevice() as mode:
+        steps = EPDSteps(table, torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.5, 1.0]], dtype=torch.float64), x)
+        for interval in range(len(steps)):
+            x = answered(lambda x, _sigma: x / 2, steps.interval(interval, x))
+    assert mode.found == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

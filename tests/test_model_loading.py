@@ -615,11 +615,6 @@ def test_broken_small_files_are_named(copy):
 # --- devices and types
 
 
-def test_the_network_is_compiled_where_asked_for(tiny):
-    loaded = [load_denoiser(tiny, device="cpu", dtype=torch.float32, compiled=compiled) for compiled in (False, True)]
-    assert [denoiser.network._compiled_call_impl is not None for denoiser in loaded] == [False, True]
-
-
 @pytest.mark.parametrize(("device", "variable", "usual"), [("cpu", "CXX", "g++"), ("cuda", "CC", "gcc or clang")])
 def test_compiling_needs_a_compiler(device, variable, usual, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))

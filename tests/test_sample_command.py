@@ -15,8 +15,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 import sample
+from errors import InputError
 from files import only_writer
 from models import load_denoiser
+from models.backbone import Backbone
 from models.pictures import to_pixels
 from schedules import get_schedule
 from scripts.verify_images import read_records
@@ -26,6 +28,7 @@ from tests.tiny_families import save_tiny_family
 from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
 from training import image_folder
 from training.snapshot import save_snapshot
+from training.solver import load_solver, usual_dtype
 
 TABLE = EPDTable(
     torch.tensor([[0.3, 0.7], [0.4, 0.8]], dtype=torch.float64),
@@ -444,6 +447,44 @@ def test_the_first_example_of_the_help_runs(tmp_path):
     assert "colour" not in result.output
     refusal = refused("--model_path", "shapes", "--solver", "ddim", "--num-steps", "3", "--prompt", "a plaid zebra")
     assert "plaid, zebra" in refusal
+
+
+def test_on_cuda_the_network_is_in_the_half_precision_that_the_solver_was_tuned_in(pipeline, predictor, tmp_path):
+    cuda, usual = torch.device("cuda"), load_solver(predictor)
+    file = save_snapshot(tmp_path / "network-snapshot-000001", TABLE, {**METADATA, "network_dtype": "bfloat16"})
+    tuned = load_solver(file)
+    told = {
+        "float16, usual": usual_dtype(pipeline, cuda, [usual]),
+        "bfloat16, as the solver was tuned in": usual_dtype(pipeline, cuda, [tuned, tuned]),
+        "float16, usual on": usual_dtype(pipeline, cuda, [tuned, usual]),
+    }
+    for says, (dtype, line) in told.items():
+        assert says in line
+        assert says.startswith(str(dtype).removeprefix("torch."))
+    assert usual_dtype(pipeline, torch.device("cpu"), [tuned]) == (torch.float32, None)
+    flux = save_tiny_family("flux", tmp_path / "flux")
+    assert usual_dtype(flux, cuda, [])[0] == torch.bfloat16
+    broken = save_snapshot(tmp_path / "broken-000001", TABLE, {**METADATA, "network_dtype": "half"})
+    with pytest.raises(InputError, match="network_dtype is 'half'; known are float32, "):
+        load_solver(broken)
+
+
+def test_the_network_is_compiled_for_the_rows_of_the_batch_alone(pipeline, predictor, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_network(denoiser, rows):
+        compiled.append(rows)
+        plain(denoiser, rows, backend="eager")
+
+    plain = Backbone.compile_network
+    monkeypatch.setattr(Backbone, "compile_network", compile_network)
+    drawing = ["--predictor_path", predictor, "--model_path", pipeline, "--prompt", "a dog", "--batch", 2]
+    for folder, options in (("compiled", ["--compile"]), ("plain", [])):
+        result = run(*drawing, "--seeds", "0-2", "--outdir", tmp_path / folder, *options)
+        assert result.exit_code == 0, result.output
+    assert compiled == [{4, 8}]
+    for name, image in pixels(tmp_path / "plain").items():
+        assert np.abs(image.astype(int) - pixels(tmp_path / "compiled")[name]).max() <= 1
 
 
 def test_an_unconditional_model_is_drawn_without_a_prompt(tmp_path):

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -114,9 +115,9 @@ def draw(
             exploded += int((~drawn.solved).sum())
             undecoded += int((drawn.solved & ~drawn.decoded).sum())
             pixels = to_pixels(drawn.images)
-            for (number, prompt, seed), image, is_finite in zip(batch, pixels, drawn.fine.tolist(), strict=True):
+            for (number, prompt, seed), is_finite in zip(batch, drawn.fine.tolist(), strict=True):
                 records.append(_record(request, number, prompt, seed, finite=is_finite))
-                write_atomically(folder / records[-1].file, _png(image, records[-1]))
+            _write_images(folder, pixels, records[start:])
             _log(folder, records[start:])
             kept.extend(pixels if sheet else ())
             bar.update(len(batch))
@@ -153,9 +154,9 @@ class SolverFolders:
 
     def write(self, solver: Solver, rows: slice, key: str, pixels: np.ndarray, finite: Sequence[bool]) -> None:
         """Write the images uint8 [n, H, W, 3] of these prompts."""
-        for row, image, is_finite in zip(_numbers(rows), pixels, finite, strict=True):
-            record = self._record(solver, row, finite=is_finite)
-            write_atomically(self.folder(solver) / record.file, _png(image, record, {KEY: key}))
+        numbered = zip(_numbers(rows), finite, strict=True)
+        records = [self._record(solver, row, finite=is_finite) for row, is_finite in numbered]
+        _write_images(self.folder(solver), pixels, records, {KEY: key})
 
     def write_log(self, solver: Solver, finite: Sequence[bool]) -> None:
         """Write the images.jsonl of a solver's N images."""
@@ -224,7 +225,22 @@ def _key_in(file: Path) -> str | None:
         return None
 
 
-def _png(image: np.ndarray, record: ImageRecord, more: Mapping[str, str] = MappingProxyType({})) -> bytes:
+def _write_images(
+    folder: Path,
+    images: np.ndarray,
+    records: Sequence[ImageRecord],
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write images [n, H, W, 3], side by side: to compress one takes about as long as a GPU takes to draw it."""
+
+    def write(image: np.ndarray, record: ImageRecord) -> None:
+        write_atomically(folder / record.file, _png(image, record, more))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, images, records, strict=True))  # the list, so that what one raises is raised
+
+
+def _png(image: np.ndarray, record: ImageRecord, more: Mapping[str, str]) -> bytes:
     described = {key: value for key, value in asdict(record).items() if value is not None and key != "file"}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
     buffer = io.BytesIO()

@@ -28,7 +28,7 @@ from training.runs.configuration import config_hash
 from training.runs.configuration import to_plain as config_to_plain
 from training.runs.run_folder import MetricsLog, RunFolder
 from training.snapshot import find_snapshot, load_snapshot, save_snapshot
-from training.solver import load_solver
+from training.solver import NETWORK_DTYPE, load_solver
 
 CPU = torch.device("cpu")
 
@@ -201,6 +201,22 @@ def test_export_says_the_settings_it_was_tuned_for_not_those_of_the_start(config
     exported = load_solver(paths[0])
     assert exported.guidance_scale == 4.5
     assert exported.schedule == ("polynomial", 7.0)
+
+
+def test_export_says_the_half_precision_that_it_was_tuned_in(config: Path, tmp_path: Path):
+    folder, told = RunFolder(tmp_path), []
+    for number, dtype in enumerate(("float32", "bfloat16"), start=1):
+        start = prepared(config, f"model.dtype={dtype}")
+        save_checkpoint(tmp_path / "policy.pt", state_of(start, make_policy(start), number))
+        paths = write_export(folder, read_export(tmp_path / "policy.pt", CPU), manifest=False)
+        told.append(load_solver(paths[0]))
+    assert [solver.tuned_in for solver in told] == [None, "bfloat16"]
+    assert NETWORK_DTYPE not in told[0].origin.metadata
+    again = load_config(config, [f"data.predictor_snapshot={told[1].origin.file}"])
+    start = prepare(again)
+    save_checkpoint(tmp_path / "policy.pt", state_of(start, make_policy(start), 3))
+    paths = write_export(folder, read_export(tmp_path / "policy.pt", CPU), manifest=False)
+    assert load_solver(paths[0]).tuned_in is None  # in float32 since
 
 
 def test_a_shift_of_flow_matching_is_tuned_and_exported_with_its_table_and_left_with_its_schedule(config, tmp_path):

@@ -805,5 +805,22 @@ def test_shapes_configuration_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert result.exit_code == 0, result.output
 
 
+def test_the_network_is_compiled_for_the_rows_of_a_step(config: Path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    built = []
+    for compiled in ("false", "true"):
+        start = prepare(load_config(config, [f"model.compile={compiled}"]))
+        built.append(build(start, make_fabric(start.config)).denoiser)
+    assert [denoiser.network._compiled_call_impl is not None for denoiser in built] == [False, True]
+    assert [denoiser._row_counts for denoiser in built] == [(), (16,)]  # eight images, twice for guidance
+
+
+def test_a_network_that_cannot_be_compiled_is_said_before_anything_is_loaded(config: Path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = launch("--config", config, "--override", "model.compile=true")
+    assert result.exit_code == 2
+    assert "model.compile=true: torch.compile needs a compiler for cpu, and no-such-compiler is not" in result.output
+
+
 if __name__ == "__main__":
     raise SystemExit(pytest.main([__file__]))

@@ -19,7 +19,7 @@ from tests.tiny_pipeline import save_tiny_pipeline
 from training.ppo.cold_start import DRAWN, prepare_table
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.rewards.mix import WeightedMix
-from training.ppo.rl_runner import RLRunner, Shard
+from training.ppo.rl_runner import RLRunner, Shard, usual_rows
 from training.ppo.rollout import PromptBatch, PromptStream
 from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
 from training.solver import Solver
@@ -186,6 +186,34 @@ def test_memory_that_does_not_suffice_halves_the_batch_and_remembers(caplog):
     resumed.load_state_dict(small.state_dict())
     resumed.roll_out(tables(), batch(), 4)
     assert resumed.denoiser.rows == denoiser.rows
+
+
+def test_the_network_is_compiled_for_an_interval_s_start_and_again_where_memory_is_too_little():
+    class Compiled(GaussianDenoiser):
+        asked = ()
+
+        def compile_network(self, rows):
+            self.asked += (*rows,)
+
+    for images, max_rows, asked in ((24, 28, 14), (4, 28, 8), (24, None, 32)):  # two points, two rows each
+        source = runner(Compiled(), max_rows=max_rows)
+        source.compile_network(images)
+        assert source.denoiser.asked == (asked,)
+    small = runner(Compiled(memory=7))
+    small.compile_network(12)
+    small.roll_out(tables(), batch(), 3)
+    assert small.denoiser.asked == (24, 12, 6)
+    resumed = runner(Compiled(memory=7))
+    resumed.compile_network(12)
+    resumed.load_state_dict(small.state_dict())
+    assert resumed.denoiser.asked == (24, 6)
+
+
+def test_on_cuda_a_call_holds_fewer_rows_of_larger_images():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    rows = [usual_rows(cuda, (4, side, side)) for side in (64, 128, 96, 2048)]
+    assert rows == [128, 32, 56, 1]
+    assert usual_rows(cpu, (4, 64, 64)) == 64
 
 
 def test_a_limit_of_rows_set_at_resume_wins_over_the_checkpoints():
