@@ -185,8 +185,13 @@ def peak(world: World) -> Figures:
 
 
 @torch.no_grad()
-def network(world: World, layout: torch.memory_format, *, compiled: bool) -> Figures:
-    """The network alone, at as many rows as at an interval's start of a step: two an image."""
+def network(
+    world: World, *, layout: torch.memory_format = torch.channels_last, tried: bool = False, compiled: bool = False
+) -> Figures:
+    """The network alone, at as many rows as at an interval's start of a step: two an image.
+
+    tried: cuDNN tries its algorithms on the first call, and takes the fastest.
+    """
     denoiser, rows = world.denoiser, 2 * world.size.images
     nn.Module.to(denoiser.network, memory_format=layout)
     try:
@@ -195,7 +200,8 @@ def network(world: World, layout: torch.memory_format, *, compiled: bool) -> Fig
         ask = conditioned(denoiser, denoiser.encode([f"picture {row}" for row in range(rows)], 1.0))
         x = torch.randn(rows, *denoiser.latent_shape, device=world.device)
         level = torch.tensor(denoiser.sigma_max, dtype=torch.float64)
-        first, *spent = [world.seconds(lambda: ask(x, level)) for _ in range(1 + 2 * world.size.repeats)]
+        with torch.backends.cudnn.flags(benchmark=tried):
+            first, *spent = [world.seconds(lambda: ask(x, level)) for _ in range(1 + 2 * world.size.repeats)]
     finally:
         nn.Module.to(denoiser.network, memory_format=torch.channels_last)
     seconds = statistics.median(spent)
@@ -321,9 +327,10 @@ def parts_of(size: Size, dtype: str) -> dict[str, Callable[[World], Figures]]:
     steps = list(itertools.product((10, 3), (2, 0)))
     parts: dict[str, Callable[[World], Figures]] = {"peak": peak}
     for mode, compiled in (("eager", False), ("compiled", True)):
-        parts[f"network/{mode}"] = partial(network, layout=torch.channels_last, compiled=compiled)
+        parts[f"network/{mode}"] = partial(network, compiled=compiled)
         if first and not compiled:
-            parts["network/contiguous"] = partial(network, layout=torch.contiguous_format, compiled=False)
+            parts["network/contiguous"] = partial(network, layout=torch.contiguous_format)
+            parts["network/tried"] = partial(network, tried=True)
         for intervals, points in steps:
             name = f"step/{mode}/{intervals} intervals, K={points}"
             parts[name] = partial(step, intervals=intervals, points=points, compiled=compiled)

@@ -237,7 +237,7 @@ def _write_images(
         write_atomically(folder / record.file, _png(image, record, more))
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(write, images, records, strict=True))  # the list, so that what one raises is raised
+        list(pool.map(write, images, records))  # the list, so that what one raises is raised
 
 
 def _png(image: np.ndarray, record: ImageRecord, more: Mapping[str, str]) -> bytes:
