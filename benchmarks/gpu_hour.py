@@ -144,7 +144,7 @@ class World:
         height, width = self.denoiser.image_size
         image = torch.rand(1, 3, height, width, device=self.device)
         self.reward.score(image, ["a"])  # reads the prompt
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.reward.score(image, ["a"])
         return counter.get_total_flops()
 

@@ -34,14 +34,14 @@ def model(folder, monkeypatch) -> str:
     return name
 
 
-def run(model: str, output: Path, *options: str) -> Result:
-    arguments = ["--model", model, "--device", "cpu", "--output", str(output), *options]
+def run(model: str, output: Path, minutes: int = 1000) -> Result:
+    arguments = ["--model", model, "--device", "cpu", "--output", str(output), "--minutes", str(minutes)]
     return CliRunner().invoke(main, arguments, catch_exceptions=False)
 
 
 def test_every_part_is_run_once_kept_and_shown(model, tmp_path):
     file = tmp_path / "figures.json"
-    stopped = run(model, file, "--minutes", "0")
+    stopped = run(model, file, minutes=0)
     names = [f"float32/{name}" for name in parts_of(SMALL, "float32")]
     assert f"{len(names)} parts are left: the same command goes on" in stopped.output
     whole = run(model, file)
