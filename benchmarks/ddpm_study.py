@@ -33,7 +33,7 @@ from interrupts import goes_on_by
 from models.asset_table import ROOT
 from models.pictures import contact_sheet, to_pixels
 from models.shapes import verify
-from models.shapes.scenes import IMAGE_SIZE, SUPPORTED_NUMBERS_OF_OBJECTS
+from models.shapes.scenes import IMAGE_SIZE, MOST_OBJECTS
 from scripts.preference import preference_reward
 from training.ddpm.comparison import Judged
 from training.ddpm.config import RENDERED, SCHEMA, DDPMConfig, judge_file, reward_file
@@ -47,6 +47,9 @@ from training.runs.configuration import to_yaml
 
 SHAPES_CLIP = ROOT / "weights" / "shapes_reward.pt"
 VERIFIED = 128  # images of each kind that the verifier looks at
+# Of an object in an enlarged image, root mean square in 0..255: of 40 scenes halved and enlarged again 95% stay below,
+# of averages of two of them 2%.
+LARGEST_MISFIT = 45.0
 MORE_STEPS = 5  # times the steps of the fine-tuning
 
 
@@ -124,13 +127,12 @@ def change_of(measure: Measure, measured: Mapping[str, Any]) -> Change:
 
 
 def whole_shapes(images: Tensor) -> Tensor:
-    """1 where the exact verifier knows every object of an image [N, 3, H, W], and there are one to three; else 0."""
-    enlarged = functional.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
+    """1 where the exact verifier sees one to seven objects in an image [N, 3, H, W] and explains each; else 0."""
+    enlarged = functional.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
 
     def is_whole(image: Tensor) -> bool:
         _, found = verify.find_objects(image)
-        known = all(item.misfit <= verify.LARGEST_MISFIT for item in found)
-        return known and len(found) in SUPPORTED_NUMBERS_OF_OBJECTS
+        return 1 <= len(found) <= MOST_OBJECTS and all(item.misfit <= LARGEST_MISFIT for item in found)
 
     return torch.tensor([float(is_whole(image)) for image in enlarged])
 

@@ -89,7 +89,7 @@ def main(folder: Path) -> None:
     """
     verdicts: dict[int, dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
     for file, prompt in tqdm(read_records(folder), unit="image"):
-        verdicts[len(parse(prompt).objects)][prompt].append(verify_file(file, prompt))
+        verdicts[parse(prompt).number_of_objects][prompt].append(verify_file(file, prompt))
     for number, by_prompt in sorted(verdicts.items()):
         for line in summary(number, by_prompt):
             click.echo(line)

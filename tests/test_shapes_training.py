@@ -1,5 +1,6 @@
 """What the training commands of the shapes world share, and the parts of each that can be wrong without a long run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,23 +8,29 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 
 from models import load_denoiser
-from models.shapes import data, scenes, train_autoencoder, train_diffusion, train_reward
-from models.shapes.data import RenderedScenes, cached_scenes, render_scenes
+from models.shapes import data, scenes, tokenizer, train_autoencoder, train_diffusion, train_reward
+from models.shapes.data import NUMBERS_OF_OBJECTS, PROBABILITIES, RenderedScenes, cached_scenes, render_scenes
 from models.shapes.layout import LayoutHead, layout_of
+from models.shapes.negatives import CHANGES
 from models.shapes.tokenizer import build_tokenizer
 from models.shapes.train_autoencoder import WINDOW, build_autoencoder, random_windows, reconstruction_terms
 from models.shapes.train_diffusion import (
+    LATENT_CHANNELS,
     build_network,
     build_scheduler,
     build_text_encoder,
     cached_latents,
     encode_images,
     learn_layout,
+    save_pipeline,
     spread_timesteps,
+    take_over,
     tokenize,
 )
 from models.shapes.train_reward import RewardInTraining, model_configuration, reward_terms, told_apart
@@ -125,6 +132,16 @@ def test_latents_of_other_images_or_another_autoencoder_are_not_served(tmp_path)
     assert torch.equal(cached_latents(tmp_path, second, images), encode_images(second, images).half().float())
 
 
+def test_numbers_of_objects_come_with_their_probabilities():
+    assert PROBABILITIES.sum() == pytest.approx(1.0)
+    numbers = [
+        scenes.parse(caption).number_of_objects for caption in render_scenes("train", 300, 2, progress=False).captions
+    ]
+    shares = np.bincount(numbers, minlength=8)[1:] / 300
+    assert set(numbers) == {*NUMBERS_OF_OBJECTS}
+    assert shares == pytest.approx(PROBABILITIES, abs=3.5 * np.sqrt(0.26 * 0.74 / 300))
+
+
 def test_the_layout_is_the_mean_of_each_cell():
     latents = torch.rand(2, 4, 16, 16)
     assert torch.allclose(layout_of(latents)[1, 2, 3, 0], latents[1, 2, 12:, :4].mean())
@@ -140,7 +157,7 @@ def test_the_text_encoder_learns_from_captions_alone_which_object_stands_where(t
     tokenizer = build_tokenizer()
     tokens = tokenize(tokenizer, captions)
     model = nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "layout": LayoutHead(128, channels=4)})
-    options = TrainingOptions(40, 1e-3, tmp_path / "layout.pt", warmup_steps=5, averaging_decay=0.5)
+    options = TrainingOptions(80, 1e-3, tmp_path / "layout.pt", warmup_steps=5, averaging_decay=0.5)
     learn_layout(model, tokens, latents, options, seed=0, device="cpu")
     with torch.no_grad():
         guessed = model["layout"](model["text_encoder"](tokens).last_hidden_state)
@@ -161,10 +178,16 @@ def test_the_error_of_a_layout_is_zero_where_it_is_read_rightly_and_known_for_th
 
 def test_the_shipped_reward_tells_right_captions_from_wrong_ones_in_each_respect():
     reward = RewardHPS(Path("weights/shapes_reward.pt"))
+    random = np.random.default_rng(5)
+    pairs = [scenes.draw_scene(random, "heldout", 2) for _ in range(400)]
+    related = [scene for scene in pairs if scene.relation is not None]  # rare among all scenes
+    images = np.array([scenes.draw(scenes.imagine(scene, random)) for scene in related])
     unseen = render_scenes("heldout", 200, seed=5, progress=False)
     shares = told_apart(reward.model, reward.tokenizer, unseen, seed=0)
-    assert set(shares) == {"change_attribute", "exchange_attribute", "change_relation", "change_background"}
-    assert min(shares.values()) > 0.7  # chance is 0.5; of some hundred comparisons or more each
+    assert set(shares) == {change.__name__ for change in CHANGES}
+    of_relations = RenderedScenes(images, [scene.caption() for scene in related])
+    shares |= {"change_relation": told_apart(reward.model, reward.tokenizer, of_relations, seed=0)["change_relation"]}
+    assert min(shares.values()) > 0.7  # chance is 0.5; of some hundred comparisons each
     assert shares["change_background"] > 0.97
 
 
@@ -175,11 +198,11 @@ def test_models_have_the_documented_shapes_and_sizes():
     states = build_text_encoder(tokenizer)(tokens).last_hidden_state
     assert states.shape == (2, 32, 128)
     network = build_network()
-    assert network(torch.zeros(2, 4, 16, 16), torch.tensor([0, 999]), states).sample.shape == (2, 4, 16, 16)
+    assert network(torch.zeros(2, 8, 16, 16), torch.tensor([0, 999]), states).sample.shape == (2, 8, 16, 16)
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(5.6e6, rel=0.01)
     autoencoder = build_autoencoder()
     images = torch.rand(2, 3, 64, 64)
-    assert autoencoder.encode(images).latent_dist.mean.shape == (2, 4, 16, 16)
+    assert autoencoder.encode(images).latent_dist.mean.shape == (2, 8, 16, 16)
     with torch.no_grad():
         terms = reconstruction_terms(autoencoder, images, torch.Generator().manual_seed(0))
     assert float(terms["posterior_deviation"]) == pytest.approx(np.exp(-3), rel=0.02)
@@ -200,26 +223,69 @@ def test_reward_terms_of_equals_are_those_of_chance():
     assert float(terms["good_beats_light"]) == 0
 
 
-def test_the_training_commands_run_from_nothing(tmp_path, monkeypatch):
+def untrained_pipeline(folder):
+    """A pipeline folder of the world's own networks, untrained, as the training command writes it."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = nn.ModuleDict({"network": build_network(), "text_encoder": build_text_encoder(tokenizer)})
+    save_pipeline(folder, model, build_autoencoder(), tokenizer, build_scheduler())
+    return folder
+
+
+def test_a_saved_pipeline_works_in_stock_diffusers_as_it_stands_and_in_our_loader(tmp_path):
+    folder = untrained_pipeline(tmp_path)
+    for weights in folder.rglob("*.safetensors"):
+        with safe_open(weights, "pt") as stored:
+            assert {stored.get_slice(name).get_dtype() for name in stored.keys()} == {"F16"}  # noqa: SIM118
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    assert stock.text_encoder.dtype == stock.unet.dtype == stock.vae.dtype == torch.float32
+    images = stock("a large red star on a white background", num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 64, 64, 3)
+    assert np.isfinite(images).all()
+    ours = load_denoiser(folder, device="cpu", dtype=torch.float32)
+    assert (ours.latent_shape, ours.image_size) == ((8, 16, 16), (64, 64))
+    for name in ("unet", "vae", "text_encoder"):
+        theirs = getattr(stock, name).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in getattr(ours, name).state_dict().items())
+    assert "_name_or_path" not in json.loads((folder / "vae" / "config.json").read_text())
+
+
+def test_the_training_commands_run_from_nothing_and_from_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train_diffusion, "LAYOUT_STEPS", 1)
     monkeypatch.setattr(train_reward, "LAYOUT_STEPS", 1)
     monkeypatch.setattr(train_reward, "COMPARED_SCENES", 4)
-    pipeline, reward = tmp_path / "shapes", tmp_path / "reward.pt"
+    pipeline, other = tmp_path / "shapes", tmp_path / "other"
     text = ("--tokenizer", tmp_path / "tokenizer", "--text-encoder", pipeline / "text_encoder")
-    small = ("--scratch", tmp_path / "scratch", "--steps", 1, "--images", 8, "--batch", 2)
     for command, *options in (
-        (train_autoencoder.main, "--output", pipeline / "vae"),
+        (train_autoencoder.main, "--output", pipeline / "vae", "--decoder-steps", 1),
         (train_diffusion.main, "--output", pipeline),
-        (train_reward.main, "--output", reward, *text),
+        (train_reward.main, "--output", tmp_path / "reward.pt", *text),
+        (train_autoencoder.main, "--output", other / "vae", "--decoder-steps", 1, "--start", pipeline / "vae"),
+        (train_diffusion.main, "--output", other, "--start", pipeline),
     ):
+        scratch = ("--scratch", tmp_path / f"scratch-{options[1].parent.name}")
+        small = (*scratch, "--steps", 1, "--images", 8, "--batch", 2, "--learning-rate", 1e-12)
         result = CliRunner().invoke(command, [str(word) for word in (*small, *options)])
         assert result.exit_code == 0, (result.output, result.exception)
-    assert load_denoiser(str(pipeline), device="cpu", dtype=torch.float32).latent_shape == (4, 16, 16)
-    assert RewardHPS(reward).score(torch.rand(1, 3, 64, 64), ["a large red star on a white background"]).isfinite()
-    weights = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    refused = CliRunner().invoke(train_diffusion.main, [str(word) for word in (*small, "--output", pipeline)])
-    assert refused.exit_code == 2
-    assert str(weights) in refused.output
+    drawn, taken_over = (load_denoiser(str(folder), device="cpu", dtype=torch.float32) for folder in (pipeline, other))
+    assert drawn.latent_shape == (LATENT_CHANNELS, 16, 16)
+    for one, two in ((drawn.network, taken_over.network), (drawn.vae, taken_over.vae)):
+        torch.testing.assert_close(one.state_dict(), two.state_dict(), rtol=2e-3, atol=1e-6)
+
+
+def test_words_that_another_world_knows_keep_what_they_mean(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    ours, fewer = build_tokenizer(), scenes.vocabulary() - {"circles", "moon"}
+    monkeypatch.setattr(tokenizer, "vocabulary", lambda: fewer)
+    theirs = build_tokenizer()
+    source = {"network": build_network(), "text_encoder": build_text_encoder(theirs)}
+    for name, part in {"unet": source["network"], **source, "tokenizer": theirs}.items():
+        part.save_pretrained(tmp_path / name)
+    parts = {"network": build_network(), "text_encoder": build_text_encoder(ours)}
+    take_over(parts, ours, tmp_path)
+    old, new = (one["text_encoder"].get_input_embeddings().weight for one in (source, parts))
+    numbers, known = ours.get_vocab(), theirs.get_vocab()
+    assert all(torch.equal(new[numbers[f"{word}</w>"]], old[known[f"{word}</w>"]]) for word in fewer)
+    assert torch.equal(new[numbers["circles</w>"]], old[known["circle</w>"]])
+    assert not (new[numbers["moon</w>"]] == old).all(dim=1).any()
+    torch.testing.assert_close(parts["network"].state_dict(), source["network"].state_dict(), rtol=0, atol=0)

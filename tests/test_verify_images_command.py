@@ -15,8 +15,8 @@ def write_folder(folder, prompts_and_scenes):
     random = np.random.default_rng(0)
     lines = []
     for number, (prompt, caption) in enumerate(prompts_and_scenes):
-        scene = scenes.parse(caption)
-        Image.fromarray(scenes.draw(scene, scenes.place(scene, random))).save(folder / f"{number}.png")
+        picture = scenes.imagine(scenes.parse(caption), random)
+        Image.fromarray(scenes.draw(picture)).save(folder / f"{number}.png")
         lines.append(json.dumps({"file": f"{number}.png", "prompt": prompt}))
     (folder / "images.jsonl").write_text("\n".join(lines) + "\n")
 

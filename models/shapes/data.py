@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from files import replacing
 from models.fingerprints import fingerprint
 from models.shapes import scenes
 
-# One-, two- and three-object scenes; the middle ones are the most frequent because relations are the hardest to learn.
-NUMBERS_OF_OBJECTS = np.array(scenes.SUPPORTED_NUMBERS_OF_OBJECTS)
-PROBABILITIES = np.array([0.3, 0.5, 0.2])
+NUMBERS_OF_OBJECTS = np.arange(1, scenes.MOST_OBJECTS + 1)
+PROBABILITIES = np.array([0.30, 0.26, 0.20, 0.10, 0.06, 0.05, 0.03])  # of one object to seven
+
+
+Variant = Callable[[scenes.Scene, scenes.Picture], tuple[scenes.Scene, scenes.Picture]]
 
 DRAWING_CODE = (Path(scenes.__file__), Path(__file__))
 """Files whose change may change what is drawn."""
@@ -28,14 +31,22 @@ class RenderedScenes:
     captions: list[str]
 
 
-def render_scenes(split: scenes.Split, number: int, seed: int, *, progress: bool = True) -> RenderedScenes:
-    """Draw `number` scenes of a split; the same arguments give the same scenes."""
+def as_drawn(scene: scenes.Scene, picture: scenes.Picture) -> tuple[scenes.Scene, scenes.Picture]:
+    """The world as it is."""
+    return scene, picture
+
+
+def render_scenes(
+    split: scenes.Split, number: int, seed: int, *, variant: Variant = as_drawn, progress: bool = True
+) -> RenderedScenes:
+    """Draw `number` scenes of a split, or of a variant of the world; the same arguments give the same scenes."""
     random = np.random.default_rng([seed, scenes.SPLITS.index(split)])
     images = np.empty((number, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), dtype=np.uint8)
     captions = []
     for index in tqdm(range(number), desc=f"rendering {split} scenes", disable=not progress):
         scene = scenes.draw_scene(random, split, int(random.choice(NUMBERS_OF_OBJECTS, p=PROBABILITIES)))
-        images[index] = scenes.draw(scene, scenes.place(scene, random))
+        scene, picture = variant(scene, scenes.imagine(scene, random))
+        images[index] = scenes.draw(picture)
         captions.append(scene.caption())
     return RenderedScenes(images, captions)
 

@@ -1,6 +1,7 @@
 """What the preference reward learns from: captions that are nearly right, and images that are nearly good.
 
-Wrong captions change one attribute of a scene, exchange attributes between its objects, or turn its relation round.
+Wrong captions change one attribute or a number in a scene, exchange attributes between its groups, turn its relation
+round, or name another background. Whatever a caption leaves open, no image shows it and the wrong one.
 Worse images show what few-step samplers do: wobbly outlines, blur, two scenes at once, lost and surplus parts, noise,
 colours overshot by guidance. Each comes in two severities, so that the reward learns an order and not only a verdict.
 """
@@ -8,77 +9,119 @@ colours overshot by guidance. Each comes in two severities, so that the reward l
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
-from models.shapes.scenes import ARRANGEMENTS, BACKGROUNDS, COLOURS, FILLS, RELATIONS, SHAPES, SIZES, Scene, SceneObject
-
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "size": tuple(SIZES),
-    "fill": FILLS,
-    "colour": tuple(COLOURS),
-    "shape": SHAPES,
-}
+from models.shapes.scenes import ATTRIBUTES, BACKGROUNDS, MOST_OBJECTS, PATTERNS, RELATIONS, Group, Scene, impossible
 
 
 def _other(names: tuple[str, ...], name: str, random: np.random.Generator) -> str:
     return str(random.choice([other for other in names if other != name]))
 
 
-def _with_object(scene: Scene, index: int, item: SceneObject) -> Scene:
-    return replace(scene, objects=(*scene.objects[:index], item, *scene.objects[index + 1 :]))
+def _with_group(scene: Scene, index: int, **changes: str | int | None) -> Scene:
+    group = replace(scene.groups[index], **changes)
+    return replace(scene, groups=(*scene.groups[:index], group, *scene.groups[index + 1 :]))
 
 
 def change_attribute(scene: Scene, random: np.random.Generator) -> Scene:
-    """Another value for one attribute of one object."""
-    index = int(random.integers(len(scene.objects)))
-    attribute = str(random.choice(list(ATTRIBUTES)))
-    value = _other(ATTRIBUTES[attribute], getattr(scene.objects[index], attribute), random)
-    return _with_object(scene, index, replace(scene.objects[index], **{attribute: value}))
+    """Another value for one named attribute of one group; a scene that names none stays."""
+    named = [(index, name) for index, group in enumerate(scene.groups) for name in ATTRIBUTES if getattr(group, name)]
+    if not named:
+        return scene
+    index, name = named[random.integers(len(named))]
+    return _with_group(scene, index, **{name: _other(ATTRIBUTES[name], getattr(scene.groups[index], name), random)})
 
 
-def change_background(scene: Scene, random: np.random.Generator) -> Scene:
-    """Another background."""
-    return replace(scene, background=_other(tuple(BACKGROUNDS), scene.background, random))
+def change_number(scene: Scene, random: np.random.Generator) -> Scene:
+    """One object or two more or fewer in one group."""
+    index = int(random.integers(len(scene.groups)))
+    number = scene.groups[index].number + int(random.choice([-2, -1, 1, 2]))
+    return _with_group(scene, index, number=number) if 1 <= number <= MOST_OBJECTS else scene
 
 
 def exchange_attribute(scene: Scene, random: np.random.Generator) -> Scene:
-    """Two objects exchange one attribute; for some scenes this changes nothing."""
-    if len(scene.objects) == 1:
+    """Two groups exchange one attribute in which they differ; a scene without such groups stays."""
+    differing = [
+        (first, second, name)
+        for first, second in combinations(range(len(scene.groups)), 2)
+        for name in ATTRIBUTES
+        if getattr(scene.groups[first], name) != getattr(scene.groups[second], name)
+    ]
+    if not differing:
         return scene
-    first, second = (int(index) for index in random.choice(len(scene.objects), 2, replace=False))
-    attribute = str(random.choice(list(ATTRIBUTES)))
-    one, other = scene.objects[first], scene.objects[second]
-    changed = _with_object(scene, first, replace(one, **{attribute: getattr(other, attribute)}))
-    return _with_object(changed, second, replace(other, **{attribute: getattr(one, attribute)}))
+    first, second, name = differing[random.integers(len(differing))]
+    one, other = getattr(scene.groups[first], name), getattr(scene.groups[second], name)
+    return _with_group(_with_group(scene, first, **{name: other}), second, **{name: one})
 
 
 def change_relation(scene: Scene, random: np.random.Generator) -> Scene:
-    """Another relation or arrangement; a single object has none and stays."""
+    """Another relation; a scene without one stays."""
     if scene.relation is None:
         return scene
-    names = tuple(RELATIONS) if len(scene.objects) == 2 else tuple(ARRANGEMENTS)
-    return replace(scene, relation=_other(names, scene.relation, random))
+    return replace(scene, relation=_other(tuple(RELATIONS), scene.relation, random))
+
+
+def change_background(scene: Scene, random: np.random.Generator) -> Scene:
+    """Another colour of the background, where one is named."""
+    if scene.background is None:
+        return scene
+    return replace(scene, background=_other(tuple(BACKGROUNDS), scene.background, random))
+
+
+def change_pattern(scene: Scene, random: np.random.Generator) -> Scene:
+    """Another pattern of the background, where one is named."""
+    return scene if scene.pattern is None else replace(scene, pattern=_other(PATTERNS, scene.pattern, random))
 
 
 CHANGES = (
     change_attribute,
     change_attribute,
+    change_number,
+    change_number,
     exchange_attribute,
     change_relation,
-    change_relation,
     change_background,
+    change_pattern,
 )
 
 
+def contradicts(scene: Scene, other: Scene) -> bool:
+    """Whether no image shows both scenes, in whatever way the attributes that they leave open are filled in."""
+    if scene.number_of_objects != other.number_of_objects:
+        return True
+    if _differ(scene.background, other.background) or _differ(scene.pattern, other.pattern):
+        return True
+    members, others = ([group for group in each.groups for _ in range(group.number)] for each in (scene, other))
+    alike = np.array([[_may_be_alike(one, another) for another in others] for one in members])
+    if scene.relation is None or other.relation is None:
+        return not alike[linear_sum_assignment(alike, maximize=True)].all()
+    (x, y), direction = RELATIONS[scene.relation], RELATIONS[other.relation]
+    in_order = alike[0, 0] and alike[1, 1] and direction == (x, y)
+    turned_round = alike[0, 1] and alike[1, 0] and direction == (-x, -y)
+    return not (in_order or turned_round)
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and one != other
+
+
+def _may_be_alike(one: Group, other: Group) -> bool:
+    return not any(_differ(getattr(one, name), getattr(other, name)) for name in ATTRIBUTES)
+
+
 def wrong_scene(scene: Scene, random: np.random.Generator) -> Scene:
-    """A scene that differs from the given one in one respect."""
+    """A scene that differs from the given one in one respect and contradicts it, without compositions of another split
+    than its own and train.
+    """
     while True:
         changed = CHANGES[random.integers(len(CHANGES))](scene, random)
-        if changed != scene:
+        if contradicts(scene, changed) and impossible(changed) is None and changed.split() in ("train", scene.split()):
             return changed
 
 

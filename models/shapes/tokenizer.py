@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from models.shapes.scenes import vocabulary
 
-CONTEXT_LENGTH = 32  # tokens; the longest caption takes 29 with the two marks
+CONTEXT_LENGTH = 32  # tokens; the longest caption takes 24 with the two marks
 START, END = "<|startoftext|>", "<|endoftext|>"
 PRINTABLE = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
 

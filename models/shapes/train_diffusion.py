@@ -24,16 +24,24 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from files import replacing
 from models.digests import record_weights
-from models.loading import load_module
+from models.loading import load_module, load_tokenizer
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.layout import LayoutHead, layout_of
-from models.shapes.scenes import to_tensor
+from models.shapes.scenes import PLURALS, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
-from models.shapes.training_loop import TrainingOptions, fit, read_scratch, step_generator, training_command
+from models.shapes.training_loop import (
+    TrainingOptions,
+    fit,
+    read_scratch,
+    start_option,
+    step_generator,
+    training_command,
+)
 
+LATENT_CHANNELS = 4
 TEXT_WIDTH = 128
-LAYOUT_STEPS = 1000
+LAYOUT_STEPS = 600
 LAYOUT_BATCH = 128
 LAYOUT_LEARNING_RATE = 1e-3
 LAYOUT_WEIGHT = 0.2  # of the layout beside the denoising, so that the text encoder does not forget it
@@ -62,8 +70,8 @@ def build_network() -> UNet2DConditionModel:
     """An untrained denoising network for latents [N, 4, 16, 16]: 5.6 million parameters."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(64, 96, 128),
@@ -127,6 +135,25 @@ def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
     return (1000 * share.sqrt()).long().clamp(max=999)
 
 
+def take_over(parts: dict[str, nn.Module], tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Give a new network and text encoder the weights of a pipeline of the same architecture, whose words may differ.
+
+    A word that its tokenizer knows keeps its embedding, and a plural that it does not know begins as the singular.
+    """
+    parts["network"].load_state_dict(load_module(UNet2DConditionModel, folder / "unet").state_dict())
+    encoder = load_module(CLIPTextModel, folder / "text_encoder")
+    known = load_tokenizer(folder / "tokenizer").get_vocab()
+    singular = {f"{many}</w>": f"{one}</w>" for one, many in PLURALS.items()}
+    old, new = (model.get_input_embeddings().weight.detach() for model in (encoder, parts["text_encoder"]))
+    new = new.clone()
+    for word, number in tokenizer.get_vocab().items():
+        source = known.get(word, known.get(singular.get(word, "")))
+        if source is not None:
+            new[number] = old[source]
+    encoder.set_input_embeddings(nn.Embedding.from_pretrained(new, freeze=False))
+    parts["text_encoder"].load_state_dict(encoder.state_dict())
+
+
 def learn_layout(
     model: nn.ModuleDict, tokens: Tensor, latents: Tensor, options: TrainingOptions, *, seed: int, device: str
 ) -> None:
@@ -143,28 +170,46 @@ def learn_layout(
     reader.load_state_dict(averaged.state_dict())
 
 
-@training_command(output="src/shapes", steps=12_000, images=80_000, batch=64, learning_rate=6e-4, seed=1)
-def main(
-    output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
-) -> None:
-    """Train text encoder and network on rendered scenes and write the pipeline as a diffusers folder."""
+def train(
+    captions: list[str],
+    latents: Tensor,
+    options: TrainingOptions,
+    *,
+    batch: int,
+    seed: int,
+    device: str,
+    start: Path | None = None,
+) -> nn.ModuleDict:
+    """Train a network and its text encoder from fresh weights, or from where the checkpoints stopped.
+
+    Args:
+        captions: N of them.
+        latents: [N, 4, 16, 16], scaled.
+        options: of the second part; the layout's checkpoint lies beside its own.
+        batch: rows of a step.
+        seed: of every draw.
+        device: a torch device's name.
+        start: a pipeline's folder whose weights are taken over in place of fresh ones.
+
+    Returns:
+        The parts `network` and `text_encoder` (and the layout's head), their weights averaged.
+    """
     seed_globally(seed)
-    autoencoder = load_module(AutoencoderKL, output / "vae").float().to(device)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    rendered = cached_scenes(scratch, "train", images, seed)
-    latents = cached_latents(scratch, autoencoder, torch.from_numpy(rendered.images))
-    tokens = tokenize(tokenizer, rendered.captions)
-    empty = tokenize(tokenizer, [""])
+    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     parts = {
         "network": build_network(),
         "text_encoder": build_text_encoder(tokenizer),
-        "layout": LayoutHead(TEXT_WIDTH, channels=4),
+        "layout": LayoutHead(TEXT_WIDTH, channels=LATENT_CHANNELS),
     }
+    if start is not None:
+        take_over(parts, tokenizer, start)
     model = nn.ModuleDict(parts).to(device)
     # On a CPU the fused attention's backward pass takes longer than all convolutions together.
     model["network"].set_attn_processor(AttnProcessor())
     model["text_encoder"].set_attn_implementation("eager")
-    layout_options = TrainingOptions(LAYOUT_STEPS, LAYOUT_LEARNING_RATE, scratch / "layout.pt")
+    layout_checkpoint = options.checkpoint.with_name(f"{options.checkpoint.stem}-layout.pt")
+    layout_options = TrainingOptions(min(LAYOUT_STEPS, options.steps), LAYOUT_LEARNING_RATE, layout_checkpoint)
     learn_layout(model, tokens, latents, layout_options, seed=seed, device=device)
     signal = scheduler.alphas_cumprod.sqrt()
     spread = (1 - scheduler.alphas_cumprod).sqrt()
@@ -188,15 +233,36 @@ def main(
         weighted = (errors / signal[timesteps].to(device)).mean()
         return {"loss": weighted + LAYOUT_WEIGHT * layout, "epsilon": errors.mean(), "layout": layout}
 
-    averaged = fit(model, loss, TrainingOptions(steps, learning_rate, scratch / "diffusion.pt"))
-    save_pipeline(output, averaged, autoencoder, tokenizer, scheduler)
+    return fit(model, loss, options)
+
+
+@training_command(output="src/shapes", steps=20_000, images=80_000, batch=32, learning_rate=5e-4, seed=1)
+@start_option("A pipeline's folder")
+def main(
+    output: Path,
+    scratch: Path,
+    steps: int,
+    images: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    device: str,
+    start: Path | None,
+) -> None:
+    """Train text encoder and network on rendered scenes and write the pipeline as a diffusers folder."""
+    autoencoder = load_module(AutoencoderKL, output / "vae").to(device)
+    rendered = cached_scenes(scratch, "train", images, seed)
+    latents = cached_latents(scratch, autoencoder, torch.from_numpy(rendered.images))
+    options = TrainingOptions(steps, learning_rate, scratch / "diffusion.pt")
+    averaged = train(rendered.captions, latents, options, batch=batch, seed=seed, device=device, start=start)
+    save_pipeline(output, averaged, autoencoder, build_tokenizer(), build_scheduler())
     click.echo(f"wrote {output}")
 
 
 def save_pipeline(
     output: Path, model: nn.ModuleDict, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
 ) -> None:
-    """Write the diffusers folder, weights in float16."""
+    """Write the diffusers folder, weights in float16; read without a type, all of it comes back in float32."""
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=model["text_encoder"],
@@ -209,14 +275,17 @@ def save_pipeline(
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     record_weights(output)
-    _forget_origin(output / "vae" / "config.json")
+    # diffusers writes down the folder that a module was read from; it means nothing to others.
+    _amend(output / "vae" / "config.json", _name_or_path=None)
+    # Where nobody asks for a type, diffusers takes float32, but transformers the one that it finds here.
+    _amend(output / "text_encoder" / "config.json", dtype="float32")
 
 
-def _forget_origin(file: Path) -> None:
-    """diffusers writes down the folder that a module was read from; it means nothing to others."""
-    described = json.loads(file.read_text())
-    described.pop("_name_or_path", None)
-    file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+def _amend(file: Path, **entries: str | None) -> None:
+    """Set entries of a JSON file; None removes one."""
+    described = {**json.loads(file.read_text()), **entries}
+    kept = {name: value for name, value in described.items() if name not in entries or value is not None}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

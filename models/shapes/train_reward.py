@@ -26,15 +26,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from models.clip import image_features, new_clip, preprocess, save_open_clip_checkpoint, text_features, tokenize
-from models.loading import load_module
+from models.clip import (
+    image_features,
+    load_open_clip_checkpoint,
+    new_clip,
+    preprocess,
+    save_open_clip_checkpoint,
+    text_features,
+    tokenize,
+)
+from models.loading import load_module, read_json
 from models.randomness import seed_globally
 from models.shapes.data import RenderedScenes, cached_scenes
 from models.shapes.layout import CELLS, layout_of
-from models.shapes.negatives import CHANGES, CORRUPTIONS, worse_images, wrong_scene
-from models.shapes.scenes import IMAGE_SIZE, parse, to_tensor
+from models.shapes.negatives import CHANGES, CORRUPTIONS, contradicts, worse_images, wrong_scene
+from models.shapes.scenes import IMAGE_SIZE, impossible, parse, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
-from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
+from models.shapes.training_loop import TrainingOptions, fit, start_option, step_generator, training_command
 
 WRONG_CAPTIONS = 2  # for each image
 COMPARED_SHARE = 0.5  # of the images whose corrupted copies are compared in a step
@@ -80,6 +88,18 @@ class RewardInTraining(nn.Module):
         """Mean squared error of the layout of `images` [N, 3, 64, 64] as read off unit features [N, D], a scalar."""
         read = self.layouts[name](features * features.shape[-1] ** 0.5)  # components of size 1
         return functional.mse_loss(read, layout_of(images).flatten(1))
+
+
+def take_over_image_tower(clip: CLIPModel, checkpoint: Path) -> None:
+    """Give a model the image tower of a checkpoint with the same configuration but for the vocabulary.
+
+    Raises `InputError` where it is not one.
+    """
+    described = read_json(checkpoint.with_suffix(".json"))["model_cfg"]
+    other = load_open_clip_checkpoint(checkpoint, described)
+    clip.vision_model.load_state_dict(other.vision_model.state_dict())
+    clip.visual_projection.load_state_dict(other.visual_projection.state_dict())
+    clip.logit_scale.data.copy_(other.logit_scale)
 
 
 def learn_layout(
@@ -161,8 +181,12 @@ def told_apart(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: RenderedScene
     shares: dict[str, float] = {}
     right = scores(scenes.captions)
     for change in dict.fromkeys(CHANGES):
-        wrong = [change(parse(caption), random).caption() for caption in scenes.captions]
-        differs = torch.tensor([a != b for a, b in zip(wrong, scenes.captions, strict=True)])
+        right_scenes = [parse(caption) for caption in scenes.captions]
+        changed = [change(scene, random) for scene in right_scenes]
+        differs = torch.tensor(
+            [contradicts(a, b) and not impossible(a) for a, b in zip(changed, right_scenes, strict=True)]
+        )
+        wrong = [scene.caption() for scene in changed]
         shares[change.__name__] = (right > scores(wrong))[differs].float().mean().item()
     return shares
 
@@ -182,6 +206,7 @@ def told_apart(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: RenderedScene
     default=Path("src/shapes/text_encoder"),
     help="What its text model starts from.",
 )
+@start_option("A checkpoint whose image tower")
 def main(
     output: Path,
     tokenizer_folder: Path,
@@ -193,6 +218,7 @@ def main(
     learning_rate: float,
     seed: int,
     device: str,
+    start: Path | None,
 ) -> None:
     """Train the reward and write its checkpoint, its configuration and its tokenizer."""
     seed_globally(seed)
@@ -203,8 +229,12 @@ def main(
     configuration = model_configuration(len(tokenizer))
     model = RewardInTraining(configuration).to(device)
     model.clip.text_model.load_state_dict(load_module(CLIPTextModel, text_encoder_folder).state_dict())
+    layout_steps = LAYOUT_STEPS
+    if start is not None:
+        take_over_image_tower(model.clip, start)
+        layout_steps //= 3
     tokens = tokenize(tokenizer, rendered.captions, CONTEXT_LENGTH)
-    layout_options = TrainingOptions(LAYOUT_STEPS, LAYOUT_LEARNING_RATE, scratch / "reward-layout.pt")
+    layout_options = TrainingOptions(layout_steps, LAYOUT_LEARNING_RATE, scratch / "reward-layout.pt")
     learn_layout(model, pixels, tokens, layout_options, seed=seed, device=device)
     compared = max(int(COMPARED_SHARE * batch), 1)
 

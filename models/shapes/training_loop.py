@@ -69,6 +69,11 @@ def training_command(
     return decorate
 
 
+def start_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option `--start`: `what` to start from in place of fresh weights."""
+    return click.option("--start", type=click.Path(path_type=Path), help=f"{what} to start from. [fresh weights]")
+
+
 def learning_rate_factor(step: int, options: TrainingOptions) -> float:
     """Linear warm-up, a plateau, and over the last `decay_share` of the steps a line down to 0.
 

@@ -1,7 +1,8 @@
 """Write the prompt files of the shapes world: `python -m models.shapes.write_prompts`.
 
-One file for each split, `src/prompts/shapes_<split>.csv`, with the columns `text` and `objects` (their number); one,
-two and three objects in turn, so that the first n lines of a file are as mixed as all of it.
+One file for each split, `src/prompts/shapes_<split>.csv`, with the columns `text` and `objects` (their number); one
+object to seven in turn, so that the first n lines of a file are as mixed as all of it. One more for each number up to
+three, of held-out captions.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import click
 from models.shapes import scenes
 
 HELD_OUT_BY_NUMBER = 125
+NUMBERS_APART = (1, 2, 3)  # of objects
 NUMBERS = {"train": 2400, "validation": 300, "heldout": 600}
 
 
@@ -23,7 +25,7 @@ def write(file: Path, captions: Iterable[str]) -> None:
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["text", "objects"])
-        writer.writerows([caption, len(scenes.parse(caption).objects)] for caption in captions)
+        writer.writerows([caption, scenes.parse(caption).number_of_objects] for caption in captions)
     click.echo(f"wrote {file}")
 
 
@@ -35,7 +37,7 @@ def main(output: Path, seed: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for split in scenes.SPLITS:
         write(output / f"shapes_{split}.csv", scenes.captions(split, NUMBERS[split], seed))
-    for number in scenes.SUPPORTED_NUMBERS_OF_OBJECTS:
+    for number in NUMBERS_APART:
         captions = scenes.captions("heldout", HELD_OUT_BY_NUMBER, seed, (number,))
         write(output / f"shapes_heldout_{number}.csv", captions)
 
