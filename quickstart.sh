@@ -26,5 +26,5 @@ python evaluate.py --model shapes --solvers epd,ddim,dpmpp:2 --nfe 4 --schedules
 
 echo
 echo "The run's page:        $run/report.html"
-echo "Replayed images:       $run/samples/replay"
-echo "Beside other solvers:  $run/evaluation/report.md"
+echo "Replayed images:       $run/samples/replay/grid.png"
+echo "Beside other solvers:  $run/evaluation/index.html"

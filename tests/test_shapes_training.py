@@ -198,11 +198,11 @@ def test_models_have_the_documented_shapes_and_sizes():
     states = build_text_encoder(tokenizer)(tokens).last_hidden_state
     assert states.shape == (2, 32, 128)
     network = build_network()
-    assert network(torch.zeros(2, 8, 16, 16), torch.tensor([0, 999]), states).sample.shape == (2, 8, 16, 16)
+    assert network(torch.zeros(2, 4, 16, 16), torch.tensor([0, 999]), states).sample.shape == (2, 4, 16, 16)
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(5.6e6, rel=0.01)
     autoencoder = build_autoencoder()
     images = torch.rand(2, 3, 64, 64)
-    assert autoencoder.encode(images).latent_dist.mean.shape == (2, 8, 16, 16)
+    assert autoencoder.encode(images).latent_dist.mean.shape == (2, 4, 16, 16)
     with torch.no_grad():
         terms = reconstruction_terms(autoencoder, images, torch.Generator().manual_seed(0))
     assert float(terms["posterior_deviation"]) == pytest.approx(np.exp(-3), rel=0.02)
@@ -216,7 +216,7 @@ def test_reward_terms_of_equals_are_those_of_chance():
     tokens = tokenize(build_tokenizer(), ["a large red star on a white background"] * 4)
     images = torch.rand(1, 3, 64, 64).expand(4, -1, -1, -1)
     with torch.no_grad():
-        terms = reward_terms(model, images, images[:2], images[:2], tokens, tokens)
+        terms = reward_terms(model, images, images[:2].expand(3, 2, 3, 64, 64).transpose(0, 1), tokens, tokens, tokens[:2])
     assert float(terms["order"]) == pytest.approx(2 * np.log(2), rel=1e-3)
     # One true and one wrong caption for each image beside the three of the others; four images for each caption.
     assert float(terms["matching"]) == pytest.approx(np.log(5) + np.log(4), rel=1e-3)
@@ -243,7 +243,7 @@ def test_a_saved_pipeline_works_in_stock_diffusers_as_it_stands_and_in_our_loade
     assert images.shape == (1, 64, 64, 3)
     assert np.isfinite(images).all()
     ours = load_denoiser(folder, device="cpu", dtype=torch.float32)
-    assert (ours.latent_shape, ours.image_size) == ((8, 16, 16), (64, 64))
+    assert (ours.latent_shape, ours.image_size) == ((LATENT_CHANNELS, 16, 16), (64, 64))
     for name in ("unet", "vae", "text_encoder"):
         theirs = getattr(stock, name).state_dict()
         assert all(torch.equal(value, theirs[key]) for key, value in getattr(ours, name).state_dict().items())
@@ -254,8 +254,9 @@ def test_the_training_commands_run_from_nothing_and_from_weights(tmp_path, monke
     monkeypatch.setattr(train_diffusion, "LAYOUT_STEPS", 1)
     monkeypatch.setattr(train_reward, "LAYOUT_STEPS", 1)
     monkeypatch.setattr(train_reward, "COMPARED_SCENES", 4)
+    monkeypatch.setattr(train_reward, "DRAWINGS", 2)
     pipeline, other = tmp_path / "shapes", tmp_path / "other"
-    text = ("--tokenizer", tmp_path / "tokenizer", "--text-encoder", pipeline / "text_encoder")
+    text = ("--tokenizer", tmp_path / "tokenizer", "--pipeline", pipeline)
     for command, *options in (
         (train_autoencoder.main, "--output", pipeline / "vae", "--decoder-steps", 1),
         (train_diffusion.main, "--output", pipeline),
@@ -271,6 +272,15 @@ def test_the_training_commands_run_from_nothing_and_from_weights(tmp_path, monke
     assert drawn.latent_shape == (LATENT_CHANNELS, 16, 16)
     for one, two in ((drawn.network, taken_over.network), (drawn.vae, taken_over.vae)):
         torch.testing.assert_close(one.state_dict(), two.state_dict(), rtol=2e-3, atol=1e-6)
+    reward = RewardHPS(tmp_path / "reward.pt")
+    assert reward.score(torch.rand(1, 3, 64, 64), ["a large red star on a white background"]).isfinite()
+    weights = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    refused = CliRunner().invoke(train_diffusion.main, [str(word) for word in (*small, "--output", pipeline)])
+    assert refused.exit_code == 2
+    assert str(weights) in refused.output
 
 
 def test_words_that_another_world_knows_keep_what_they_mean(tmp_path, monkeypatch):

@@ -79,15 +79,14 @@ def change_pattern(scene: Scene, random: np.random.Generator) -> Scene:
     return scene if scene.pattern is None else replace(scene, pattern=_other(PATTERNS, scene.pattern, random))
 
 
+# What holds for few scenes, or is hard to see, is tried more often.
 CHANGES = (
-    change_attribute,
-    change_attribute,
+    *(2 * (change_attribute,)),
     change_number,
-    change_number,
-    exchange_attribute,
-    change_relation,
+    *(2 * (exchange_attribute,)),
+    *(3 * (change_relation,)),
     change_background,
-    change_pattern,
+    *(2 * (change_pattern,)),
 )
 
 

@@ -208,9 +208,10 @@ def train(
     # On a CPU the fused attention's backward pass takes longer than all convolutions together.
     model["network"].set_attn_processor(AttnProcessor())
     model["text_encoder"].set_attn_implementation("eager")
-    layout_checkpoint = options.checkpoint.with_name(f"{options.checkpoint.stem}-layout.pt")
-    layout_options = TrainingOptions(min(LAYOUT_STEPS, options.steps), LAYOUT_LEARNING_RATE, layout_checkpoint)
-    learn_layout(model, tokens, latents, layout_options, seed=seed, device=device)
+    if start is None:  # a text encoder that already works with a network is not to move away from it alone
+        layout_checkpoint = options.checkpoint.with_name(f"{options.checkpoint.stem}-layout.pt")
+        layout_options = TrainingOptions(min(LAYOUT_STEPS, options.steps), LAYOUT_LEARNING_RATE, layout_checkpoint)
+        learn_layout(model, tokens, latents, layout_options, seed=seed, device=device)
     signal = scheduler.alphas_cumprod.sqrt()
     spread = (1 - scheduler.alphas_cumprod).sqrt()
 

@@ -35,17 +35,21 @@ from models.clip import (
     text_features,
     tokenize,
 )
-from models.loading import load_module, read_json
+from models.loading import load_module
 from models.randomness import seed_globally
+from models.registry import load_denoiser
 from models.shapes.data import RenderedScenes, cached_scenes
+from models.shapes.drawings import cached_drawings
 from models.shapes.layout import CELLS, layout_of
 from models.shapes.negatives import CHANGES, CORRUPTIONS, contradicts, worse_images, wrong_scene
 from models.shapes.scenes import IMAGE_SIZE, impossible, parse, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import TrainingOptions, fit, start_option, step_generator, training_command
 
-WRONG_CAPTIONS = 2  # for each image
+WRONG_CAPTIONS = 3  # for each image
 COMPARED_SHARE = 0.5  # of the images whose corrupted copies are compared in a step
+DRAWINGS = 3072  # captions that the diffusion model draws
+DRAWN_SHARE = 1 / 3  # of a batch, besides: drawings that are compared in a step
 COMPARED_SCENES = 1000  # whose captions are compared with wrong ones after training
 LAYOUT_STEPS = 1500
 LAYOUT_BATCH = 64
@@ -90,18 +94,6 @@ class RewardInTraining(nn.Module):
         return functional.mse_loss(read, layout_of(images).flatten(1))
 
 
-def take_over_image_tower(clip: CLIPModel, checkpoint: Path) -> None:
-    """Give a model the image tower of a checkpoint with the same configuration but for the vocabulary.
-
-    Raises `InputError` where it is not one.
-    """
-    described = read_json(checkpoint.with_suffix(".json"))["model_cfg"]
-    other = load_open_clip_checkpoint(checkpoint, described)
-    clip.vision_model.load_state_dict(other.vision_model.state_dict())
-    clip.visual_projection.load_state_dict(other.visual_projection.state_dict())
-    clip.logit_scale.data.copy_(other.logit_scale)
-
-
 def learn_layout(
     model: RewardInTraining, pixels: Tensor, tokens: Tensor, options: TrainingOptions, *, seed: int, device: str
 ) -> None:
@@ -123,38 +115,35 @@ def learn_layout(
 
 
 def reward_terms(
-    model: RewardInTraining, images: Tensor, light: Tensor, heavy: Tensor, right: Tensor, wrong: Tensor
+    model: RewardInTraining, images: Tensor, triples: Tensor, right: Tensor, wrong: Tensor, described: Tensor
 ) -> dict[str, Tensor]:
     """The losses and how often each comparison is right.
 
     Args:
         model: in training.
         images: good images [N, 3, 64, 64] in [0, 1].
-        light: lightly corrupted copies of the first M <= N of them.
-        heavy: the same ones, heavily corrupted.
+        triples: [M, 3, 3, 64, 64], each an image, a worse and a still worse one.
         right: tokens [N, L] of the true captions.
         wrong: tokens [N * W, L]: W wrong captions of each image in turn.
+        described: tokens [M, L] of the triples' captions.
     """
-    number, compared = len(images), len(light)
+    number = len(images)
     with torch.autocast(images.device.type, torch.bfloat16):
-        pixels = preprocess(torch.cat([images, light, heavy]), IMAGE_SIZE)
-        seen = image_features(model.clip, pixels)
-        read = text_features(model.clip, torch.cat([right, wrong]))
+        seen = image_features(model.clip, preprocess(torch.cat([images, triples.flatten(0, 1)]), IMAGE_SIZE))
+        read = text_features(model.clip, torch.cat([right, wrong, described]))
     seen, read = functional.normalize(seen.float(), dim=-1), functional.normalize(read.float(), dim=-1)
     image_layout = model.layout_error("image", seen[:number], images)
     text_layout = model.layout_error("text", read[:number], images)
     scale = model.clip.logit_scale.exp().clamp(max=100)
-    good, light_seen, heavy_seen = seen.split([number, compared, compared])
-    true, false = read[:number], read[number:].view(number, -1, read.shape[-1])
-    logits = scale * good @ true.T  # [N, N]
-    others = scale * torch.einsum("nd,nwd->nw", good, false)
+    true, false, captions = read.split([number, len(wrong), len(described)])
+    logits = scale * seen[:number] @ true.T  # [N, N]
+    others = scale * torch.einsum("nd,nwd->nw", seen[:number], false.view(number, -1, false.shape[-1]))
     rows = torch.arange(number, device=images.device)
     matching = functional.cross_entropy(torch.cat([logits, others], dim=1), rows) + functional.cross_entropy(
         logits.T, rows
     )
-    best, middle, worst = (
-        scale * (part * true[:compared]).sum(-1) for part in (good[:compared], light_seen, heavy_seen)
-    )
+    compared = seen[number:].view(len(triples), 3, -1)
+    best, middle, worst = (scale * torch.einsum("mtd,md->mt", compared, captions)).unbind(1)
     order = functional.softplus(middle - best).mean() + functional.softplus(worst - middle).mean()
     return {
         "loss": 0.5 * matching + order + LAYOUT_WEIGHT * (image_layout + text_layout),
@@ -200,17 +189,16 @@ def told_apart(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: RenderedScene
     help="Where its tokenizer is written.",
 )
 @click.option(
-    "--text-encoder",
-    "text_encoder_folder",
+    "--pipeline",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    default=Path("src/shapes/text_encoder"),
-    help="What its text model starts from.",
+    default=Path("src/shapes"),
+    help="The diffusion model: its text encoder is the start, its drawings are compared.",
 )
-@start_option("A checkpoint whose image tower")
+@start_option("A checkpoint of the same configuration")
 def main(
     output: Path,
     tokenizer_folder: Path,
-    text_encoder_folder: Path,
+    pipeline: Path,
     scratch: Path,
     steps: int,
     images: int,
@@ -228,15 +216,17 @@ def main(
     pixels = torch.from_numpy(rendered.images)  # uint8 [N, 64, 64, 3]
     configuration = model_configuration(len(tokenizer))
     model = RewardInTraining(configuration).to(device)
-    model.clip.text_model.load_state_dict(load_module(CLIPTextModel, text_encoder_folder).state_dict())
-    layout_steps = LAYOUT_STEPS
-    if start is not None:
-        take_over_image_tower(model.clip, start)
-        layout_steps //= 3
     tokens = tokenize(tokenizer, rendered.captions, CONTEXT_LENGTH)
-    layout_options = TrainingOptions(layout_steps, LAYOUT_LEARNING_RATE, scratch / "reward-layout.pt")
-    learn_layout(model, pixels, tokens, layout_options, seed=seed, device=device)
-    compared = max(int(COMPARED_SHARE * batch), 1)
+    if start is None:
+        text_encoder = load_module(CLIPTextModel, pipeline / "text_encoder")
+        model.clip.text_model.load_state_dict(text_encoder.state_dict())
+        layout_options = TrainingOptions(LAYOUT_STEPS, LAYOUT_LEARNING_RATE, scratch / "reward-layout.pt")
+        learn_layout(model, pixels, tokens, layout_options, seed=seed, device=device)
+    else:
+        model.clip.load_state_dict(load_open_clip_checkpoint(start, configuration).state_dict())
+    denoiser = load_denoiser(pipeline, device=device, dtype=torch.bfloat16)
+    drawings = cached_drawings(scratch, pipeline, denoiser, rendered.captions[:DRAWINGS], seed)
+    compared, drawn = (max(int(share * batch), 1) for share in (COMPARED_SHARE, DRAWN_SHARE))
 
     def loss(step: int) -> dict[str, Tensor]:
         generator, random = step_generator(seed, step), np.random.default_rng([seed, step])
@@ -247,11 +237,16 @@ def main(
         wrong_tokens = tokenize(tokenizer, wrong, CONTEXT_LENGTH)
         kind = torch.randint(len(CORRUPTIONS), (compared,), generator=generator)
         severities = torch.rand(2, compared, generator=generator).sort(dim=0).values
-        light, heavy = (
+        corrupted = [
             worse_images(good[:compared], severity, kind, good[-compared:], step_generator(seed + 1, step))
             for severity in (0.7 * severities[0], 0.3 + 0.7 * severities[1])
+        ]
+        shown = torch.randint(len(drawings), (drawn,), generator=generator)
+        triples = torch.cat([torch.stack([good[:compared], *corrupted], dim=1), to_tensor(drawings[shown.numpy()])])
+        described = torch.cat([tokens[rows[:compared]], tokens[shown]])
+        return reward_terms(
+            model, *(part.to(device) for part in (good, triples, tokens[rows], wrong_tokens, described))
         )
-        return reward_terms(model, *(part.to(device) for part in (good, light, heavy, tokens[rows], wrong_tokens)))
 
     averaged = fit(model, loss, TrainingOptions(steps, learning_rate, scratch / "reward.pt", weight_decay=0.05))
     save_open_clip_checkpoint(averaged.clip, output)
