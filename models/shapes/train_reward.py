@@ -47,9 +47,9 @@ from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import TrainingOptions, fit, start_option, step_generator, training_command
 
 WRONG_CAPTIONS = 3  # for each image
-COMPARED_SHARE = 0.5  # of the images whose corrupted copies are compared in a step
+COMPARED_SHARE = 1 / 3  # of the images whose corrupted copies are compared in a step
 DRAWINGS = 3072  # captions that the diffusion model draws
-DRAWN_SHARE = 1 / 3  # of a batch, besides: drawings that are compared in a step
+DRAWN_SHARE = 1 / 4  # of a batch, besides: drawings that are compared in a step
 COMPARED_SCENES = 1000  # whose captions are compared with wrong ones after training
 LAYOUT_STEPS = 1500
 LAYOUT_BATCH = 64
