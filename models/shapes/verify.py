@@ -51,7 +51,7 @@ LARGEST_MISFIT = 46.0  # root mean square in 0..255 over an object: above it the
 PLAIN_VARIATION = 0.11  # standard deviation of the tones, light aside: below it a background is plain
 WAVE_SHARE = 0.55  # of the variation that one wave (stripes) or two crossing ones (checks) must explain
 CROSSING_SHARE = 0.3  # what the weaker of two crossing waves must have of the stronger one
-PALETTE = np.array(list(COLOURS.values()), dtype=float)  # [8, 3]
+PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)  # [8, 3]
 SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius in pixels
 
 LIKELY_SHAPES = 3  # by their silhouettes: these are drawn
@@ -167,20 +167,26 @@ def found_pattern(tones: np.ndarray, clear: np.ndarray) -> str:
 # Objects
 
 _TABLE_REACH = 1.5
-_TABLE_Y, _TABLE_X = np.mgrid[-_TABLE_REACH:_TABLE_REACH:129j, -_TABLE_REACH:_TABLE_REACH:129j]
+_TABLE_CELLS = 256  # from the middle of a table to its border: a pixel of a large object has 14
+_TABLE_Y, _TABLE_X = (_TABLE_REACH / _TABLE_CELLS) * np.mgrid[
+    -_TABLE_CELLS : _TABLE_CELLS + 1, -_TABLE_CELLS : _TABLE_CELLS + 1
+]
 _SOLID = {shape: "circle" if shape == "ring" else shape for shape in SHAPES}  # without its hole
 
 
 @cache
 def _table(shape: str) -> np.ndarray:
-    """`signed_distance` [129, 129] over [-1.5, 1.5]^2."""
-    return signed_distance(shape, _TABLE_X, _TABLE_Y)
+    """`signed_distance` [513, 513] over [-1.5, 1.5]^2, float32."""
+    return signed_distance(shape, _TABLE_X, _TABLE_Y).astype(np.float32)
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance in pixels of offsets in a shape's own frame, from the table."""
-    scale = 64 / (_TABLE_REACH * radius)
-    return radius * ndimage.map_coordinates(_table(shape), [64 + scale * y, 64 + scale * x], order=1, mode="nearest")
+    """Signed distance in pixels of offsets in a shape's own frame: that of the nearest point of the table."""
+    scale = np.float32(_TABLE_CELLS / (_TABLE_REACH * radius))
+    column, row = (
+        np.clip(_TABLE_CELLS + 0.5 + scale * offset, 0, 2 * _TABLE_CELLS).astype(np.intp) for offset in (x, y)
+    )
+    return np.float32(radius) * _table(shape)[row, column]
 
 
 @cache
@@ -209,7 +215,16 @@ def _window(pixels: np.ndarray, region: np.ndarray, background: Background) -> _
     solid = ndimage.binary_fill_holes(region & (contrast > EDGE_SHARE * np.median(contrast[region])))
     rows, columns = np.nonzero(ndimage.binary_dilation(solid, iterations=2) & ~(others & ~solid))
     behind = background.pixels[rows, columns]
-    return _Window(columns + 0.5, rows + 0.5, solid[rows, columns], pixels[rows, columns] - behind, behind)
+    inside = solid[rows, columns]
+    numbers = (columns + 0.5, rows + 0.5, pixels[rows, columns] - behind, behind)
+    x, y, difference, behind = (array.astype(np.float32) for array in numbers)  # enough, and twice as fast
+    return _Window(x, y, inside, difference, behind)
+
+
+@cache
+def _evenly(number: int, end: float) -> np.ndarray:
+    """`number` values from 0 on, `end` left out, float32."""
+    return (np.arange(number) * end / number).astype(np.float32)
 
 
 def _silhouettes(window: _Window, shape: str) -> list[tuple[float, Placement]]:
@@ -219,7 +234,7 @@ def _silhouettes(window: _Window, shape: str) -> list[tuple[float, Placement]]:
     area, centroid_x, centroid_y = _area_and_centroid(_SOLID[shape])
     radius = float(np.sqrt(window.inside.sum() / area))
     number = max(round(SYMMETRY[shape] / _ANGLE_STEP), 1)
-    angles = np.arange(number)[:, None] * SYMMETRY[shape] / number  # [A, 1]
+    angles = _evenly(number, SYMMETRY[shape])[:, None]  # [A, 1]
     shift_x, shift_y = turned(radius * centroid_x, radius * centroid_y, -angles)
     x, y = window.x[window.inside].mean() - shift_x, window.y[window.inside].mean() - shift_y
     own = turned(window.x - x, window.y - y, angles)  # [A, P] each
@@ -273,14 +288,13 @@ def _brightnesses(window: _Window, shape: str, fill: str, placement: Placement) 
     """Brightness [V, P] of the fill in every way that a caption leaves open: stripes turned and moved, light."""
     across, down = window.x - placement.x, window.y - placement.y
     if fill == "shaded":
-        lights = np.arange(12)[:, None] * np.pi / 6
-        return shading(across, down, placement.radius, lights)
+        return shading(across, down, placement.radius, _evenly(12, 2 * np.pi)[:, None])
     if fill == "striped":
         turn = SYMMETRY[shape] or np.pi / 12
         turns = round(2 * np.pi / turn)
         turns //= gcd(turns, 2)  # half a turn moves stripes, as a phase does
-        angles = placement.angle + turn * np.arange(turns)[:, None, None]
-        phases = np.arange(8)[:, None] * np.pi / 4
+        angles = np.float32(placement.angle) + _evenly(turns, turns * turn)[:, None, None]
+        phases = _evenly(8, 2 * np.pi)[:, None]
         return stripes(turned(across, down, angles)[1], phases).reshape(-1, len(across))
     return np.ones((1, len(across)))
 
