@@ -84,9 +84,9 @@ CHANGES = (
     *(2 * (change_attribute,)),
     change_number,
     *(2 * (exchange_attribute,)),
-    *(3 * (change_relation,)),
+    *(6 * (change_relation,)),
     change_background,
-    *(2 * (change_pattern,)),
+    *(4 * (change_pattern,)),
 )
 
 
