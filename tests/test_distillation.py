@@ -9,6 +9,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -680,6 +681,24 @@ def test_what_is_held_out_is_neither_searched_nor_trained_on(tmp_path, monkeypat
     assert len(starts["training"]) == options.trajectories - options.held_out
     assert starts["searched"] <= starts["training"]
     assert starts["training"].isdisjoint(starts["held_out"])
+
+
+@pytest.mark.parametrize("removed", ["teacher.pt", "training-state.pt"])
+def test_a_run_that_ends_while_it_tidies_up_leaves_nothing_behind(tmp_path, monkeypatch, removed):
+    options, unlink = dataclasses.replace(OPTIONS, trajectories=8, M=1, total_kimg=0.008), Path.unlink
+
+    def interrupted(path, **options):
+        if path.name == removed:
+            raise Interrupted
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        with pytest.raises(Interrupted):
+            carried_out(tmp_path, options, GuidedMixture(), PROMPTS)
+    if not is_finished(tmp_path, options):
+        carried_out(tmp_path, options, GuidedMixture(), PROMPTS)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_damaged_state_is_named(tmp_path):

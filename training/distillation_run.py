@@ -186,8 +186,8 @@ def _distil(folder: Path, options: Options, denoiser: Denoiser, lesson: Lesson) 
     table, sigmas = refinement.solver()
     own = {SIGMAS: sigmas.tolist()} if GRID in options.learned else {}
     snapshot = save_snapshot(_last_snapshot(folder, options), table, options.metadata(denoiser) | own)
-    (folder / STATE).unlink()
     (folder / TEACHER).unlink(missing_ok=True)
+    (folder / STATE).unlink()  # last: a run without it is finished, and nobody would tidy up after it
     return snapshot
 
 
