@@ -7,6 +7,7 @@ starts the tests in the background has them, and all processes that they start, 
 import os
 import signal
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("continuous-integration", deadline=None, derandomize=True)
@@ -15,3 +16,14 @@ settings.load_profile("continuous-integration" if os.environ.get("CI") else "els
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long tests/test_fuzz.py goes on."""
+    parser.addoption("--fuzz", default=500, type=int, metavar="N", help="spoiled files of tests/test_fuzz.py, in all")
+
+
+@pytest.fixture(scope="session")
+def fuzz(request: pytest.FixtureRequest) -> int:
+    """How many spoiled files are read."""
+    return request.config.getoption("--fuzz")
