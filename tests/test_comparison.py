@@ -258,6 +258,22 @@ def test_everything_is_written(report, tmp_path):
     narrow, wide = (Image.open(tmp_path / "out" / f"grid-nfe{nfe}.png").size for nfe in ("08", "04"))
     assert wide[0] - narrow[0] == 2 * (128 + 8)  # three solvers at 4 evaluations, one at 8
     assert Image.open(tmp_path / "out" / "metrics.png").size[0] > 1000
+    shown = re.findall(r"!\[.*\]\((.*)\)", (tmp_path / "out" / "report.md").read_text())
+    assert shown == ["metrics.png", "grid-nfe04.png", "grid-nfe08.png"]
+
+
+def test_few_numbers_of_evaluations_are_a_list_of_solvers_and_more_an_axis(report, entries, tmp_path):
+    few = report.plots().axes
+    assert len(few) == len(report.comparison.metrics)
+    assert [name.get_text() for name in few[0].get_yticklabels()] == [
+        *("epd-00003, 4 (6 in all)", "ddim, 4 (4 in all)", "heun, 4 (4 in all)", "ddim, 8 (8 in all)")
+    ]
+    more = [*entries, entry("ddim", "ddim", "discrete", 20, reward=3.0, distance=0.01)]
+    compared = Comparison(more, FRECHET, Store(tmp_path / "kept", pytest.fail), seed=5)
+    parallel, total, *others = replace(report, comparison=compared).plots().axes
+    assert len(others) == 2 * len(few) - 2
+    for axes, counts in ((parallel, ["4", "8", "20"]), (total, ["4", "6", "8", "20"])):
+        assert [name.get_text() for name in axes.get_xticklabels()] == counts
 
 
 def test_the_page_holds_everything_in_itself(report, comparison):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from files import write_atomically
 from training.image_folder import write_sheet
@@ -27,6 +29,8 @@ TERMINAL_WIDTH = 100  # characters
 LONGEST_LABEL = 32  # of a solver, in a terminal
 MARKERS = "osv^Dp<>hX*P"
 FIGURE_DPI = 110
+FIGURE_WIDTH = 9.6  # inches: as wide as a page's column at that resolution
+FEWEST_FOR_AXIS = 3  # numbers of evaluations; of fewer, a figure lists the solvers by name
 CSV_COLUMNS = (
     *("label", "solver", "schedule", "guidance", "num_steps", "parallel_evaluations", "total_evaluations", "exploded"),
     *("metric", "estimate", "low", "high", "best"),
@@ -79,6 +83,7 @@ class Report:
     def markdown(self) -> str:
         """The whole report as Markdown."""
         settings = [f"- {name}: {value}" for name, value in self.settings.items()]
+        sheets = [f"## Images at {nfe} parallel evaluations\n\n![]({name})" for nfe, name in self.sheets().items()]
         meanings = [f"- {metric_of(name).heading}: {metric_of(name).meaning}." for name in self.comparison.metrics]
         parts = [
             "# Solvers side by side",
@@ -91,8 +96,10 @@ class Report:
             "guidance, which doubles those at another scale than 1. Differences are taken between best settings, "
             "prompt by prompt: better or worse where the interval excludes 0, otherwise open.",
             "\n".join(meanings),
+            "![every metric of every solver](metrics.png)",
             *self.group_tables(),
             *self.difference_tables(),
+            *sheets,
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -224,56 +231,99 @@ class Report:
     # -------------------------------------------------------------------------------------------------- pictures
 
     def figure(self) -> bytes:
-        """Each metric against the parallel evaluations (above) and against all evaluations (below), as PNG."""
-        metrics = self.comparison.metrics
-        figure = Figure(figsize=(4.2 * len(metrics), 7.6), layout="constrained")
-        axes = figure.subplots(2, len(metrics), squeeze=False)
-        for column, metric in enumerate(metrics):
-            for panel, (attribute, heading) in zip(
-                axes[:, column], (("parallel", "parallel NFE"), ("total", "total NFE")), strict=True
-            ):
-                self._draw(panel, metric, attribute)
-                panel.set_xlabel(heading)
-                panel.set_title(metric_of(metric).heading)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8))
+        """`plots` as PNG."""
         buffer = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+        FigureCanvasAgg(self.plots()).print_png(buffer, metadata={"Software": None})
         return buffer.getvalue()
 
+    def plots(self) -> Figure:
+        """Each metric against the parallel evaluations (left) and all evaluations (right).
+
+        Where there are fewer than `FEWEST_FOR_AXIS` numbers of evaluations, each metric of the solvers one by one.
+        """
+        rows, metrics = self.comparison.rows, self.comparison.metrics
+        listed = len({row.parallel for row in rows}) < FEWEST_FOR_AXIS
+        axes = (None,) if listed else ("parallel", "total")
+        shown = [(metric, axis) for metric in metrics for axis in axes]
+        lines = -(-len(shown) // 2)
+        height = 0.8 + 0.24 * len(rows) if listed else 3.2
+        figure = Figure(figsize=(FIGURE_WIDTH, 0.6 + lines * height), dpi=FIGURE_DPI, layout="constrained")
+        panels = figure.subplots(lines, 2, squeeze=False, sharey="row").flat
+        for panel, (metric, axis) in zip(panels, shown, strict=False):
+            panel.set_title(metric_of(metric).heading)
+            panel.grid(alpha=0.3)
+            panel.tick_params(labelsize=8)
+            if axis is None:
+                self._list(panel, metric)
+            else:
+                self._draw(panel, metric, axis)
+        for panel in panels[len(shown) :]:
+            panel.set_axis_off()
+        handles, labels = panels[0].get_legend_handles_labels()
+        if labels:
+            figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+        return figure
+
+    def _list(self, panel: Axes, metric: str) -> None:
+        """A line for each solver."""
+        rows = self.comparison.rows
+        for place, row in enumerate(rows):
+            colour = "C0" if row.sampler == "epd" else "C7"
+            cell = row.cells[metric].interval
+            panel.errorbar(cell.estimate, place, xerr=_whiskers([cell]), marker="o", color=colour, capsize=2)
+        names = [f"{row.label}, {row.parallel} ({row.total} in all)" for row in rows]
+        panel.set_yticks(range(len(rows)), names)
+        panel.set_ylim(len(rows) - 0.5, -0.5)
+        self._finish(panel.axvline, panel.xaxis, metric)
+
     def _draw(self, panel: Axes, metric: str, attribute: str) -> None:
+        """A curve for each solver, beside each other by a little, so that no interval hides another."""
         labels = list(dict.fromkeys(row.label for row in self.comparison.rows))
         for number, label in enumerate(labels):
             rows = [row for row in self.comparison.rows if row.label == label]
             cells = [row.cells[metric].interval for row in rows]
-            whiskers = np.array([[cell.estimate - cell.low, cell.high - cell.estimate] for cell in cells]).T  # [2, n]
+            aside = 1.01 ** (number - (len(labels) - 1) / 2)
             panel.errorbar(
-                [getattr(row, attribute) for row in rows],
+                [getattr(row, attribute) * aside for row in rows],
                 [cell.estimate for cell in cells],
-                yerr=whiskers.clip(min=0),
+                yerr=_whiskers(cells),
                 marker=MARKERS[number % len(MARKERS)],
-                markersize=9 if rows[0].sampler == "epd" else 5,
+                markersize=8 if rows[0].sampler == "epd" else 4,
                 linestyle="none" if rows[0].sampler == "epd" else "-",
+                linewidth=1,
                 color=f"C{number % 10}",
                 capsize=2,
                 label=label,
             )
+        self._finish(panel.axhline, panel.yaxis, metric)
+        counts = sorted({getattr(row, attribute) for row in self.comparison.rows})
+        panel.set_xscale("log")
+        panel.set_xticks(counts, counts)
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xlabel(f"{attribute} NFE")
+
+    def _finish(self, line: Callable[..., object], axis: Axis, metric: str) -> None:
+        """Draw the reference as a line; take logarithms of distances."""
         reference = self.reference and self.comparison.estimate(self.reference.measured, metric)
         if reference is not None and reference > 0:
-            panel.axhline(reference, color="black", linestyle=":", label=self.reference.solver.label)
+            line(reference, color="black", linestyle=":", label=self.reference.solver.label)
         estimates = [row.cells[metric].interval.estimate for row in self.comparison.rows]
         if not metric_of(metric).higher_is_better and min(estimates) > 0:  # KID is unbiased, and may be negative
-            panel.set_yscale("log")
-        panel.set_xticks(sorted({getattr(row, attribute) for row in self.comparison.rows}))
-        panel.grid(alpha=0.3)
+            axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+
+    def sheets(self) -> dict[int, str]:
+        """The name of the sheet of images of each parallel NFE; none where no images were kept."""
+        shown = len(self.comparison.entries[0].measured.previews) > 0
+        return {row.parallel: f"grid-nfe{row.parallel:02d}.png" for row in self.comparison.rows if shown}
 
     def write_sheets(self, folder: Path) -> list[Path]:
         """One sheet for each parallel NFE: a row a prompt; columns true images and reference, if any, and solvers."""
         count = len(self.comparison.entries[0].measured.previews)
-        if count == 0:
-            return []
-        files = []
-        for nfe in dict.fromkeys(row.parallel for row in self.comparison.rows):
+        for nfe, name in self.sheets().items():
             columns = {} if self.real is None else {"true image": self.real}
             if self.reference is not None:
                 columns[self.reference.solver.label] = self.reference.measured.previews.numpy()
@@ -281,10 +331,15 @@ class Report:
                 if row.parallel == nfe:
                     entry = row.cells["reward"].entry
                     columns[_name(entry)] = entry.measured.previews.numpy()
-            files.append(folder / f"grid-nfe{nfe:02d}.png")
             rows = [[images[index] for images in columns.values()] for index in range(count)]
-            write_sheet(files[-1], rows, self.prompts[:count], list(columns))
-        return files
+            write_sheet(folder / name, rows, self.prompts[:count], list(columns))
+        return [folder / name for name in self.sheets().values()]
+
+
+def _whiskers(cells: Sequence[Interval]) -> np.ndarray:
+    """How far intervals reach below and above their estimates: [2, n]."""
+    reach = np.array([[cell.estimate - cell.low, cell.high - cell.estimate] for cell in cells]).T
+    return reach.clip(min=0)
 
 
 def _is(row: Row, figure: Published) -> bool:
