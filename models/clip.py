@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from errors import InputError, first_line
 from files import replacing
@@ -417,12 +417,12 @@ def number_cut(tokenizer: CLIPTokenizer, texts: Sequence[str], context_length: i
     return sum(len(ids) > context_length for ids in rows)
 
 
-def without_known_words(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[str]:
-    """The texts that have words of three letters or more, each of which the tokenizer has to spell in pieces."""
+def without_known_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """The texts that have words of three letters or more, each of which the tokenizer spells in pieces or has not."""
     words_of = {text: WORDS.findall(read.lower()) for text, read in zip(texts, _cleaned(texts), strict=True)}
     words = sorted({word for words in words_of.values() for word in words})
     rows = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-    known = {word for word, ids in zip(words, rows, strict=True) if len(ids) == 1}
+    known = {word for word, ids in zip(words, rows, strict=True) if len(ids) == 1 and ids[0] != tokenizer.unk_token_id}
     return [text for text, words in words_of.items() if words and known.isdisjoint(words)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn import functional
 from errors import InputError
 from models.asset_table import CLIP
 from models.checkpoints import read_state_dict
+from training.ppo.rewards.batched import Scoring
 from training.ppo.rewards.folder_scorer import FolderScorer
 from training.ppo.rewards.named import NamedReward, RewardFiles
 
@@ -36,18 +37,14 @@ class AestheticScore(FolderScorer):
         clip_folder: Path,
         *,
         tokenizer_folder: Path,
-        device: torch.device | str = "cpu",
-        batch_size: int = 16,
-        amp_dtype: torch.dtype | None = None,
+        **scoring: Unpack[Scoring],
     ) -> None:
         """Load the predictor and the CLIP model in its folder; the rest as `FolderScorer` takes it.
 
         Raises:
             InputError: a file is missing or malformed, they do not fit each other, or there is too little memory.
         """
-        super().__init__(
-            clip_folder, tokenizer_folder=tokenizer_folder, device=device, batch_size=batch_size, amp_dtype=amp_dtype
-        )
+        super().__init__(clip_folder, tokenizer_folder=tokenizer_folder, **scoring)
         weight, bias = read_head(head, self.model.config.projection_dim)
         self.weight, self.bias = weight.to(self.device), bias.to(self.device)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from errors import InputError
 from models import clip
@@ -14,6 +16,14 @@ from models.devices import check_memory
 from models.generate import recomputed
 
 log = logging.getLogger(__name__)
+
+
+class Scoring(TypedDict, total=False):
+    """How a network looks at images; see `BatchedScorer`, to which every kind of reward hands it on."""
+
+    device: torch.device | str
+    batch_size: int
+    amp_dtype: torch.dtype | None
 
 
 class BatchedScorer:
@@ -104,12 +114,20 @@ class BatchedScorer:
         """Mixed precision, where it was asked for."""
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def say_how_many_are_cut(self, cut: int, different: int, tokens: int) -> None:
-        """Warn in one line of prompts, `cut` of `different` ones, that are longer than the `tokens` that it reads."""
+    def say_what_is_lost(
+        self, tokenizer: PreTrainedTokenizerBase, different: Sequence[str], cut: int, tokens: int
+    ) -> None:
+        """Warn of prompts, `cut` of `different` ones, longer than the `tokens` that it reads, and of those unknown."""
         if cut:
             log.warning(
                 "reward %s reads %d tokens of a prompt: %d of %d prompts are longer and judged by these",
-                *(self.name, tokens, cut, different),
+                *(self.name, tokens, cut, len(different)),
+            )
+        if foreign := clip.without_known_words(tokenizer, different):
+            log.warning(
+                "reward %s was taught no word of %d of %d prompts, for example %.60r: its scores of them mean little; "
+                "choose another reward or other prompts",
+                *(self.name, len(foreign), len(different), foreign[0]),
             )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from errors import InputError
 from models import clip
 from models.devices import to_device
 from models.recent import RecentTensors
-from training.ppo.rewards.batched import BatchedScorer, require_pairs
-
-log = logging.getLogger(__name__)
+from training.ppo.rewards.batched import BatchedScorer, Scoring, require_pairs
 
 
 class ClipScorer(BatchedScorer):
@@ -30,10 +28,7 @@ class ClipScorer(BatchedScorer):
         name: str,
         model: CLIPModel,
         tokenizer: CLIPTokenizer,
-        *,
-        device: torch.device | str = "cpu",
-        batch_size: int = 16,
-        amp_dtype: torch.dtype | None = None,
+        **scoring: Unpack[Scoring],
     ) -> None:
         """Take over a model (float32, on the CPU); `tokenizer`: of its texts, the rest as `BatchedScorer` takes it.
 
@@ -48,7 +43,7 @@ class ClipScorer(BatchedScorer):
                 f"number {end}, the model's vocabulary ends with number {expected_end}."
             )
         size = model.config.vision_config.image_size
-        super().__init__(name, model, size, device=device, batch_size=batch_size, amp_dtype=amp_dtype)
+        super().__init__(name, model, size, **scoring)
         self.tokenizer = tokenizer
         self._context_length: int = model.config.text_config.max_position_embeddings
         self._text_features = RecentTensors()
@@ -62,13 +57,8 @@ class ClipScorer(BatchedScorer):
         """See `Reward.say_what_is_cut`."""
         different = list(dict.fromkeys(prompts))
         cut = clip.number_cut(self.tokenizer, different, self._context_length)
-        self.say_how_many_are_cut(cut, len(different), self._context_length - 2)  # without the marks of start and end
-        if foreign := clip.without_known_words(self.tokenizer, different):
-            log.warning(
-                "reward %s was taught no word of %d of %d prompts, for example %.60r: its scores of them mean little; "
-                "choose another reward or other prompts",
-                *(self.name, len(foreign), len(different), foreign[0]),
-            )
+        tokens = self._context_length - 2  # without the marks of start and end
+        self.say_what_is_lost(self.tokenizer, different, cut, tokens)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Embed images [N, 3, H, W] in [0, 1]: [N, D] float32, projected but not normalised, on the reward's device."""

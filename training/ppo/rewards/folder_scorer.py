@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
-
-import torch
+from typing import ClassVar, Unpack
 
 from models import clip
 from models.loading import load_tokenizer
+from training.ppo.rewards.batched import Scoring
 from training.ppo.rewards.clip_scorer import FeatureScorer
 
 
@@ -22,9 +21,7 @@ class FolderScorer(FeatureScorer):
         folder: Path,
         *,
         tokenizer_folder: Path,
-        device: torch.device | str = "cpu",
-        batch_size: int = 16,
-        amp_dtype: torch.dtype | None = None,
+        **scoring: Unpack[Scoring],
     ) -> None:
         """Load config.json and model.safetensors; the rest as `ClipScorer` takes it.
 
@@ -35,7 +32,5 @@ class FolderScorer(FeatureScorer):
             self.reward_name,
             clip.load_transformers_checkpoint(folder),
             load_tokenizer(tokenizer_folder),
-            device=device,
-            batch_size=batch_size,
-            amp_dtype=amp_dtype,
+            **scoring,
         )

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from models.devices import to_device
 from models.loading import check_keys, load_tokenizer
 from models.skeletons import require_counts, skeleton
 from training.ppo.rewards.aesthetic import linear_head
-from training.ppo.rewards.batched import BatchedScorer, require_pairs
+from training.ppo.rewards.batched import BatchedScorer, Scoring, require_pairs
 from training.ppo.rewards.named import NamedReward, RewardFiles
 
 TOKENS = 35  # that it was trained to read of a prompt, the marks of start and end among them
@@ -80,9 +80,7 @@ class ImageReward(BatchedScorer):
         med_config: Mapping[str, Any],
         *,
         tokenizer_folder: Path,
-        device: torch.device | str = "cpu",
-        batch_size: int = 16,
-        amp_dtype: torch.dtype | None = None,
+        **scoring: Unpack[Scoring],
     ) -> None:
         """Load the checkpoint, described by `med_config`; the rest as `BatchedScorer` takes it.
 
@@ -95,7 +93,7 @@ class ImageReward(BatchedScorer):
         left = {name: tensor for name, tensor in state.items() if not name.startswith("blip.")}
         weight, bias = linear_head(_below(left, "mlp."), width, f"{weights}: its head")
         size = blip.vision.config.image_size
-        super().__init__("imagereward", blip, size, device=device, batch_size=batch_size, amp_dtype=amp_dtype)
+        super().__init__("imagereward", blip, size, **scoring)
         self.weight, self.bias = weight.to(self.device), bias.to(self.device)
         self.tokenizer = load_tokenizer(tokenizer_folder, BertTokenizer)
         if len(self.tokenizer) > blip.text.config.vocab_size:
@@ -122,7 +120,7 @@ class ImageReward(BatchedScorer):
         """See `Reward.say_what_is_cut`."""
         different = list(dict.fromkeys(prompts))
         rows = self.tokenizer(different, truncation=False, verbose=False)["input_ids"]
-        self.say_how_many_are_cut(sum(len(row) > TOKENS for row in rows), len(different), TOKENS - 2)
+        self.say_what_is_lost(self.tokenizer, different, sum(len(row) > TOKENS for row in rows), TOKENS - 2)
 
 
 def load_blip(state: Mapping[str, Tensor], med_config: Mapping[str, Any], source: Path) -> Blip:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from models.checkpoints import read_module
 from models.devices import to_device
 from models.loading import check_keys, load_tokenizer, read_json
 from models.recent import RecentTensors
-from training.ppo.rewards.batched import require_pairs
+from training.ppo.rewards.batched import Scoring, require_pairs
 from training.ppo.rewards.clip_scorer import ClipScorer
 from training.ppo.rewards.named import NamedReward, RewardFiles
 
@@ -128,23 +128,14 @@ class MPS(ClipScorer):
         model_cfg: Mapping[str, Any],
         *,
         tokenizer_folder: Path,
-        device: torch.device | str = "cpu",
-        batch_size: int = 16,
-        amp_dtype: torch.dtype | None = None,
+        **scoring: Unpack[Scoring],
     ) -> None:
         """Load the checkpoint; `model_cfg` as in `models.clip`, the rest as `ClipScorer` takes it.
 
         Raises:
             InputError: a file is missing or malformed, or there is too little memory.
         """
-        super().__init__(
-            "mps",
-            load_preference(weights, model_cfg),
-            load_tokenizer(tokenizer_folder),
-            device=device,
-            batch_size=batch_size,
-            amp_dtype=amp_dtype,
-        )
+        super().__init__("mps", load_preference(weights, model_cfg), load_tokenizer(tokenizer_folder), **scoring)
         self._texts: RecentTensors[dict[str, Tensor]] = RecentTensors()
         self._condition = self._embedded([CONDITION])[0][0]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -14,6 +13,7 @@ from errors import InputError
 from models import asset_table, clip
 from models.checkpoints import check_checkpoint
 from models.loading import load_tokenizer, read_json
+from training.ppo.rewards.batched import Scoring
 from training.ppo.rewards.clip_scorer import FeatureScorer
 from training.ppo.rewards.named import RewardFiles
 
@@ -73,31 +73,22 @@ class RewardHPS(FeatureScorer):
         self,
         weights_path: str | Path,
         *,
-        device: torch.device | str = "cpu",
-        batch_size: int = 16,
-        amp_dtype: torch.dtype | None = None,
         tokenizer_folder: str | Path | None = None,
+        **scoring: Unpack[Scoring],
     ) -> None:
         """Load the checkpoint and its tokenizer.
 
         Args:
             weights_path: checkpoint in open_clip's layout; see `find_reward_files` for what belongs to it.
-            device, batch_size, amp_dtype: as `ClipScorer` takes them.
             tokenizer_folder: used instead of the checkpoint's own tokenizer.
+            scoring: as `ClipScorer` takes it.
 
         Raises:
             InputError: a file is missing or malformed, the weights do not fit the described model, or there is too
                 little memory.
         """
         files = find_reward_files(weights_path, tokenizer_folder)
-        super().__init__(
-            files.weights.stem,
-            _load_model(files),
-            load_tokenizer(files.tokenizer),
-            device=device,
-            batch_size=batch_size,
-            amp_dtype=amp_dtype,
-        )
+        super().__init__(files.weights.stem, _load_model(files), load_tokenizer(files.tokenizer), **scoring)
 
     def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `FeatureScorer`: [N] in [-1, 1]. HPS v2.1 gives photographs some 0.2 to 0.35."""
