@@ -494,7 +494,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
             say(line)
     else:
         number_type = resolve_dtype(asked.dtype)
-    denoiser = load_denoiser(asked.model, device=fabric.device, dtype=number_type, options=asked.model_options)
+    denoiser = check_assets(asked.model, asked.model_options)  # without weights: what does not fit is said before
     everything = [*prompts, *(validation_prompts or [])]
     denoiser.validate_prompts(everything)
     scale = denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
@@ -513,6 +513,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
         )
     labels = list(dict.fromkeys(solver.label for solver in [*tables, *rivals]))
     baselines = [parse_baseline(text, labels) for text in asked.baselines]
+    denoiser = load_denoiser(asked.model, device=fabric.device, dtype=number_type, options=asked.model_options)
 
     if fabric.is_global_zero:
         click.get_current_context().with_resource(only_writer(asked.outdir))
@@ -658,7 +659,8 @@ def _scales(text: str) -> list[float]:
 def _predictors(asked: Asked, say: Note) -> list[Solver]:
     """The tables that were asked for, or all that lie in `exps` and were made for the model and a wanted budget."""
     sources, root, model, options = asked.predictors, asked.exps, asked.model, asked.model_options
-    found = [load_solver(source, root) for source in sources] if sources else list(_discovered(model, root, say))
+    left: list[str] = []
+    found = [load_solver(source, root) for source in sources] if sources else list(_discovered(model, root, left))
     fitting = []
     for solver in found:
         parallel = solver.evaluations.parallel
@@ -667,7 +669,9 @@ def _predictors(asked: Asked, say: Note) -> list[Solver]:
         elif sources:
             raise InputError(f"{solver.where}: takes {parallel} parallel evaluations; add {parallel} to --nfe")
         else:
-            say(f"left out: {solver.where} takes {parallel} parallel evaluations")
+            left.append(f"{solver.label} (takes {parallel} parallel evaluations)")
+    if left:
+        say(f"left out in {root}: {', '.join(left)}")
     for solver in fitting:
         if solver.model != model:
             say(f"{solver.where} was made for {solver.model}, not for {model}")
@@ -681,12 +685,12 @@ def _predictors(asked: Asked, say: Note) -> list[Solver]:
     return fitting
 
 
-def _discovered(model: str, root: Path, say: Note) -> Iterator[Solver]:
+def _discovered(model: str, root: Path, left: list[str]) -> Iterator[Solver]:
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
         try:
             solver = load_solver(folder, root)
-        except InputError as error:
-            say(f"left out: {error}")
+        except InputError:  # which --predictor_path says
+            left.append(f"{folder.name} (no table that can be read)")
             continue
         if solver.model == model:
             yield solver

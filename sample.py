@@ -19,7 +19,7 @@ from models import load_denoiser
 from models.devices import DTYPES, check_compiler, resolve_device, resolve_dtype
 from models.options import ModelOptions
 from models.prompts import parse_seeds, read_prompts
-from models.registry import traits_of
+from models.registry import check_assets, traits_of
 from training.image_folder import LOG_NAME, SHEET_NAME, ImageRequest, draw, unused_folder
 from training.runs.command_line import Finite, require_one_process, takes_model_options
 from training.solver import (
@@ -129,12 +129,13 @@ def main(
     options, on = _options(model_options, asked, spec), resolve_device(device)
     if compiled:
         check_compiler(on)
+    described = check_assets(spec, options)  # without weights: what does not fit is said before they are read
+    described.validate_prompts(wanted)
+    settled = asked.on(described)
     number_type, line = usual_dtype(spec, on, [asked]) if dtype is None else (resolve_dtype(dtype), None)
     if line is not None:
         click.echo(line)
     denoiser = load_denoiser(spec, device=on, dtype=number_type, options=options)
-    denoiser.validate_prompts(wanted)
-    settled = asked.on(denoiser)
     if compiled:
         at_once = min(batch, count)
         denoiser.compile_network({at_once * settled.rows_at_start, at_once * settled.rows_at_once})

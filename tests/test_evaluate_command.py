@@ -331,8 +331,10 @@ def test_predictors_are_found_by_their_model(world, tmp_path):
     assert result.exit_code == 0, result.output
     guided = {line["label"]: line["guidance"] for line in results(tmp_path / "out")}
     assert guided == {"epd-00000": "3.0", "epd-00002": "5.0", "ddim": "3.0"}
-    for reason in ("takes 3 parallel", "00004-broken"):
-        assert reason in result.output
+    (said,) = [line for line in result.output.splitlines() if line.startswith("left out in")]
+    for reason in ("epd-00003 (takes 3 parallel", "00004-broken (no table that can be read)"):
+        assert reason in said
+    assert "other" not in said
 
 
 def test_schedule_and_guidance_are_chosen_on_other_prompts(world, tmp_path):

@@ -163,7 +163,10 @@ def test_a_table_of_a_family_draws_with_its_model(tmp_path, folders, metadata, f
 
 
 @pytest.mark.parametrize(("family", "other"), [("sd3", "flux"), ("flux", "sd3"), ("sd3", "sdxl")])
-def test_a_table_on_a_model_of_another_family_is_refused_by_both_names(tmp_path, folders, family, other):
+def test_a_table_on_a_model_of_another_family_is_refused_before_weights_are_read(
+    tmp_path, folders, family, other, monkeypatch
+):
+    monkeypatch.setattr("sample.load_denoiser", lambda *_, **__: pytest.fail("it was loaded"))
     predictor = snapshot(tmp_path, {"sd3": SD3, "flux": FLUX}[family])
     result = run("--predictor_path", predictor, "--model_path", folders[other], "--prompt", "a dog")
     assert result.exit_code == 2
