@@ -17,7 +17,7 @@ from training.ppo.rewards import build_reward, find_reward_files, load_reward
 from training.ppo.tests.tiny_world import write_world
 from training.runs.run_folder import RunFolder, read_metrics
 
-GUIDE = Path(__file__).resolve().parents[3] / "guide2.md"
+HOW_TO = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "own-reward.md"
 SOURCE = """
 import numpy as np
 
@@ -141,12 +141,11 @@ def test_what_a_function_does_wrong_is_said_with_its_line(module, name, says):
 # --- in the commands
 
 
-def test_the_example_of_the_guide_trains_and_evaluates(tmp_path, monkeypatch):
-    """What guide2.md shows: its file is written as it stands there, and its keys are given to a tiny world."""
-    shown = GUIDE.read_text().split("### A reward of your own")[1].split("\n#")[0]
-    code = re.search(r"    # my_rewards\.py\n((?:    .*\n|\n)+?)\n(?=\S)", shown)[1]
+def test_the_example_of_the_how_to_trains_and_evaluates(tmp_path, monkeypatch):
+    """Its file is written as it stands there, and its rewards are given to a tiny world."""
+    shown = HOW_TO.read_text()
     monkeypatch.chdir(tmp_path)
-    Path("my_rewards.py").write_text("\n".join(line[4:] for line in code.splitlines()) + "\n")
+    Path("my_rewards.py").write_text(re.search(r"^```python my_rewards\.py\n(.*?)^```$", shown, re.M | re.S)[1])
     rewards = re.findall(r"my_rewards:\w+", shown)
     assert len(set(rewards)) == 2
     config = write_world(tmp_path / "world")
