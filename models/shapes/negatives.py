@@ -84,7 +84,7 @@ CHANGES = (
     *(2 * (change_attribute,)),
     change_number,
     *(2 * (exchange_attribute,)),
-    *(6 * (change_relation,)),
+    *(4 * (change_relation,)),
     change_background,
     *(4 * (change_pattern,)),
 )
