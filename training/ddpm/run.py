@@ -101,8 +101,8 @@ def open_run(source: Path, job: str, overrides: tuple[str, ...]) -> Resumed:
     state = CHECKPOINT.load(source if source.suffix == ".pt" else newest_checkpoint(folder.checkpoints))
     if str(state["job"]) != job:
         raise InputError(f"{folder.path}: is a run of scripts.{state['job']!s:.40}; resume it with that command")
-    config = SCHEMA.load(folder.config, overrides).config
     before = SCHEMA.build(state["config"], str(folder.path)).config
+    config = SCHEMA.load(folder.config, overrides, before=to_plain(before)).config  # it may have been cut off
     refuse_changes(before, config, FIXED, FIXED_FILES, folder.path)
     return Resumed(config, folder, state)
 

@@ -138,10 +138,10 @@ def resumed_job(source: Path, overrides: Sequence[str]) -> Launch:
     folder = RunFolder.open(source)
     checkpoint = source if source.suffix == ".pt" else newest_checkpoint(folder.checkpoints)
     state = load_checkpoint(checkpoint)
-    config = load_config(folder.config, overrides).config
-    require_processes(config)
     with fitting(checkpoint):
         before = build_config(state["config"], str(folder.path)).config
+    config = load_config(folder.config, overrides, before=to_plain(before)).config  # it may have been cut off
+    require_processes(config)
     refuse_changes(before, config, FIXED, FIXED_FILES, folder.path)
     with fitting(checkpoint):
         start = from_plain(state["start"], config, checkpoint)

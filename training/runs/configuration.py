@@ -157,20 +157,36 @@ class Schema(Generic[Config]):
         self._shipped = shipped
         self._retired = retired
 
-    def load(self, path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[Config]:
+    def load(
+        self, path: str | Path, overrides: Sequence[str] = (), *, before: Mapping[str, Any] | None = None
+    ) -> LoadedConfig[Config]:
         """Read a YAML file, then the overrides (`section.key=value`); check every value and all that must agree.
+
+        `before`: of a run's own file, which may have been cut off, nested plain values of the keys that it lacks.
 
         Raises:
             InputError: lists all faults at once: unknown keys (with the nearest known one), wrong types, values out of
                 range, combinations that cannot work.
         """
-        return self.build(self._read_file(Path(path)), str(path), overrides)
+        values = self._read_file(Path(path), own=before is not None)
+        return self.build(values, str(path), overrides, before=before)
 
-    def build(self, values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> LoadedConfig[Config]:
+    def build(
+        self,
+        values: Mapping[str, Any],
+        origin: str,
+        overrides: Sequence[str] = (),
+        *,
+        before: Mapping[str, Any] | None = None,
+    ) -> LoadedConfig[Config]:
         """As `load`, from nested plain values; `origin` names them in messages."""
         faults: list[str] = []
         overridden = list(self._parse_overrides(overrides, faults))
-        assigned = {key: (value, origin) for key, value in self._flatten(values, origin, faults)}
+        assigned = {
+            key: (value, origin)
+            for part in (before or {}, values)
+            for key, value in self._flatten(part, origin, faults)
+        }
         assigned |= {key: (value, OVERRIDE) for key, value in overridden}
         node = OmegaConf.structured(self.kind)
         origins: dict[str, str] = {}
@@ -243,9 +259,9 @@ class Schema(Generic[Config]):
             return text
         return _read_yaml(text)
 
-    def _read_file(self, path: Path) -> Mapping[str, Any]:
+    def _read_file(self, path: Path, *, own: bool) -> Mapping[str, Any]:
         try:
-            values = read_yaml_file(path) or {}
+            values = read_yaml_file(path, whole=own) or {}
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no such configuration file; those that come with the project are in {self._shipped}"
@@ -286,8 +302,10 @@ class Schema(Generic[Config]):
                 yield key, complaint
 
 
-def read_yaml_file(path: Path) -> Any:
+def read_yaml_file(path: Path, *, whole: bool = False) -> Any:
     """What a YAML file says, its scalars as texts or None; of any depth and, by aliases, any size (see `value_fault`).
+
+    `whole`: a last line without its end is refused: what is left of a number may be another one.
 
     Raises:
         FileNotFoundError: there is none.
@@ -298,6 +316,8 @@ def read_yaml_file(path: Path) -> Any:
             content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
             raise yaml.YAMLError(f"it has more than {LARGEST_FILE} bytes")
+        if whole and content and not content.endswith(b"\n"):
+            raise yaml.YAMLError("its last line was cut off: write it again, or take it away")
         return _read_yaml(content)
     except FileNotFoundError:
         raise

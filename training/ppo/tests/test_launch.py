@@ -279,6 +279,22 @@ def test_a_damaged_line_of_the_log_does_not_stop_a_resume(finished: RunFolder, t
     assert [row["step"] for row in read_metrics(folder.metrics)] == [0, 1, 3, 4, 5]
 
 
+def test_a_configuration_that_was_cut_off_does_not_change_the_run(finished: RunFolder, tmp_path: Path):
+    """At the end of a line it reads as one that leaves the rest at its defaults."""
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.path, folder.path)
+    whole = folder.config.read_bytes()
+    for kept in (0, whole.index(b"  rloo_k"), whole.index(b"logging:")):
+        folder.config.write_bytes(whole[:kept])
+        result = launch("--resume", step_path(folder.checkpoints, 2), "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert yaml.safe_load(result.output.split("\nnum_steps")[0]) == yaml.safe_load(whole)
+    folder.config.write_bytes(whole[: whole.index(b"rollout_batch_size: 8") + len(b"rollout_batch_size: ")])
+    result = launch("--resume", folder.path, "--override", "ppo.steps=5")
+    assert result.exit_code == 2
+    assert "resolved_config.yaml: not a readable YAML file: its last line was cut off" in result.output
+
+
 def test_a_run_longer_than_planned_says_what_changed(finished: RunFolder, tmp_path: Path):
     folder = RunFolder(tmp_path / "copy")
     shutil.copytree(finished.path, folder.path)
