@@ -57,6 +57,12 @@ def opened_picture(file: Path) -> Iterator[Image.Image]:
         raise InputError(f"{file} cannot be read as an image: {reason}") from None
 
 
+def read_pixels(file: Path) -> np.ndarray:
+    """An image in colour as uint8 [H, W, 3]. Raises `InputError` where it cannot be read."""
+    with opened_picture(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
 def image_files(folder: Path) -> tuple[list[Path], list[str]]:
     """The image files in a folder and in all below it, by their suffixes, sorted; and why others were passed over.
 

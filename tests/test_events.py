@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,14 +23,14 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     events = EventFile(tmp_path, 1)
     events.scalars({"reward": 0.25, "kl": 1e-3}, 1)
     events.scalars({"reward": 0.5}, 2)
-    events.images("held-out", torch.rand(3, 3, 4, 5), 2)
+    events.picture("held-out", np.zeros((4, 15, 3), dtype=np.uint8), 2)
     events.figure("table", Figure(figsize=(2, 1), dpi=50), 2)
     found = read(tmp_path)
     assert [(event.step, event.value) for event in found.Scalars("reward")] == [(1, 0.25), (2, 0.5)]
     assert [event.value for event in found.Scalars("kl")] == pytest.approx([1e-3])
     sizes = {name: (found.Images(name)[0].width, found.Images(name)[0].height) for name in found.Tags()["images"]}
     assert sizes["table"] == (100, 50)
-    assert sizes["held-out"] >= (15, 4)
+    assert sizes["held-out"] == (15, 4)
 
 
 def test_a_run_that_goes_on_supersedes_the_steps_that_it_makes_again(tmp_path):

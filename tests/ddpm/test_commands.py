@@ -112,9 +112,24 @@ def test_the_numbers_are_written_for_people_and_for_programs(done):
     assert rows[1]["first_pass_ratio_error"] <= 1e-6
     for command in COMMANDS:
         assert list((run_of(folder, command) / "logs").glob("events.out.tfevents.*"))
+    events = EventAccumulator(str(run_of(folder, "eval") / "logs")).Reload()
+    assert events.Tags()["images"] == ["before and after"]
+    assert events.Scalars("heldout/judge_difference")[0].value == pytest.approx(row["heldout/judge_difference"])
     page = RunFolder.open(run_of(folder, "eval")).report.read_text()
     assert f"difference {row['heldout/judge_difference']:+.4f}" in page
     assert page.count("<figcaption>fine-tuned</figcaption>") == page.count("<figcaption>a real image</figcaption>") > 1
+
+
+def test_fakes_of_a_folder_stand_beside_what_was_drawn(done, tmp_path):
+    folder, _, _ = done
+    (tmp_path / "fakes").mkdir()
+    for number in range(20):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / "fakes" / f"{number}.png")
+    own = (f"path.runs={tmp_path / 'runs'}", f"path.fake_img={tmp_path / 'fakes'}")
+    succeeds("eval", *smoke(folder, *own))
+    page = RunFolder.open(run_of(tmp_path, "eval")).report.read_text()
+    fakes, real = (page.count(f"<figcaption>a {kind} image</figcaption>") for kind in ("fake", "real"))
+    assert fakes == real > 1
 
 
 def test_outputs_are_replaced_only_when_asked(done):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from errors import InputError
@@ -197,12 +199,14 @@ class Evaluation:
         before: of the starting DDPM.
         after: of the fine-tuned one.
         real: real images that no classifier was trained on.
+        fake: [M, 3, H, W], what the classifiers were taught to be generated; None where the starting DDPM draws it.
         metrics: `COMPARISON_METRICS`.
     """
 
     before: Judged
     after: Judged
     real: Judged
+    fake: Tensor | None
     metrics: dict[str, float]
 
 
@@ -214,11 +218,12 @@ def compare(config: DDPMConfig, preference: PreferenceReward) -> Evaluation:
     """
     start = load_start(config)
     tuned = _tuned(config, start)
+    fake = None if config.path.fake_img == SAMPLED else to_unit(fake_images(config, start).images)
     reward = _training_reward(config, start.device, preference)
     comparison = _comparison(config, start, reward, "eval")
     network = tuned.network.to(start.device, memory_format=FASTEST_LAYOUT)
     after = comparison.judged(DenoisingPolicy(network, tuned, start.steps))
-    return Evaluation(comparison.start, after, comparison.real, comparison.against_start(after))
+    return Evaluation(comparison.start, after, comparison.real, fake, comparison.against_start(after))
 
 
 def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> RunFolder:
@@ -230,14 +235,18 @@ def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> R
     found = compare(config, preference)
     folder = RunFolder.create(config.path.runs, EVALUATE, to_yaml(config))
     write_atomically(folder.metrics, (json.dumps({"step": 0, **found.metrics}) + "\n").encode())
-    picture = folder.samples / "before_after.png"
-    write_atomically(picture, before_after(found.before.images, found.after.images, config.eval.shown))
+    images = {"start": found.before.images, "fine-tuned": found.after.images, "a real image": found.real.images}
+    images |= {} if found.fake is None else {"a fake image": found.fake}
+    picture, drawn, buffer = folder.samples / "before_after.png", side_by_side(images, config.eval.shown), io.BytesIO()
+    drawn.save(buffer, format="png")
+    write_atomically(picture, buffer.getvalue())
     say(f"{config.path.ddpm} -> {config.finetune.save}, {config.eval.num_img} images of equal seeds:")
     for line in comparison_lines(found.metrics):
         say(line)
-    EventFile(folder.logs, 0).scalars(found.metrics, 0)
-    images = (found.before.images, found.after.images, found.real.images)
-    write_atomically(folder.report, evaluation_page(folder.path.name, config, found.metrics, *images))
+    events = EventFile(folder.logs, 0)
+    events.scalars(found.metrics, 0)
+    events.picture("before and after", np.asarray(drawn), 0)
+    write_atomically(folder.report, evaluation_page(folder.path.name, config, found.metrics, images))
     say(f"page: {folder.report}")
     say(f"picture: {picture}")
     say(f"numbers: {folder.metrics}")
@@ -294,7 +303,8 @@ def _watch(config: DDPMConfig, start: Start, trainer: DDPMTrainer, reward: Image
     def observe() -> Observation:
         now = comparison.judged(_policy_of_result(trainer, start))
         metrics = comparison.against_start(now)
-        return Observation(metrics, tuple(comparison_lines(metrics)), now.images[: config.eval.shown])
+        picture = side_by_side({"start": comparison.start.images, "now": now.images}, config.eval.shown)
+        return Observation(metrics, tuple(comparison_lines(metrics)), np.asarray(picture))
 
     return observe
 
@@ -350,9 +360,8 @@ def _refuse_overtaken(path: Path, overwrite: bool, run: RunFolder) -> None:
         )
 
 
-def before_after(before: Tensor, after: Tensor, number: int) -> bytes:
-    """A PNG file: the same seeds above and below each other."""
-    rows = [list(to_pixels(images[:number])) for images in (before, after)]
-    buffer = io.BytesIO()
-    contact_sheet(rows, ["before", "after"], [f"{column}" for column in range(number)]).save(buffer, format="png")
-    return buffer.getvalue()
+def side_by_side(images: Mapping[str, Tensor], number: int) -> Image.Image:
+    """The first images [N, 3, H, W] of each name, at most `number`, above and below each other."""
+    number = min(number, *map(len, images.values()))
+    rows = [list(to_pixels(ones[:number])) for ones in images.values()]
+    return contact_sheet(rows, list(images), [f"image {column + 1}" for column in range(number)])

@@ -11,24 +11,23 @@ from torch import Tensor
 
 from models.pictures import to_pixels
 from training.ddpm.comparison import comparison_lines
-from training.ddpm.config import DDPMConfig
+from training.ddpm.config import SAMPLED, DDPMConfig
 from training.measuring.page import StripRow, commands, folded, page, strip, verdict
 from training.runs.configuration import to_yaml
 
 
 def evaluation_page(
-    title: str, config: DDPMConfig, metrics: Mapping[str, float], before: Tensor, after: Tensor, real: Tensor
+    title: str, config: DDPMConfig, metrics: Mapping[str, float], images: Mapping[str, Tensor]
 ) -> bytes:
-    """One HTML file. Images [N, 3, H, W] in [0, 1]; real ones [M, 3, H, W] have no seed in common with the others."""
+    """One HTML file; `images`: [N, 3, H, W] in [0, 1], by what they are. Those of the two DDPMs have equal seeds."""
     low, high = metrics["heldout/judge_difference_low"], metrics["heldout/judge_difference_high"]
     kind, word = ("better", "Better") if low > 0 else ("worse", "Worse") if high < 0 else ("open", "Not told apart")
-    shown = min(config.eval.shown, len(after), len(real))
-    columns = {"start": before, "fine-tuned": after, "a real image": real}
     rows = [
-        StripRow(f"image {number + 1}", "", {name: _png(images[number]) for name, images in columns.items()})
-        for number in range(shown)
+        StripRow(f"image {number + 1}", "", {name: _png(ones[number]) for name, ones in images.items()})
+        for number in range(min(config.eval.shown, *map(len, images.values())))
     ]
     said = [f"{config.eval.num_img} images of equal seeds from {config.path.ddpm} and from {config.finetune.save}."]
+    fakes = " The fakes that the reward model learned from are the start's." if config.path.fake_img == SAMPLED else ""
     next_commands = {
         "Draw more, and judge them": "python -m scripts.eval --cfg CONFIG --override eval.num_img=512",
         "Go on from the fine-tuned DDPM": f"python -m scripts.finetune --cfg CONFIG --override "
@@ -40,9 +39,9 @@ def evaluation_page(
             f"<h1>{escape(title)}</h1>",
             verdict(kind, f"{word}, by the judge that nothing was trained against", [*said]),
             "".join(f"<p>{escape(line)}</p>" for line in comparison_lines(metrics)),
-            "<h2>Before and after</h2><p class=muted>Equal noise in each row; the real image has nothing to do with "
-            "it.</p>",
-            strip(rows, side=max(after.shape[-2:])),
+            "<h2>Before and after</h2><p class=muted>Start and fine-tuned have equal noise in each row, with which "
+            f"the others have nothing to do.{fakes}</p>",
+            strip(rows, side=max(next(iter(images.values())).shape[-2:])),
             f"<h2>What next</h2>{commands(next_commands)}",
             folded("Configuration", [f"<pre>{escape(to_yaml(config))}</pre>"]),
         ],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+import numpy as np
 from tqdm import tqdm
 
 from errors import InputError
@@ -59,11 +59,11 @@ class EpochTrainer(Protocol):
 
 @dataclass(frozen=True)
 class Observation:
-    """What a look at a run says: metrics, lines for people, and images [P, 3, H, W] in [0, 1]."""
+    """What a look at a run says: metrics, lines for people, and a picture, uint8 [H, W, 3]."""
 
     metrics: Mapping[str, float]
     lines: tuple[str, ...]
-    images: Tensor
+    picture: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class EpochRun:
     def _look(self, events: EventFile) -> dict[str, float]:
         step = self.trainer.completed_steps
         seen = self._observe()
-        self._try("pictures", lambda: events.images("held-out", seen.images, step))
+        self._try("pictures", lambda: events.picture("held-out", seen.picture, step))
         for line in seen.lines:
             tqdm.write(f"epoch {step} held out: {line}")
         return dict(seen.metrics)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from PIL import Image
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from errors import InputError
 from files import replacing
 from interrupts import Interrupts
-from models.pictures import png_text, to_pixels
+from models.pictures import contact_sheet, png_text, read_pixels, to_pixels
 from solvers import EPDTable
 from training.ppo.assembly import Parts, Start, to_plain
 from training.ppo.checkpoint import Numbers, save_checkpoint, table_to_plain
@@ -73,7 +74,9 @@ class RunWriter:
         """Save images [P, 3, H, W] of the first held-out prompts by the table after `step`."""
         self._try("previews", lambda: self._write_previews(step, images))
         if len(images):
-            self._try("TensorBoard", lambda: self._tensorboard(step).images("held-out", images, step))
+            self._try(
+                "TensorBoard", lambda: self._tensorboard(step).picture("held-out", self._sheet(step, len(images)), step)
+            )
 
     def beside(self, name: str, images: Tensor) -> None:
         """Save images [P, 3, H, W] of the same prompts by another solver, `CLASSICAL` or `REFERENCE`."""
@@ -92,6 +95,15 @@ class RunWriter:
             path = self.folder.samples / preview_name(step, number)
             with replacing(path) as temporary:
                 Image.fromarray(pixels).save(temporary, format="png", pnginfo=png_text(story))
+
+    def _sheet(self, step: int, count: int) -> np.ndarray:
+        """The saved images of the first `count` prompts, a row each: by the start, and by the table after `step`."""
+        names = {0: "start", step: f"step {step}" if step else "start"}
+        rows = [[read_pixels(self.folder.samples / preview_name(at, row)) for at in names] for row in range(count)]
+        captions = [
+            prompt or f"seed {seed}" for prompt, seed in zip(self._prompts[:count], self._seeds[:count], strict=True)
+        ]
+        return np.asarray(contact_sheet(rows, captions, list(names.values())))
 
     def _tensorboard(self, step: int) -> EventFile:
         self._events = self._events or EventFile(self.folder.logs, step)

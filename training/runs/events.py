@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from errors import InputError
@@ -37,16 +36,15 @@ class EventFile:
         """Add a number for each name. Raises InputError where the file cannot be written now."""
         self._append([summary.scalar(name, value) for name, value in values.items()], step)
 
-    def images(self, name: str, images: Tensor, step: int) -> None:
-        """Add images [N, 3, H, W] in [0, 1], side by side. Raises InputError where the file cannot be written now."""
-        self._append([summary.image(name, images)], step)
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Add a picture, uint8 [H, W, 3]. Raises InputError where the file cannot be written now."""
+        self._append([summary.image(name, pixels, dataformats="HWC")], step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         """Add a figure. Raises InputError where the file cannot be written now."""
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # [H, W, 3]
-        self._append([summary.image(name, pixels, dataformats="HWC")], step)
+        self.picture(name, np.asarray(canvas.buffer_rgba())[..., :3], step)
 
     def _append(self, summaries: list[Summary], step: int) -> None:
         self._pending += [_record(Event(wall_time=time.time(), step=step, summary=part)) for part in summaries]

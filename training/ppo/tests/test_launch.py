@@ -23,6 +23,7 @@ import training.ppo.training_run as training_run
 from errors import InputError
 from files import only_writer
 from models import clip, registry
+from models.pictures import MARGIN, SMALLEST_CELL
 from tests.tiny_families import save_tiny_family
 from training.ppo import rewards
 from training.ppo.assembly import build, make_fabric, prepare
@@ -249,6 +250,10 @@ def test_tensorboard_has_scalars_table_and_previews(finished: RunFolder):
     assert set(METRICS) - {"step"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("reward_mean")] == [1, 2, 3, 4]
     assert {"table", "held-out"} <= {name.split("/")[0] for name in events.Tags()["images"]}
+    first, *later = events.Images("held-out")  # prompts in rows: the start alone, then the start and what is now
+    assert {picture.width - first.width for picture in later} == {SMALLEST_CELL + MARGIN}
+    assert {picture.height for picture in later} == {first.height}
+    assert first.height > 2 * SMALLEST_CELL
 
 
 def test_resolved_configuration_reads_back(finished: RunFolder):
