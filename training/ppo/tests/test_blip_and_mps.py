@@ -199,6 +199,11 @@ def test_imagereward_says_what_it_cuts_and_keeps_a_nan_to_its_image(image_reward
     assert caplog.messages == [
         "reward imagereward reads 33 tokens of a prompt: 1 of 3 prompts are longer and judged by these"
     ]
+    caplog.clear()
+    reward.say_what_is_cut(["a dog", "a b"])  # the tokenizer of this test has letters alone
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "reward imagereward was taught no word of 1 of 2 prompts, for example 'a dog'"
+    ]
     images[1, 0, 3, 3] = torch.nan
     assert reward.score(images, PROMPTS).isnan().tolist() == [False, True, False]
     with pytest.raises(ValueError, match="3 images but 1 prompts"):
