@@ -19,8 +19,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long tests/test_fuzz.py goes on."""
+    """How long tests/faults and tests/test_fuzz.py go on."""
+    parser.addoption("--faults", default="1", metavar="N", help="strikes at each command of tests/faults, or all")
     parser.addoption("--fuzz", default=500, type=int, metavar="N", help="spoiled files of tests/test_fuzz.py, in all")
+
+
+@pytest.fixture(scope="session")
+def faults(request: pytest.FixtureRequest) -> str:
+    """A number of strikes, or `all`."""
+    return request.config.getoption("--faults")
 
 
 @pytest.fixture(scope="session")

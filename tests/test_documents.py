@@ -14,7 +14,9 @@ import torch
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [REPOSITORY / name for name in ("README.md", "guide2.md", "docs/commands.md", "docs/results.md")]
+PAGES = [
+    REPOSITORY / name for name in ("README.md", "guide2.md", "docs/commands.md", "docs/promises.md", "docs/results.md")
+]
 LINK = re.compile(r"\]\((?!http)([^)#]+)\)")
 COMMAND = re.compile(r"^ {4}python (?:-m (?P<module>[\w.]+)|(?P<script>\w+)\.py)(?P<options>[^\n]*)", re.MULTILINE)
 NO_CLICK = ("pytest", "training.ppo.tests")  # they have commands of another kind
