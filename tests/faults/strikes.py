@@ -1,11 +1,11 @@
 """A process that has all modules loaded, forks for each command that it is handed, and strikes where it is told.
 
-    python -m tests.faults.strikes MODULE ...
+    python -m tests.faults.strikes
 
-reads a `Job` a line, and answers each with the status that the command ended with. What is struck are true commands, as
-`python -m` runs them, with nothing of theirs replaced: before each operation on a file below the folder that they work
-in (an audit hook tells of open, rename, mkdir, rmdir and remove; write and fsync are watched besides), a line goes to
-the trace, and the operation whose turn it is meets a signal, or is refused.
+reads a list of modules, then a `Job` a line, and answers each with the status that the command ended with. What is
+struck are true commands, as `python -m` runs them, with nothing of theirs replaced: before each operation on a file
+below the folder that they work in (an audit hook tells of open, rename, mkdir, rmdir and remove; write and fsync are
+watched besides), a line goes to the trace, and the operation whose turn it is meets a signal, or is refused.
 """
 
 from __future__ import annotations
@@ -255,13 +255,16 @@ class Server:
 
     def __init__(self, modules: Sequence[str], repository: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.strikes", *modules],
+            [sys.executable, "-m", "tests.faults.strikes"],
             cwd=repository,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        # Not as arguments: who ends processes by a command's name would end this one.
+        self._process.stdin.write(json.dumps(modules) + "\n")
+        self._process.stdin.flush()
 
     def carry_out(self, job: Job) -> int:
         """The command's exit status; of one that a signal ended, its number below 0."""
@@ -279,7 +282,7 @@ class Server:
 
 def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    for module in sys.argv[1:]:
+    for module in json.loads(sys.stdin.readline()):
         import_module(module)
     for line in sys.stdin:
         job = Job(**json.loads(line))
