@@ -18,7 +18,7 @@ python -m training.ppo.export_epd_predictor "$run" --best
 echo "== 3/4  replaying it: one PNG for each prompt and seed"
 python sample.py --predictor_path "$run" --seeds 0-3 --grid --outdir "$run/samples/replay" \
     --prompt "a large striped red star on a white background" \
-    --prompt "five small yellow moons and a large green heart on a striped navy background"
+    --prompt "four small yellow moons and a large green heart on a striped navy background"
 
 echo "== 4/4  measuring it on held-out prompts"
 python evaluate.py --model shapes --solvers epd,ddim,dpmpp:2 --nfe 4 --schedules polynomial:4,polynomial:7,discrete \

@@ -76,6 +76,8 @@ OF_NO_ACCOUNT = {
     "errors.py",
     "files.py",
     "models/asset_table.py",
+    "models/recent.py",
+    "models/registry.py",
     "models/devices.py",
     "models/digests.py",
     "models/pickles.py",

@@ -182,7 +182,7 @@ def test_the_frechet_interval_covers_the_expected_distance_at_its_number_of_rows
 def test_the_frechet_interval_of_a_set_to_itself_is_nothing():
     features = normal(34, 20, 3)
     interval = frechet_interval(frechet_resamples(features, features, bootstrap_indices(20, seeded(35))))
-    assert interval.low == 0
+    assert 0 <= interval.low < 1e-12  # rounding, which differs from machine to machine
     assert interval.low <= interval.estimate <= interval.high < 1e-6
 
 
