@@ -20,7 +20,7 @@ from training.solver import load_solver
 EXAMPLES = """
 \b
 Examples:
-  python -m scripts.export_diffusers 5 --outdir outputs/solver
+  python -m scripts.export_diffusers 4 --outdir outputs/solver
   python -m scripts.export_diffusers exps/<timestamp>-sd15 --outdir outputs/solver --base OWNER/NAME
 """
 

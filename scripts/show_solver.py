@@ -29,7 +29,7 @@ RESOLUTION = 150  # dots an inch
 EXAMPLES = """
 \b
 Examples:
-  python -m scripts.show_solver 5
+  python -m scripts.show_solver 4
   python -m scripts.show_solver exps/<timestamp>-shapes --beside 1 --output solver.png
 """
 

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from models import load_denoiser
-from models.shapes import data, scenes, tokenizer, train_autoencoder, train_diffusion, train_reward
+from models.shapes import data, drawings, scenes, tokenizer, train_autoencoder, train_diffusion, train_reward
 from models.shapes.data import NUMBERS_OF_OBJECTS, PROBABILITIES, RenderedScenes, cached_scenes, render_scenes
+from models.shapes.drawings import cached_drawings, draw_threefold
 from models.shapes.layout import LayoutHead, layout_of
 from models.shapes.negatives import CHANGES
 from models.shapes.tokenizer import build_tokenizer
@@ -220,6 +221,43 @@ def test_reward_terms_of_equals_are_those_of_chance():
     assert float(terms["good_beats_light"]) == 0
 
 
+def test_reward_terms_say_which_images_are_to_score_higher(monkeypatch):
+    model = RewardInTraining(model_configuration(len(build_tokenizer())))
+    tokens = tokenize(build_tokenizer(), ["a large red star on a white background"] * 2)
+    caption, across = torch.eye(128)[:2]
+    threefold = torch.stack([caption, across, -caption])  # the best along the caption, the worst against it
+    monkeypatch.setattr(train_reward, "image_features", lambda *_: torch.cat([caption.expand(2, -1), *2 * [threefold]]))
+    monkeypatch.setattr(train_reward, "text_features", lambda _, read: caption.expand(len(read), -1))
+    with torch.no_grad():
+        images = torch.rand(2, 3, 64, 64)
+        terms = reward_terms(model, images, torch.rand(2, 3, 3, 64, 64), tokens, tokens, tokens)
+        scale = model.clip.logit_scale.exp()
+    assert terms["good_beats_light"] == terms["light_beats_heavy"] == 1
+    assert float(terms["order"]) == pytest.approx(2 * np.log1p(np.exp(-float(scale))), rel=1e-4)
+
+
+def test_drawings_are_those_of_their_weights_captions_and_seed_and_are_drawn_once(tmp_path, monkeypatch):
+    folder = untrained_pipeline(tmp_path / "pipeline")
+    denoiser = load_denoiser(folder, device="cpu", dtype=torch.float32)
+    captions = ["a large red star on a white background", "two blue circles on a background"]
+    drawn = cached_drawings(tmp_path, folder, denoiser, captions, 0)
+    assert (drawn.shape, drawn.dtype) == ((2, 3, 64, 64, 3), np.uint8)
+    assert np.array_equal(drawn, draw_threefold(denoiser, captions, 0))
+    assert not np.array_equal(drawn, draw_threefold(denoiser, captions, 1))
+
+    def again(*_):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(drawings, "draw_threefold", again)
+    assert np.array_equal(drawn, cached_drawings(tmp_path, folder, denoiser, captions, 0))
+    for other in ((captions[::-1], 0), (captions, 1)):
+        with pytest.raises(AssertionError, match="drawn again"):
+            cached_drawings(tmp_path, folder, denoiser, *other)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(AssertionError, match="drawn again"):
+        cached_drawings(tmp_path, folder, denoiser, captions, 0)
+
+
 def untrained_pipeline(folder):
     """A pipeline folder of the world's own networks, untrained, as the training command writes it."""
     torch.manual_seed(0)
@@ -248,8 +286,9 @@ def test_a_saved_pipeline_works_in_stock_diffusers_as_it_stands_and_in_our_loade
 
 
 def test_the_training_commands_run_from_nothing_and_from_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_diffusion, "LAYOUT_STEPS", 1)
-    monkeypatch.setattr(train_reward, "LAYOUT_STEPS", 1)
+    for command in (train_diffusion, train_reward):
+        monkeypatch.setattr(command, "LAYOUT_STEPS", 1)
+        monkeypatch.setattr(command, "LAYOUT_LEARNING_RATE", 1.0)  # a step that shows: the first is a hundredth of it
     monkeypatch.setattr(train_reward, "COMPARED_SCENES", 4)
     monkeypatch.setattr(train_reward, "DRAWINGS", 2)
     pipeline, other = tmp_path / "shapes", tmp_path / "other"
@@ -260,16 +299,20 @@ def test_the_training_commands_run_from_nothing_and_from_weights(tmp_path, monke
         (train_reward.main, "--output", tmp_path / "reward.pt", *text),
         (train_autoencoder.main, "--output", other / "vae", "--decoder-steps", 1, "--start", pipeline / "vae"),
         (train_diffusion.main, "--output", other, "--start", pipeline),
+        (train_reward.main, "--output", other / "reward.pt", *text, "--start", tmp_path / "reward.pt"),
     ):
-        scratch = ("--scratch", tmp_path / f"scratch-{options[1].parent.name}")
+        # What is taken over is not to be found in a checkpoint.
+        scratch = ("--scratch", tmp_path / ("scratch-taken-over" if "--start" in options else "scratch"))
         small = (*scratch, "--steps", 1, "--images", 8, "--batch", 2, "--learning-rate", 1e-12)
         result = CliRunner().invoke(command, [str(word) for word in (*small, *options)])
         assert result.exit_code == 0, (result.output, result.exception)
     drawn, taken_over = (load_denoiser(str(folder), device="cpu", dtype=torch.float32) for folder in (pipeline, other))
     assert drawn.latent_shape == (LATENT_CHANNELS, 16, 16)
-    for one, two in ((drawn.network, taken_over.network), (drawn.vae, taken_over.vae)):
+    reward, also = (RewardHPS(folder / "reward.pt") for folder in (tmp_path, other))
+    parts = [(model.network, model.vae, model.text_encoders[0].module) for model in (drawn, taken_over)]
+    # Neither text encoder nor reward learned the layout alone once more.
+    for one, two in (*zip(*parts, strict=True), (reward.model, also.model)):
         torch.testing.assert_close(one.state_dict(), two.state_dict(), rtol=2e-3, atol=1e-6)
-    reward = RewardHPS(tmp_path / "reward.pt")
     assert reward.score(torch.rand(1, 3, 64, 64), ["a large red star on a white background"]).isfinite()
     weights = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())

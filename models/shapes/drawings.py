@@ -45,12 +45,12 @@ def draw_threefold(denoiser: Denoiser, captions: Sequence[str], seed: int) -> np
         denoise = conditioned(denoiser, denoiser.encode(texts, choose(GUIDANCES)))
         seeds = [seed * len(captions) + start + row for row in range(len(texts))]
         noise = initial_noise(seeds, denoiser.latent_shape, device=denoiser.device, dtype=torch.float32)
-        row = []
+        images = []
         for evaluations, rho in ((MANY, 4.0), (choose(FEW), choose(RHOS)), (choose(FEWEST), choose(RHOS))):
             sigmas = get_schedule("polynomial", int(evaluations) + 1, denoiser.sigma_min, denoiser.sigma_max, rho=rho)
             latents = dpmpp_sampler(denoise, sigmas[0].item() * noise, sigmas, max_order=2)
-            row.append(decode(denoiser, latents).images.cpu())
-        drawn.append((255 * torch.stack(row, dim=1)).round().byte().movedim(2, -1))
+            images.append(decode(denoiser, latents).images.cpu())
+        drawn.append((255 * torch.stack(images, dim=1)).round().byte().movedim(2, -1))
     return torch.cat(drawn).numpy()
 
 
