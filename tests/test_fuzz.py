@@ -131,7 +131,7 @@ def picture(path: Path) -> object:
         return in_colour(upright(image))
 
 
-PROTOCOL_OPTIONS = [option.name for option in evaluate.main.params]
+PROTOCOL_OPTIONS = [option.removeprefix("--") for parameter in evaluate.main.params for option in parameter.opts]
 READERS: dict[str, Callable[[Path], object]] = {
     "start/network-snapshot-000001.pkl": load_snapshot,
     "start/network-snapshot-000001.json": load_solver,
