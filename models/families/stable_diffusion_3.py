@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models import AutoencoderKL, SD3Transformer2DModel
-from torch import Tensor
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
@@ -18,6 +20,56 @@ from models.loading import require_size
 from models.processes import FlowMatching
 
 T5_TOKENS = 256  # that the transformer reads of T5, its mark included
+
+
+class SharedTokenAttention:
+    """Joint attention in which the last token of the text stands for several equal ones.
+
+    Without T5 the transformer reads 256 zeros in its place. No position is added to text, so they stay equal in every
+    block, and one of them whose key counts as many is the same, up to rounding; of an image of few tokens they would
+    be most of the work. A larger image is better served by the fused attention that no bias slows.
+    """
+
+    def __init__(self, count: int) -> None:
+        """`count`: how many equal tokens the last one stands for."""
+        self.bias = math.log(count)  # exp(score + log n) = n exp(score)
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Image tokens [N, L, D] and text [N, M, D] -> both after attention; without text, the image's alone."""
+
+        def split(projected: Tensor, norm: nn.Module | None = None) -> Tensor:
+            heads = projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [N, H, L, D / H]
+            return heads if norm is None else norm(heads)
+
+        queries = split(attn.to_q(hidden_states), attn.norm_q)
+        keys = split(attn.to_k(hidden_states), attn.norm_k)
+        values = split(attn.to_v(hidden_states))
+        if encoder_hidden_states is None:
+            mixed = functional.scaled_dot_product_attention(queries, keys, values)
+            return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+        queries = torch.cat([queries, split(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q)], dim=2)
+        keys = torch.cat([keys, split(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)], dim=2)
+        values = torch.cat([values, split(attn.add_v_proj(encoder_hidden_states))], dim=2)
+        bias = queries.new_zeros(keys.shape[2])
+        bias[-1] = self.bias
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.expand(1, 1, 1, -1))
+        image, text = (
+            mixed.transpose(1, 2).flatten(2).split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
+        )
+        return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def joint_text(clips: Sequence[Any], width: int, *, t5: Tensor | None = None, blank_tokens: int = T5_TOKENS) -> Text:
+    """What the transformer reads of both CLIPs' outputs, and of T5's states [N, T, width] or so many zeros."""
+    short = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
+    long = short.new_zeros(len(short), blank_tokens, width) if t5 is None else t5
+    padded = functional.pad(short, (0, width - short.shape[-1]))
+    return {
+        "encoder_hidden_states": torch.cat([padded, long], dim=1),
+        "pooled_projections": torch.cat([clip.text_embeds for clip in clips], dim=-1),
+    }
 
 
 class StableDiffusion3(LatentDiffusion):
@@ -63,6 +115,8 @@ class StableDiffusion3(LatentDiffusion):
             require_fit(pipeline, "numbers a token of T5", config.joint_attention_dim, t5.config.d_model)
             encoders.append(TextEncoder(t5, pipeline.tokenizers["tokenizer_3"], T5_TOKENS))
         tokens = height * width // patch**2
+        if t5 is None and tokens <= T5_TOKENS:
+            transformer.set_attn_processor(SharedTokenAttention(T5_TOKENS))
         return Parts(
             network=transformer,
             vae=vae,
@@ -74,15 +128,14 @@ class StableDiffusion3(LatentDiffusion):
         )
 
     def _read(self, prompts: Sequence[str]) -> Text:
-        first, second, *t5 = (encoder(prompts) for encoder in self.text_encoders)
-        width = self.network.config.joint_attention_dim
-        short = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        long = t5[0].last_hidden_state if t5 else short.new_zeros(len(short), T5_TOKENS, width)
-        padded = functional.pad(short, (0, width - short.shape[-1]))
-        return {
-            "encoder_hidden_states": torch.cat([padded, long], dim=1),
-            "pooled_projections": torch.cat([first.text_embeds, second.text_embeds], dim=-1),
-        }
+        clips, t5 = (encoder(prompts) for encoder in self.text_encoders[:2]), self.text_encoders[2:]
+        shared = any(isinstance(one, SharedTokenAttention) for one in self.network.attn_processors.values())
+        return joint_text(
+            list(clips),
+            self.network.config.joint_attention_dim,
+            t5=t5[0](prompts).last_hidden_state if t5 else None,
+            blank_tokens=1 if shared else T5_TOKENS,
+        )
 
     def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
         return self.network(z, timestep=times, **text, return_dict=False)[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional
@@ -48,22 +48,25 @@ LAYOUT_WEIGHT = 0.2  # of the layout beside the denoising, so that the text enco
 TEXT_DROPPED = 0.1  # share of the captions that are replaced by the empty one
 
 
+def text_encoder_config(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextConfig:
+    """Of a text encoder [N, 32] -> [N, 32, 128] for the world's vocabulary."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """An untrained text encoder [N, 32] -> [N, 32, 128] for the world's vocabulary."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=CONTEXT_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModel(text_encoder_config(tokenizer, layers=4))
 
 
 def build_network() -> UNet2DConditionModel:
@@ -263,7 +266,7 @@ def main(
 def save_pipeline(
     output: Path, model: nn.ModuleDict, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
 ) -> None:
-    """Write the diffusers folder, weights in float16; read without a type, all of it comes back in float32."""
+    """Write the folder of the pipeline that these parts make; see `write_pipeline`."""
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=model["text_encoder"],
@@ -274,12 +277,18 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    write_pipeline(output, pipeline)
+
+
+def write_pipeline(output: Path, pipeline: DiffusionPipeline) -> None:
+    """Write a pipeline's folder, weights in float16; read without a type, all of it comes back in float32."""
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     record_weights(output)
     # diffusers writes down the folder that a module was read from; it means nothing to others.
     _amend(output / "vae" / "config.json", _name_or_path=None)
     # Where nobody asks for a type, diffusers takes float32, but transformers the one that it finds here.
-    _amend(output / "text_encoder" / "config.json", dtype="float32")
+    for folder in output.glob("text_encoder*"):
+        _amend(folder / "config.json", dtype="float32")
 
 
 def _amend(file: Path, **entries: str | None) -> None:

@@ -1,0 +1,190 @@
+"""Train the flow-matching model of the shapes world: `python -m models.shapes.train_flow`.
+
+Needs `src/shapes` (its autoencoder, and its text encoder to begin with) and writes `src/shapes_flow`, a pipeline of
+Stable Diffusion 3's classes without T5: a rectified flow (arXiv 2209.03003) in the same latents, with an MMDiT (arXiv
+2403.03206) of 5.2 million parameters that reads two CLIPs. Run the same command again to resume, with more --steps to
+go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from models.families.stable_diffusion_3 import T5_TOKENS, SharedTokenAttention, joint_text
+from models.loading import load_module
+from models.randomness import seed_globally
+from models.shapes.data import cached_scenes
+from models.shapes.tokenizer import build_tokenizer
+from models.shapes.train_diffusion import (
+    LATENT_CHANNELS,
+    TEXT_DROPPED,
+    TEXT_WIDTH,
+    cached_latents,
+    text_encoder_config,
+    tokenize,
+    write_pipeline,
+)
+from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
+
+SHIFT = 3.0  # of the noise levels, towards noise, where what stands where is decided
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def build_network() -> SD3Transformer2DModel:
+    """An untrained MMDiT for latents [N, 4, 16, 16], 64 tokens each.
+
+    Every block begins as the identity (adaLN-Zero, arXiv 2212.09748), which diffusers leaves to the training code.
+    """
+    network = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=6 * 32,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+    )
+    for name, module in network.named_modules():
+        if name == "proj_out" or (name.endswith(".linear") and "norm" in name):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def build_parts(tokenizer: CLIPTokenizer, world: Path) -> nn.ModuleDict:
+    """The network and its two text encoders, the larger one with the weights of the pipeline in the folder `world`."""
+    first, second = (CLIPTextModelWithProjection(text_encoder_config(tokenizer, layers)) for layers in (4, 2))
+    first.text_model.load_state_dict(load_module(CLIPTextModel, world / "text_encoder").state_dict())
+    nn.init.eye_(first.text_projection.weight)
+    return nn.ModuleDict(dict(zip(("network", *ENCODERS), (build_network(), first, second), strict=True)))
+
+
+def train(
+    captions: list[str],
+    latents: Tensor,
+    options: TrainingOptions,
+    *,
+    batch: int,
+    seed: int,
+    device: str,
+    world: Path,
+    compiled: bool = False,
+) -> nn.ModuleDict:
+    """Train a network and its text encoders, from where the checkpoints stopped.
+
+    Args:
+        captions: N of them.
+        latents: [N, 4, 16, 16], scaled.
+        options: how long and how fast.
+        batch: rows of a step.
+        seed: of every draw.
+        device: a torch device's name.
+        world: the pipeline's folder whose text encoder is taken over.
+        compiled: whether torch.compile makes the network's code.
+
+    Returns:
+        The parts `network`, `text_encoder` and `text_encoder_2`, their weights averaged.
+    """
+    seed_globally(seed)
+    tokenizer = build_tokenizer()
+    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    model = build_parts(tokenizer, world).to(device)
+    model["network"].set_attn_processor(SharedTokenAttention(T5_TOKENS))
+    for encoder in ENCODERS:
+        model[encoder].set_attn_implementation("eager")
+    network: Callable = torch.compile(model["network"]) if compiled else model["network"]
+
+    def loss(step: int) -> dict[str, Tensor]:
+        generator = step_generator(seed, step)
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < TEXT_DROPPED
+        text = torch.where(dropped[:, None], empty, tokens[rows]).to(device)
+        noise = torch.randn(batch, *latents.shape[1:], generator=generator).to(device)
+        sigma = spread_sigmas(batch, generator).to(device)
+        clean = latents[rows].to(device)
+        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
+        # On a CPU the fused attention's backward pass takes longer than all else together.
+        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            read = [model[encoder](text, output_hidden_states=True) for encoder in ENCODERS]
+            conditioning = joint_text(read, 2 * TEXT_WIDTH, blank_tokens=1)
+            velocity = network(noisy, timestep=1000 * sigma, **conditioning, return_dict=False)[0]
+        return {"loss": functional.mse_loss(velocity.float(), noise - clean)}
+
+    return fit(model, loss, options)
+
+
+def spread_sigmas(batch: int, generator: torch.Generator) -> Tensor:
+    """Noise levels [batch] in (0, 1), rising: uniform draws, one in each of `batch` equal parts, shifted as the
+    scheduler shifts its own.
+    """
+    share = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    return SHIFT * share / (1 + (SHIFT - 1) * share)
+
+
+@training_command(output="src/shapes_flow", steps=10_000, images=80_000, batch=64, learning_rate=6e-4, seed=1)
+@click.option("--world", type=click.Path(path_type=Path), default=Path("src/shapes"), help="Folder of the first model.")
+@click.option("--compile", "compiled", is_flag=True, help="Let torch.compile make the network's code.")
+def main(
+    output: Path,
+    scratch: Path,
+    steps: int,
+    images: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    device: str,
+    world: Path,
+    compiled: bool,
+) -> None:
+    """Train the flow-matching model on rendered scenes and write its pipeline as a diffusers folder."""
+    autoencoder = load_module(AutoencoderKL, world / "vae").to(device)
+    rendered = cached_scenes(scratch, "train", images, seed)
+    latents = cached_latents(scratch, autoencoder, torch.from_numpy(rendered.images))
+    options = TrainingOptions(steps, learning_rate, scratch / "flow.pt")
+    averaged = train(
+        rendered.captions, latents, options, batch=batch, seed=seed, device=device, world=world, compiled=compiled
+    )
+    save_flow_pipeline(output, averaged, autoencoder, build_tokenizer())
+    click.echo(f"wrote {output}")
+
+
+def save_flow_pipeline(
+    output: Path, model: nn.ModuleDict, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> None:
+    """Write the folder of the pipeline that these parts make; see `write_pipeline`."""
+    autoencoder.register_to_config(shift_factor=0.0)  # the classes of Stable Diffusion 3 want a number
+    pipeline = StableDiffusion3Pipeline(
+        transformer=model["network"],
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=autoencoder,
+        text_encoder=model["text_encoder"],
+        tokenizer=tokenizer,
+        text_encoder_2=model["text_encoder_2"],
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    write_pipeline(output, pipeline)
+
+
+if __name__ == "__main__":
+    main()
