@@ -5,6 +5,7 @@ Writes `src/shapes/vae`. About 15 minutes on 2 cores; run the same command again
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -18,7 +19,14 @@ from models.loading import load_module
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import IMAGE_SIZE, to_tensor
-from models.shapes.training_loop import TrainingOptions, fit, start_option, step_generator, training_command
+from models.shapes.training_loop import (
+    TrainingOptions,
+    TrainingRun,
+    fit,
+    start_option,
+    step_generator,
+    training_command,
+)
 
 KL_WEIGHT = 3e-4  # per latent number, against the mean absolute error of a pixel in [-1, 1]
 SQUARED_WEIGHT = 2.0  # of the mean squared error: without it small coloured parts are learned late
@@ -124,37 +132,27 @@ def refine_decoder(autoencoder: AutoencoderKL, images: Tensor, options: Training
 @training_command(output="src/shapes/vae", steps=7000, images=20_000, batch=8, learning_rate=7e-4, seed=0)
 @start_option("An autoencoder's folder")
 @click.option("--decoder-steps", type=click.IntRange(min=0), default=2500, help="More, of the decoder alone.")
-def main(
-    output: Path,
-    scratch: Path,
-    steps: int,
-    images: int,
-    batch: int,
-    learning_rate: float,
-    seed: int,
-    device: str,
-    start: Path | None,
-    decoder_steps: int,
-) -> None:
+def main(run: TrainingRun, start: Path | None, decoder_steps: int) -> None:
     """Train the autoencoder on rendered scenes and write it as a diffusers folder."""
-    seed_globally(seed)
-    rendered = to_tensor(cached_scenes(scratch, "train", images, seed).images)  # [N, 3, 64, 64] in [0, 1]
-    autoencoder = (build_autoencoder() if start is None else load_module(AutoencoderKL, start)).to(device)
+    seed_globally(run.seed)
+    rendered = to_tensor(cached_scenes(run.scratch, "train", run.images, run.seed).images)  # [N, 3, 64, 64] in [0, 1]
+    autoencoder = (build_autoencoder() if start is None else load_module(AutoencoderKL, start)).to(run.device)
 
     def loss(step: int) -> dict[str, Tensor]:
-        generator = step_generator(seed, step)
-        rows = torch.randint(len(rendered), (batch,), generator=generator)
-        pixels = rendered[rows] if step >= WINDOW_SHARE * steps else random_windows(rendered[rows], generator)
-        return reconstruction_terms(autoencoder, (2 * pixels - 1).to(device), generator)
+        generator = step_generator(run.seed, step)
+        rows = torch.randint(len(rendered), (run.batch,), generator=generator)
+        pixels = rendered[rows] if step >= WINDOW_SHARE * run.steps else random_windows(rendered[rows], generator)
+        return reconstruction_terms(autoencoder, (2 * pixels - 1).to(run.device), generator)
 
-    options = TrainingOptions(steps, learning_rate, scratch / "autoencoder.pt", averaging_decay=0.995)
+    options = TrainingOptions(run.steps, run.learning_rate, run.scratch / "autoencoder.pt", averaging_decay=0.995)
     averaged = fit(autoencoder, loss, options)
-    averaged.register_to_config(scaling_factor=measured_scaling_factor(averaged, (2 * rendered[:512] - 1).to(device)))
-    decoder_options = TrainingOptions(decoder_steps, learning_rate, scratch / "decoder.pt", averaging_decay=0.995)
-    refine_decoder(averaged, rendered, decoder_options, seed=seed + 1)
-    averaged.to(torch.float16).save_pretrained(output)
-    record_weights(output)
-    click.echo(f"wrote {output}, scaling factor {averaged.config.scaling_factor:.4f}")
+    some = (2 * rendered[:512] - 1).to(run.device)
+    averaged.register_to_config(scaling_factor=measured_scaling_factor(averaged, some))
+    options = replace(options, steps=decoder_steps, checkpoint=run.scratch / "decoder.pt")
+    refine_decoder(averaged, rendered, options, seed=run.seed + 1)
+    averaged.to(torch.float16).save_pretrained(run.output)
+    record_weights(run.output)
+    click.echo(f"wrote {run.output}, scaling factor {averaged.config.scaling_factor:.4f}")
 
 
 if __name__ == "__main__":

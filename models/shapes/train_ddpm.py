@@ -7,8 +7,6 @@ core; run the same command again to resume.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -19,7 +17,7 @@ from models.digests import record_weights
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import to_tensor
-from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
+from models.shapes.training_loop import TrainingOptions, TrainingRun, fit, step_generator, training_command
 
 SIZE = 32  # pixels: half of the world's own, averaged down
 
@@ -76,24 +74,22 @@ def velocity_error(network: UNet2DModel, clean: Tensor, alphas_cumprod: Tensor, 
 
 
 @training_command(output="src/shapes_ddpm", steps=5000, images=10_000, batch=32, learning_rate=1e-3, seed=100)
-def main(
-    output: Path, scratch: Path, steps: int, images: int, batch: int, learning_rate: float, seed: int, device: str
-) -> None:
+def main(run: TrainingRun) -> None:
     """Train the network on rendered scenes and write it as a diffusers folder."""
-    seed_globally(seed)
-    clean = small_images(to_tensor(cached_scenes(scratch, "train", images, seed).images))  # [N, 3, 32, 32]
-    network, scheduler = build_network().to(device), build_scheduler()
+    seed_globally(run.seed)
+    clean = small_images(to_tensor(cached_scenes(run.scratch, "train", run.images, run.seed).images))  # [N, 3, 32, 32]
+    network, scheduler = build_network().to(run.device), build_scheduler()
 
     def loss(step: int) -> dict[str, Tensor]:
-        generator = step_generator(seed, step)
-        rows = torch.randint(len(clean), (batch,), generator=generator)
+        generator = step_generator(run.seed, step)
+        rows = torch.randint(len(clean), (run.batch,), generator=generator)
         return {"loss": velocity_error(network, clean[rows], scheduler.alphas_cumprod, generator)}
 
-    options = TrainingOptions(steps, learning_rate, scratch / "ddpm.pt", averaging_decay=0.995)
+    options = TrainingOptions(run.steps, run.learning_rate, run.scratch / "ddpm.pt", averaging_decay=0.995)
     averaged = fit(network, loss, options)
-    DDPMPipeline(averaged.to("cpu", torch.float16), scheduler).save_pretrained(output)
-    record_weights(output)
-    click.echo(f"wrote {output}")
+    DDPMPipeline(averaged.to("cpu", torch.float16), scheduler).save_pretrained(run.output)
+    record_weights(run.output)
+    click.echo(f"wrote {run.output}")
 
 
 if __name__ == "__main__":

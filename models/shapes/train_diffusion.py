@@ -32,6 +32,7 @@ from models.shapes.scenes import PLURALS, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import (
     TrainingOptions,
+    TrainingRun,
     fit,
     read_scratch,
     start_option,
@@ -242,25 +243,17 @@ def train(
 
 @training_command(output="src/shapes", steps=20_000, images=80_000, batch=32, learning_rate=5e-4, seed=1)
 @start_option("A pipeline's folder")
-def main(
-    output: Path,
-    scratch: Path,
-    steps: int,
-    images: int,
-    batch: int,
-    learning_rate: float,
-    seed: int,
-    device: str,
-    start: Path | None,
-) -> None:
+def main(run: TrainingRun, start: Path | None) -> None:
     """Train text encoder and network on rendered scenes and write the pipeline as a diffusers folder."""
-    autoencoder = load_module(AutoencoderKL, output / "vae").to(device)
-    rendered = cached_scenes(scratch, "train", images, seed)
-    latents = cached_latents(scratch, autoencoder, torch.from_numpy(rendered.images))
-    options = TrainingOptions(steps, learning_rate, scratch / "diffusion.pt")
-    averaged = train(rendered.captions, latents, options, batch=batch, seed=seed, device=device, start=start)
-    save_pipeline(output, averaged, autoencoder, build_tokenizer(), build_scheduler())
-    click.echo(f"wrote {output}")
+    autoencoder = load_module(AutoencoderKL, run.output / "vae").to(run.device)
+    rendered = cached_scenes(run.scratch, "train", run.images, run.seed)
+    latents = cached_latents(run.scratch, autoencoder, torch.from_numpy(rendered.images))
+    options = TrainingOptions(run.steps, run.learning_rate, run.scratch / "diffusion.pt")
+    averaged = train(
+        rendered.captions, latents, options, batch=run.batch, seed=run.seed, device=run.device, start=start
+    )
+    save_pipeline(run.output, averaged, autoencoder, build_tokenizer(), build_scheduler())
+    click.echo(f"wrote {run.output}")
 
 
 def save_pipeline(

@@ -38,7 +38,7 @@ from models.shapes.train_diffusion import (
     tokenize,
     write_pipeline,
 )
-from models.shapes.training_loop import TrainingOptions, fit, step_generator, training_command
+from models.shapes.training_loop import TrainingOptions, TrainingRun, fit, step_generator, training_command
 
 SHIFT = 3.0  # of the noise levels, towards noise, where what stands where is decided
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -143,28 +143,24 @@ def spread_sigmas(batch: int, generator: torch.Generator) -> Tensor:
 @training_command(output="src/shapes_flow", steps=10_000, images=80_000, batch=64, learning_rate=6e-4, seed=1)
 @click.option("--world", type=click.Path(path_type=Path), default=Path("src/shapes"), help="Folder of the first model.")
 @click.option("--compile", "compiled", is_flag=True, help="Let torch.compile make the network's code.")
-def main(
-    output: Path,
-    scratch: Path,
-    steps: int,
-    images: int,
-    batch: int,
-    learning_rate: float,
-    seed: int,
-    device: str,
-    world: Path,
-    compiled: bool,
-) -> None:
+def main(run: TrainingRun, world: Path, compiled: bool) -> None:
     """Train the flow-matching model on rendered scenes and write its pipeline as a diffusers folder."""
-    autoencoder = load_module(AutoencoderKL, world / "vae").to(device)
-    rendered = cached_scenes(scratch, "train", images, seed)
-    latents = cached_latents(scratch, autoencoder, torch.from_numpy(rendered.images))
-    options = TrainingOptions(steps, learning_rate, scratch / "flow.pt")
+    autoencoder = load_module(AutoencoderKL, world / "vae").to(run.device)
+    rendered = cached_scenes(run.scratch, "train", run.images, run.seed)
+    latents = cached_latents(run.scratch, autoencoder, torch.from_numpy(rendered.images))
+    options = TrainingOptions(run.steps, run.learning_rate, run.scratch / "flow.pt")
     averaged = train(
-        rendered.captions, latents, options, batch=batch, seed=seed, device=device, world=world, compiled=compiled
+        rendered.captions,
+        latents,
+        options,
+        batch=run.batch,
+        seed=run.seed,
+        device=run.device,
+        world=world,
+        compiled=compiled,
     )
-    save_flow_pipeline(output, averaged, autoencoder, build_tokenizer())
-    click.echo(f"wrote {output}")
+    save_flow_pipeline(run.output, averaged, autoencoder, build_tokenizer())
+    click.echo(f"wrote {run.output}")
 
 
 def save_flow_pipeline(

@@ -44,7 +44,14 @@ from models.shapes.layout import CELLS, layout_of
 from models.shapes.negatives import CHANGES, CORRUPTIONS, contradicts, worse_images, wrong_scene
 from models.shapes.scenes import IMAGE_SIZE, impossible, parse, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
-from models.shapes.training_loop import TrainingOptions, fit, start_option, step_generator, training_command
+from models.shapes.training_loop import (
+    TrainingOptions,
+    TrainingRun,
+    fit,
+    start_option,
+    step_generator,
+    training_command,
+)
 
 WRONG_CAPTIONS = 3  # for each image
 COMPARED_SHARE = 1 / 3  # of the images whose corrupted copies are compared in a step
@@ -195,42 +202,30 @@ def told_apart(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: RenderedScene
     help="The diffusion model: its text encoder is the start, its drawings are compared.",
 )
 @start_option("A checkpoint of the same configuration")
-def main(
-    output: Path,
-    tokenizer_folder: Path,
-    pipeline: Path,
-    scratch: Path,
-    steps: int,
-    images: int,
-    batch: int,
-    learning_rate: float,
-    seed: int,
-    device: str,
-    start: Path | None,
-) -> None:
+def main(run: TrainingRun, tokenizer_folder: Path, pipeline: Path, start: Path | None) -> None:
     """Train the reward and write its checkpoint, its configuration and its tokenizer."""
-    seed_globally(seed)
+    seed_globally(run.seed)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(tokenizer_folder)  # before use: it would write down how long its last text might be
-    rendered = cached_scenes(scratch, "train", images, seed)
+    rendered = cached_scenes(run.scratch, "train", run.images, run.seed)
     pixels = torch.from_numpy(rendered.images)  # uint8 [N, 64, 64, 3]
     configuration = model_configuration(len(tokenizer))
-    model = RewardInTraining(configuration).to(device)
+    model = RewardInTraining(configuration).to(run.device)
     tokens = tokenize(tokenizer, rendered.captions, CONTEXT_LENGTH)
     if start is None:
         text_encoder = load_module(CLIPTextModel, pipeline / "text_encoder")
         model.clip.text_model.load_state_dict(text_encoder.state_dict())
-        layout_options = TrainingOptions(LAYOUT_STEPS, LAYOUT_LEARNING_RATE, scratch / "reward-layout.pt")
-        learn_layout(model, pixels, tokens, layout_options, seed=seed, device=device)
+        layout_options = TrainingOptions(LAYOUT_STEPS, LAYOUT_LEARNING_RATE, run.scratch / "reward-layout.pt")
+        learn_layout(model, pixels, tokens, layout_options, seed=run.seed, device=run.device)
     else:
         model.clip.load_state_dict(load_open_clip_checkpoint(start, configuration).state_dict())
-    denoiser = load_denoiser(pipeline, device=device, dtype=torch.bfloat16)
-    drawings = cached_drawings(scratch, pipeline, denoiser, rendered.captions[:DRAWINGS], seed)
-    compared, drawn = (max(int(share * batch), 1) for share in (COMPARED_SHARE, DRAWN_SHARE))
+    denoiser = load_denoiser(pipeline, device=run.device, dtype=torch.bfloat16)
+    drawings = cached_drawings(run.scratch, pipeline, denoiser, rendered.captions[:DRAWINGS], run.seed)
+    compared, drawn = (max(int(share * run.batch), 1) for share in (COMPARED_SHARE, DRAWN_SHARE))
 
     def loss(step: int) -> dict[str, Tensor]:
-        generator, random = step_generator(seed, step), np.random.default_rng([seed, step])
-        rows = torch.randint(len(pixels), (batch,), generator=generator)
+        generator, random = step_generator(run.seed, step), np.random.default_rng([run.seed, step])
+        rows = torch.randint(len(pixels), (run.batch,), generator=generator)
         good = to_tensor(pixels[rows].numpy())
         captions = [rendered.captions[row] for row in rows.tolist()]
         wrong = [wrong_scene(parse(text), random).caption() for text in captions for _ in range(WRONG_CAPTIONS)]
@@ -238,26 +233,28 @@ def main(
         kind = torch.randint(len(CORRUPTIONS), (compared,), generator=generator)
         severities = torch.rand(2, compared, generator=generator).sort(dim=0).values
         corrupted = [
-            worse_images(good[:compared], severity, kind, good[-compared:], step_generator(seed + 1, step))
+            worse_images(good[:compared], severity, kind, good[-compared:], step_generator(run.seed + 1, step))
             for severity in (0.7 * severities[0], 0.3 + 0.7 * severities[1])
         ]
         shown = torch.randint(len(drawings), (drawn,), generator=generator)
         triples = torch.cat([torch.stack([good[:compared], *corrupted], dim=1), to_tensor(drawings[shown.numpy()])])
         described = torch.cat([tokens[rows[:compared]], tokens[shown]])
         return reward_terms(
-            model, *(part.to(device) for part in (good, triples, tokens[rows], wrong_tokens, described))
+            model, *(part.to(run.device) for part in (good, triples, tokens[rows], wrong_tokens, described))
         )
 
-    averaged = fit(model, loss, TrainingOptions(steps, learning_rate, scratch / "reward.pt", weight_decay=0.05))
-    save_open_clip_checkpoint(averaged.clip, output)
+    averaged = fit(
+        model, loss, TrainingOptions(run.steps, run.learning_rate, run.scratch / "reward.pt", weight_decay=0.05)
+    )
+    save_open_clip_checkpoint(averaged.clip, run.output)
     description = {
         "model_cfg": configuration,
-        "tokenizer": Path(os.path.relpath(tokenizer_folder, output.parent)).as_posix(),
+        "tokenizer": Path(os.path.relpath(tokenizer_folder, run.output.parent)).as_posix(),
     }
-    output.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n")
-    click.echo(f"wrote {output} and {output.with_suffix('.json')}")
-    unseen = cached_scenes(scratch, "validation", COMPARED_SCENES, seed)
-    for change, share in told_apart(averaged.clip.cpu().eval(), tokenizer, unseen, seed).items():
+    run.output.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n")
+    click.echo(f"wrote {run.output} and {run.output.with_suffix('.json')}")
+    unseen = cached_scenes(run.scratch, "validation", COMPARED_SCENES, run.seed)
+    for change, share in told_apart(averaged.clip.cpu().eval(), tokenizer, unseen, run.seed).items():
         click.echo(f"unseen scenes, right caption preferred after {change}: {share:.3f}")
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,24 @@ class TrainingOptions:
     log_interval: int = 50
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """What every training command is asked; see the options of `training_command`."""
+
+    output: Path
+    scratch: Path
+    steps: int
+    images: int
+    batch: int
+    learning_rate: float
+    seed: int
+    device: str
+
+
 def training_command(
     *, output: str, steps: int, images: int, batch: int, learning_rate: float, seed: int
 ) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a click command with the options that every training command here has; the arguments are their defaults."""
+    """Make a click command of a function of a `TrainingRun` and further options; the arguments are its defaults."""
     path = click.Path(path_type=Path)
     options = (
         click.option("--output", type=path, default=Path(output), help="What is written."),
@@ -61,10 +76,14 @@ def training_command(
     )
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        function = shows_input_errors(function)
+        @shows_input_errors
+        @wraps(function)
+        def command(**given: Any) -> None:
+            function(TrainingRun(**{field.name: given.pop(field.name) for field in fields(TrainingRun)}), **given)
+
         for option in reversed(options):
-            function = option(function)
-        return click.command(context_settings={"show_default": True})(function)
+            command = option(command)
+        return click.command(context_settings={"show_default": True})(command)
 
     return decorate
 
