@@ -31,7 +31,7 @@ from models.inception import RESIZES, Resize, inception_file
 from models.options import ModelOptions
 from models.pictures import to_pixels
 from models.prompts import first_prompts
-from models.registry import check_assets, is_unconditional
+from models.registry import SHAPES_WORLD, check_assets, is_unconditional
 from training.image_folder import ImageRequest, SolverFolders
 from training.measuring.comparison import (
     CLASSICAL_BASELINE,
@@ -57,7 +57,7 @@ from training.measuring.real_images import (
     real_files,
 )
 from training.measuring.report import Report
-from training.ppo.panels import SHAPES, judges_of, true_images
+from training.ppo.panels import judges_of, true_images
 from training.ppo.rewards import find_reward_files
 from training.ppo.scene import Scene
 from training.runs.command_line import Finite, require_processes, takes_model_options
@@ -131,7 +131,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     is_flag=True,
     help="Say what it would cost, and which files are missing and how to fetch them; draw nothing.",
 )
-@click.option("--model", default=SHAPES, show_default=True, help="Registered name, pipeline folder or single file.")
+@click.option("--model", default="shapes", show_default=True, help="Registered name, pipeline folder or single file.")
 @click.option(
     "--solvers",
     default=",".join(["epd", *CLASSICAL]),
@@ -359,12 +359,12 @@ class Asked:
     @cached_property
     def rewards(self) -> tuple[Path, ...]:
         """Rewards, the first of which is called so."""
-        return self.reward_paths or (SHAPES_REWARD if self.model == SHAPES else USUAL_REWARD,)
+        return self.reward_paths or (SHAPES_REWARD if self.model in SHAPES_WORLD else USUAL_REWARD,)
 
     @cached_property
     def chosen_on(self) -> Path | None:
         """The file of the prompts that settings are chosen on."""
-        return self.validation_file or (SHAPES_VALIDATION if self.model == SHAPES else None)
+        return self.validation_file or (SHAPES_VALIDATION if self.model in SHAPES_WORLD else None)
 
     @cached_property
     def wanted(self) -> list[str]:
@@ -561,7 +561,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
         comparison=comparison,
         differences=comparison.differences(baselines),
         reference=reference,
-        real=to_pixels(true_images(prompts[:PREVIEWS], asked.seed)) if asked.model == SHAPES else None,
+        real=to_pixels(true_images(prompts[:PREVIEWS], asked.seed)) if asked.model in SHAPES_WORLD else None,
         prompts=prompts,
         groups={
             file.stem: slice(number * asked.number, (number + 1) * asked.number)

@@ -43,6 +43,7 @@ from models.generate import conditioned, decode
 from models.loading import read_json
 from models.options import AS_IT_IS
 from models.pictures import to_pixels
+from models.registry import SHAPES_WORLD
 from training.image_folder import DECODED_AT_ONCE
 from training.ppo.cold_start import TRAINED, prepare_table
 from training.ppo.config import Config, PPOConfig
@@ -55,7 +56,7 @@ from training.solver import Solver, classical_solver, parse_schedule
 from training.starts import NEAR_EULER, start_table
 
 SCHEDULE = parse_schedule("polynomial")
-REWARDS = {"shapes": ROOT / "weights" / "shapes_reward.pt"}
+REWARDS = dict.fromkeys(SHAPES_WORLD, ROOT / "weights" / "shapes_reward.pt")
 DRAWN_STEPS = 11  # grid points of the images that sample.py draws beside diffusers
 STOCK = "ldm"  # the family of diffusers' StableDiffusionPipeline
 

@@ -75,15 +75,24 @@ def _words_unknown_to_shapes(prompt: str) -> list[str]:
     return unknown_words(prompt)
 
 
+SHAPES_WORLD = {
+    "shapes": "It is part of the repository:  git checkout -- src/shapes",
+    "shapes_flow": "Make it:  python -m models.shapes.train_flow",
+}
+"""The models that draw the shapes world, whose captions its verifier reads, and how each is come by."""
+
 REGISTERED = {
-    "shapes": RegisteredModel(
-        weights=(Asset("shapes", None),),
-        companions=(Asset("shapes/model_index.json", None),),
-        remedy="It is part of the repository:  git checkout -- src/shapes",
-        prompts="src/prompts/shapes_train.csv",
-        unknown_words=_words_unknown_to_shapes,
-        pipeline=str(SOURCE / "shapes"),
-    ),
+    **{
+        name: RegisteredModel(
+            weights=(Asset(name, None),),
+            companions=(Asset(f"{name}/model_index.json", None),),
+            remedy=remedy,
+            prompts="src/prompts/shapes_train.csv",
+            unknown_words=_words_unknown_to_shapes,
+            pipeline=str(SOURCE / name),
+        )
+        for name, remedy in SHAPES_WORLD.items()
+    },
     "sd15": RegisteredModel(
         weights=(_fetched(asset_table.SD15_SAFETENSORS), _fetched(asset_table.SD15_CKPT)),
         companions=TOKENIZER,

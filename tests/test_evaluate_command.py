@@ -418,9 +418,10 @@ def test_prompts_that_the_model_cannot_take_are_refused(world, tmp_path):
     assert "tokens long" in refused(run(world, tmp_path / "out", "--prompt-file", tmp_path / "prompts.txt"))
 
 
-def test_what_the_verifier_cannot_judge_is_refused_before_anything_is_drawn(world):
+@pytest.mark.parametrize("model", SHAPES_WORLD)
+def test_what_the_verifier_cannot_judge_is_refused_before_anything_is_drawn(model, world):
     with pytest.raises(InputError, match="'a red' is no caption"):
-        panels.judges_of("shapes", [world / "reward.pt"], None, [*captions("heldout", 2, 0), "a red"], 4)
+        panels.judges_of(model, [world / "reward.pt"], None, [*captions("heldout", 2, 0), "a red"], 4)
 
 
 def test_prompts_that_the_reward_cuts_are_said(world, tmp_path, caplog):

@@ -219,17 +219,24 @@ def test_a_single_file_without_its_tokenizer_says_what_to_fetch(monkeypatch, com
         assert "fetch tokenizer" in str(error.value)
 
 
-def test_a_registered_folder_that_is_missing_says_how_to_restore_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("shapes", "git checkout -- src/shapes"), ("shapes_flow", "python -m models.shapes.train_flow")],
+)
+def test_a_registered_folder_that_is_missing_says_how_it_is_come_by(name, remedy, monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "SOURCE", tmp_path)
-    with pytest.raises(InputError, match="git checkout"):
-        load("shapes")
+    with pytest.raises(
+        InputError, match=f"^Model {name} needs files that are not there:\n  src/{name}\n(.*\n)*.*{remedy}$"
+    ):
+        load(name)
 
 
-def test_registered_names_load_from_their_places_and_know_their_words(monkeypatch, tiny, tmp_path):
-    shutil.copytree(tiny, tmp_path / "shapes")
+@pytest.mark.parametrize("name", registry.SHAPES_WORLD)
+def test_registered_names_load_from_their_places_and_know_their_words(name, monkeypatch, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / name)
     monkeypatch.setattr(registry, "SOURCE", tmp_path)
-    denoiser = load("shapes")
-    assert denoiser.name == "shapes"
+    denoiser = load(name)
+    assert denoiser.name == name
     with pytest.raises(InputError, match="zebra"):
         denoiser.validate_prompts(["a zebra"])
 
@@ -241,7 +248,7 @@ def test_registered_names_load_from_their_places_and_know_their_words(monkeypatc
 def test_unknown_names_are_answered_with_the_known_ones(spec, says):
     with pytest.raises(InputError, match=says) as error:
         load(spec)
-    assert "shapes, sd15" in str(error.value)
+    assert "(shapes, shapes_flow, sd15, sdxl, sd3, flux)" in str(error.value)
 
 
 def test_a_hubs_pipeline_is_found_in_its_cache(tiny, tmp_path, monkeypatch):

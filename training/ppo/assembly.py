@@ -21,7 +21,7 @@ from models.denoiser import Denoiser
 from models.devices import check_compiler, resolve_device, resolve_dtype
 from models.fingerprints import fingerprint, model_fingerprint
 from models.prompts import read_prompts
-from models.registry import check_assets, default_guidance_scale, load_denoiser, traits_of
+from models.registry import SHAPES_WORLD, check_assets, default_guidance_scale, load_denoiser, traits_of
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
 from training.measuring.evaluation import SAMPLING_CODE, Store
@@ -31,7 +31,6 @@ from training.ppo.cold_start import ColdStart, prepare_table, trainable
 from training.ppo.config import Config, apply_snapshot, group_size, model_options, model_spec, with_usual
 from training.ppo.heldout import HeldoutJudge, HeldoutWatch, Kept
 from training.ppo.panels import (
-    SHAPES,
     VerifierPanel,
     require_readable,
     require_verifiable,
@@ -183,7 +182,7 @@ def refuse(faults: Sequence[str], config: Config) -> None:
     """Raise one `InputError` that lists the faults, if there are any, and what can be run without the missing files."""
     if faults:
         listed = "\n".join("  - " + fault.replace("\n", "\n    ") for fault in faults)
-        instead = "" if model_spec(config) == SHAPES else f"\n{TRY_NOW}"
+        instead = "" if model_spec(config) in SHAPES_WORLD else f"\n{TRY_NOW}"
         raise InputError(f"the run cannot start:\n{listed}{instead}")
 
 

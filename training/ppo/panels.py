@@ -14,6 +14,7 @@ from errors import InputError
 from models import clip
 from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
+from models.registry import SHAPES_WORLD
 from models.shapes import scenes, verify
 from training.measuring import scoring
 from training.measuring.evaluation import Judge
@@ -22,8 +23,6 @@ from training.ppo import reward_names, rewards
 from training.ppo.rewards import Reward, find_reward_files, load_reward
 from training.ppo.rewards.clip_scorer import FeatureScorer
 
-SHAPES = "shapes"
-"""The model whose captions the verifier can read."""
 JUDGES_CODE = (
     *(Path(module.__file__) for module in (clip, scenes, verify, scoring, reward_names)),
     *sorted(Path(rewards.__file__).parent.glob("*.py")),
@@ -131,13 +130,13 @@ def judges_of(
         InputError: a reward's files are missing or malformed, it reads prompts where the model takes none, two have one
             name, or the verifier cannot judge a prompt or the images.
     """
-    if model == SHAPES:
+    if model in SHAPES_WORLD:
         for prompt in prompts:
             scenes.parse(prompt)
         require_verifiable(denoiser)
     for source in sources:  # before gigabytes are read in vain
         find_reward_files(source)
-    judges: list[Judge] = [VerifierJudge()] if model == SHAPES else []
+    judges: list[Judge] = [VerifierJudge()] if model in SHAPES_WORLD else []
     for source in sources:
         reward = load_reward(source, device=denoiser.device, batch_size=batch)
         require_readable(denoiser, [reward.name] if reward.reads_prompts else [])

@@ -19,14 +19,13 @@ from torch import Tensor
 from errors import InputError, shows_input_errors
 from files import write_atomically
 from models.pictures import opened_picture
-from models.registry import is_unconditional, pipeline_of
+from models.registry import SHAPES_WORLD, is_unconditional, pipeline_of
 from training.measuring.page import StripRow, commands, figure, folded, page, strip, verdict
 from training.parameters import GRID
 from training.ppo.checkpoint import Numbers, load_checkpoint, table_from_plain, table_to_plain
 from training.ppo.config import Config, build_config, group_size, model_spec
 from training.ppo.export_epd_predictor import DIFFUSERS
 from training.ppo.figures import Curve, curves_figure, entry_names, movement_figure, solver_figure
-from training.ppo.panels import SHAPES
 from training.ppo.ppo_trainer import METRICS
 from training.ppo.reward_names import reward_name
 from training.ppo.training_run import CLASSICAL, REFERENCE, preview_name
@@ -216,7 +215,7 @@ def _next(folder: RunFolder, evaluations: Sequence[Row], config: Config, paralle
     """What can be done with the run now, to be copied."""
     best = " --best" if evaluations and evaluations[-1]["heldout/best_step"] else ""
     run, model = folder.path, model_spec(config)
-    asked, prompts = ' --prompt "..."', "" if model == SHAPES else " --prompt-file PROMPTS.csv"
+    asked, prompts = ' --prompt "..."', "" if model in SHAPES_WORLD else " --prompt-file PROMPTS.csv"
     if is_unconditional(model):
         asked, prompts = "", f" --reward {config.reward.weights_path}"
     exported = f"{run}/export/{DIFFUSERS}"

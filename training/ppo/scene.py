@@ -18,6 +18,7 @@ from tqdm import tqdm
 from models.denoiser import Denoiser
 from models.fingerprints import fingerprint, model_fingerprint
 from models.options import ModelOptions
+from models.registry import SHAPES_WORLD
 from training.image_folder import SolverFolders
 from training.measuring import distances
 from training.measuring.comparison import Comparison, Entry, SetDistance
@@ -25,7 +26,7 @@ from training.measuring.distances import paired_frechet_values
 from training.measuring.evaluation import PREVIEWS, Evaluation, FeatureJudge, Judge, Setting, Store
 from training.measuring.real_images import Extractor, RealImages, folder_features, real_files
 from training.measuring.statistics import pairs_needed, tellable_difference
-from training.ppo.panels import JUDGES_CODE, SHAPES, true_images
+from training.ppo.panels import JUDGES_CODE, true_images
 from training.solver import Solver
 
 CODE_OF_DISTANCES = fingerprint([Path(distances.__file__)])
@@ -62,7 +63,7 @@ class Scene:
     @property
     def frechet_target(self) -> str:
         """What the Fréchet distance in the reward's features is taken to, in words."""
-        if self.model == SHAPES:
+        if self.model in SHAPES_WORLD:
             return "true images of the same captions"
         return "none" if self.reference is None else "the reference's images"
 
@@ -171,7 +172,7 @@ class Scene:
     def _frechet(self, evaluation: Evaluation) -> dict[str, SetDistance]:
         """In the features of the first reward, to true images where the world can draw them, or to the reference's."""
         name = "reward_features"
-        if self.model == SHAPES:
+        if self.model in SHAPES_WORLD:
             prompts, said = evaluation.setting.prompts, {"true images": CODE_OF_TRUE_IMAGES, "seed": self.seed}
             target = evaluation.features(name, lambda part: true_images(prompts[part], self.seed, part.start), said)
         elif evaluation.reference_solver is not None:
