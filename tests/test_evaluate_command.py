@@ -25,6 +25,7 @@ from models import clip, load_denoiser
 from models.families.stable_diffusion import StableDiffusion
 from models.generate import LATENT_LIMIT
 from models.inception import Inception
+from models.registry import SHAPES_WORLD
 from models.shapes.scenes import captions
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable

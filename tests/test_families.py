@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FluxPipeline, UNet2DModel
+from diffusers import DDIMScheduler, FluxPipeline, SD3Transformer2DModel, UNet2DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,7 @@ from errors import InputError
 from models import load_denoiser
 from models.compvis import assemble_compvis, read_compvis
 from models.denoiser import Conditioning, GuidanceKind
+from models.families.stable_diffusion_3 import T5_TOKENS, SharedTokenAttention
 from models.fingerprints import file_sha256, model_fingerprint
 from models.generate import conditioned
 from models.latent_diffusion import LatentDiffusion
@@ -154,6 +155,55 @@ def test_a_negative_prompt_is_that_of_the_stock_pipeline(name, folder_of):
         without = denoiser.decode(denoiser.denoise(x, level, denoiser.encode(PROMPTS, 4.5)))
     torch.testing.assert_close(images, expected, **CLOSE)
     assert (images - without).abs().max() > 1e-3
+
+
+def test_one_token_can_stand_for_several_equal_ones():
+    """In every block, those of Stable Diffusion 3.5 with an attention of the image alone too, and in the gradients."""
+    torch.manual_seed(0)
+    network = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        caption_projection_dim=16,
+        pooled_projection_dim=5,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    ).double()
+    first, last, pooled = torch.randn(2, 3, 6).double(), torch.randn(2, 1, 6).double(), torch.randn(2, 5).double()
+    x, times = torch.randn(2, 4, 8, 6).double(), torch.tensor([900.0, 20.0]).double()
+    found = []
+    for copies, processor in ((7, None), (1, SharedTokenAttention(7)), (1, SharedTokenAttention(1))):
+        if processor is not None:
+            network.set_attn_processor(processor)
+        text = torch.cat([first, last.expand(-1, copies, -1)], dim=1).requires_grad_()
+        drawn = network(x, text, pooled, times, return_dict=False)[0]
+        (gradient,) = torch.autograd.grad(drawn.square().sum(), text)
+        found.append((drawn, gradient[:, :3], gradient[:, 3:].sum(1)))
+    many, one, unweighted = found
+    torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-8)  # the norms of queries and keys compute in float32
+    assert (unweighted[0] - many[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("width", "shared"), [(64, True), (68, False)])
+def test_the_zeros_in_the_place_of_t5_are_one_token_for_small_images_alone(width, shared, tmp_path):
+    folder = save_tiny_family("sd3", tmp_path, with_t5=False, positions=17)
+    denoiser, stock = load(folder, options=ModelOptions(height=64, width=width)), stock_pipeline(folder)
+    start, text = noise(denoiser), denoiser.encode(PROMPTS, 4.5)
+    kinds = {isinstance(processor, SharedTokenAttention) for processor in denoiser.network.attn_processors.values()}
+    assert kinds == {shared}
+    assert text.text["encoder_hidden_states"].shape[1] == TOKEN_LIMIT + (1 if shared else T5_TOKENS)
+    expected = stock(
+        PROMPTS, latents=start, height=64, width=width, guidance_scale=4.5, num_inference_steps=2, output_type="latent"
+    ).images
+    with torch.no_grad():
+        sigmas = stock.scheduler.sigmas[:2].double()
+        drawn = SAMPLERS["ddim"](conditioned(denoiser, text), start, sigmas, denoise_to_zero=True)
+    torch.testing.assert_close(drawn, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -521,7 +571,7 @@ def test_a_size_that_the_model_cannot_draw_is_refused(folder_of, name, height, w
 def save_lora(name: str, folder: Path, target: Path) -> tuple[Path, dict[str, Tensor]]:
     """A LoRA of rank 2 on the network and the first text encoder, written by diffusers; and its tensors."""
     pipeline = stock_pipeline(folder)
-    network = "transformer" if name in ("sd3", "flux") else "unet"
+    network = "unet" if name in ("sd", "sdxl") else "transformer"
     layers = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -534,7 +584,7 @@ def save_lora(name: str, folder: Path, target: Path) -> tuple[Path, dict[str, Te
     return file, load_file(file)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "sd3 without T5", "flux"])
 def test_a_lora_is_that_of_the_stock_pipeline(name, folder_of, tmp_path):
     folder = save_tiny_pipeline(tmp_path / "sd") if name == "sd" else folder_of(name)
     file, tensors = save_lora(name, folder, tmp_path / "lora")

@@ -96,8 +96,8 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*marks, *letters], extra_ids=0, model_max_length=512)
 
 
-def stable_diffusion_3(*, with_t5: bool = True, **scheduler: object) -> StableDiffusion3Pipeline:
-    """Images [3, 16, 16], latents [4, 8, 8]."""
+def stable_diffusion_3(*, with_t5: bool = True, positions: int = 8, **scheduler: object) -> StableDiffusion3Pipeline:
+    """Images [3, 16, 16], latents [4, 8, 8]; at most `positions` patches of 2 along each side."""
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8,
@@ -110,7 +110,7 @@ def stable_diffusion_3(*, with_t5: bool = True, **scheduler: object) -> StableDi
             joint_attention_dim=T5_WIDTH,
             caption_projection_dim=16,
             pooled_projection_dim=10 + 14,
-            pos_embed_max_size=8,
+            pos_embed_max_size=positions,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
         vae=tiny_vae(),
