@@ -260,6 +260,57 @@ def test_an_unconditional_model_takes_neither_prompts_nor_guidance(tmp_path):
         load(tmp_path / "cats", options=ModelOptions(height=9))
 
 
+CLASSES = {"0": "red box, box", "7": "a big cat"}
+
+
+@pytest.fixture
+def dit(tmp_path):
+    folder = save_tiny_family("dit", tmp_path)
+    edit_json(folder / "model_index.json", id2label=CLASSES)
+    return folder
+
+
+@pytest.mark.parametrize(("scale", "learned_variance"), [(1.0, True), (4.0, True), (4.0, False)])
+def test_a_trajectory_of_a_dit_is_that_of_the_stock_pipeline(scale, learned_variance, tmp_path):
+    folder = save_tiny_family("dit", tmp_path, learned_variance=learned_variance)
+    edit_json(folder / "model_index.json", id2label=CLASSES)
+    denoiser, stock = load(folder, options=AS_IT_IS), stock_pipeline(folder)
+    stock.scheduler = DDIMScheduler.from_config(
+        stock.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    expected = stock(
+        stock.get_label_ids(["box", "a big cat", "red box"]),
+        guidance_scale=scale,
+        generator=torch.Generator().manual_seed(0),
+        num_inference_steps=4,
+        output_type="pt",
+    ).images
+    levels = denoiser.sigma_of_time((stock.scheduler.timesteps + 1).double() / 1000)
+    start = noise(denoiser) * (1 + levels[0] ** 2).sqrt().float()
+    with torch.no_grad():
+        denoise = conditioned(denoiser, denoiser.encode(["box", "7", "red box"], scale))
+        images = denoiser.decode(SAMPLERS["ddim"](denoise, start, levels, denoise_to_zero=True))
+    torch.testing.assert_close(images, expected, **CLOSE)
+    assert (expected[0] - expected[1]).abs().max() > 0.05
+    assert (denoiser.image_size, denoiser.latent_shape, denoiser.default_guidance_scale) == ((16, 16), (4, 8, 8), 4.0)
+
+
+def test_a_class_that_a_model_does_not_have_is_refused(dit):
+    denoiser = load(dit, options=AS_IT_IS)
+    denoiser.validate_prompts(["box", "999"])
+    for attempt in (denoiser.validate_prompts, denoiser.encode):
+        with pytest.raises(InputError, match=r"cannot take:\n  prompt . \('1000'\): it is none of the model's classes"):
+            attempt(["box", "1000"])
+    with pytest.raises(InputError, match="prompt 1 \\(''\\): it is empty"):
+        denoiser.validate_prompts([""])
+    with pytest.raises(InputError, match=r"a model of the family dit takes no height: leave it out\.$"):
+        load(dit, options=ModelOptions(height=32))
+    for wrong in ({"1000": "cat"}, {"one": "cat"}, {"1": "cat,"}, ["cat"]):
+        edit_json(dit / "model_index.json", id2label=wrong)
+        with pytest.raises(InputError, match=r"id2label in model_index\.json must hold names by numbers from 0 to 999"):
+            load(dit, options=AS_IT_IS)
+
+
 # --- guidance
 
 

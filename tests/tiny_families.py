@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -176,7 +179,23 @@ def pixel_ddpm(**scheduler: object) -> DDPMPipeline:
     return DDPMPipeline(tiny_network(), DDPMScheduler(**{**SCHEDULER, **scheduler}))
 
 
-PIPELINES = {"ddpm": pixel_ddpm, "sdxl": stable_diffusion_xl, "sd3": stable_diffusion_3, "flux": flux}
+def dit(*, learned_variance: bool = True) -> DiTPipeline:
+    """Images [3, 16, 16], latents [4, 8, 8], 1000 classes, of which diffusers' pipeline takes the next for none."""
+    return DiTPipeline(
+        DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8 if learned_variance else 4,
+            num_layers=2,
+            sample_size=8,
+        ),
+        tiny_vae(shift_factor=None),
+        DDIMScheduler(clip_sample=False),
+    )
+
+
+PIPELINES = {"ddpm": pixel_ddpm, "dit": dit, "sdxl": stable_diffusion_xl, "sd3": stable_diffusion_3, "flux": flux}
 
 
 def save_tiny_family(name: str, folder: Path, **options: object) -> Path:

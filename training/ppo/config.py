@@ -64,7 +64,9 @@ class ModelConfig:
     model_path: str | None = knob(
         None, "diffusers folder, .ckpt or .safetensors file, or registered name; null: what dataset_name stands for"
     )
-    backend: str | None = knob(None, "the model's family, ldm, sdxl, sd3, flux or ddpm; null: as the snapshot says")
+    backend: str | None = knob(
+        None, "the model's family, ldm, sdxl, sd3, flux, dit or ddpm; null: as the snapshot says"
+    )
     guidance_type: str | None = knob(None, "cfg: classifier-free guidance; uncond: none", choices=("cfg", "uncond"))
     guidance_rate: float | None = knob(None, "classifier-free guidance scale; 1 is no guidance", at_least=0)
     schedule_type: str | None = knob(None, "kind of the sigma grid", choices=tuple(SCHEDULES))
