@@ -88,6 +88,12 @@ def test_draws_what_the_stock_pipeline_draws_in_two_calls_an_interval(family, na
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_folder_without_t5_is_loaded_without_being_told(tmp_path: Path) -> None:
+    tiny_sd3().save_pretrained(tmp_path)
+    pipe = EPDStableDiffusion3Pipeline.from_pretrained(tmp_path)
+    assert pipe.text_encoder_3 is pipe.tokenizer_3 is None
+
+
 @pytest.mark.parametrize("name", ["all columns", "three points"])
 def test_xl_draws_what_the_sampler_draws(name: str) -> None:
     pipe = EPDStableDiffusionXLPipeline(**tiny_xl().to(dtype=torch.float64).components)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -160,9 +160,10 @@ class EPDStableDiffusionXLPipeline(EPDPipelineMixin, StableDiffusionXLPipeline):
 
 
 class EPDStableDiffusion3Pipeline(EPDPipelineMixin, StableDiffusion3Pipeline):
-    """Stable Diffusion 3 and 3.5."""
+    """Stable Diffusion 3 and 3.5; also from a folder without T5, of which the stock pipeline has to be told."""
 
     predictions = ("flow_prediction",)
+    _optional_components: ClassVar = [*StableDiffusion3Pipeline._optional_components, "text_encoder_3", "tokenizer_3"]
 
 
 def _at_the_end_of_an_interval(

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from files import replacing
 from models.digests import record_weights
-from models.loading import load_module, load_tokenizer
+from models.loading import load_module, load_tokenizer, quiet_and_repeatable
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.layout import LayoutHead, layout_of
@@ -275,7 +275,8 @@ def save_pipeline(
 
 def write_pipeline(output: Path, pipeline: DiffusionPipeline) -> None:
     """Write a pipeline's folder, weights in float16; read without a type, all of it comes back in float32."""
-    pipeline.to(dtype=torch.float16).save_pretrained(output)
+    with quiet_and_repeatable():  # it warns of each part that a pipeline does without
+        pipeline.to(dtype=torch.float16).save_pretrained(output)
     record_weights(output)
     # diffusers writes down the folder that a module was read from; it means nothing to others.
     _amend(output / "vae" / "config.json", _name_or_path=None)

@@ -74,6 +74,13 @@ def test_shipped_configurations_hold_every_public_key(name: str):
     assert loaded.config.run.run_name == name.removesuffix(".yaml")
 
 
+def test_the_two_models_of_the_shapes_world_are_tuned_alike():
+    one, other = (yaml.safe_load((CFGS / f"{name}.yaml").read_text()) for name in ("shapes", "shapes_flow"))
+    differing = {f"{part}.{key}" for part in one for key in one[part] if one[part][key] != other[part][key]}
+    assert one.keys() == other.keys()
+    assert differing == {"run.run_name", "data.predictor_snapshot", "model.dataset_name"}
+
+
 def test_yaml_reads_back_and_keeps_the_hash(tmp_path: Path):
     config = least("reward.mix={weights/b.pt: 0.5}", "ppo.learning_rate=7e-5").config
     (tmp_path / "c.yaml").write_text(to_yaml(config))

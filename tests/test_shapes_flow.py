@@ -1,0 +1,197 @@
+"""The flow-matching model of the shapes world: its training, what it writes, and every command on it, untrained."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from diffusers import StableDiffusion3Pipeline
+from diffusers.models.attention_processor import AttentionProcessor
+from torch import Tensor, nn
+
+import evaluate
+import sample
+import train
+from models import fingerprints, load_denoiser, registry
+from models.generate import conditioned
+from models.shapes import train_flow
+from models.shapes.scenes import captions
+from models.shapes.tokenizer import build_tokenizer
+from models.shapes.train_autoencoder import build_autoencoder
+from models.shapes.train_flow import SHIFT, build_network, build_parts, save_flow_pipeline, spread_sigmas
+from models.shapes.training_loop import TrainingOptions
+from solvers import SAMPLERS
+from training.ppo.config import METHODS
+from training.ppo.launch import main as launch
+from training.runs.run_folder import RunFolder, read_metrics
+
+NAME = "shapes_flow"
+FIRST = Path("src/shapes").absolute()
+REWARD = Path("weights/shapes_reward.pt").absolute()
+PROMPTS = list(captions("heldout", 2, 0))
+
+
+def run(command: object, *words: object) -> Result:
+    result = CliRunner().invoke(command, [str(word) for word in words])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in the place of src/ that holds the model with random weights, in no part of which all are zero."""
+    root = tmp_path_factory.mktemp("src")
+    torch.manual_seed(0)
+    parts = build_parts(build_tokenizer(), FIRST)
+    for weight in parts["network"].parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.05)
+    save_flow_pipeline(root / NAME, parts, build_autoencoder(), build_tokenizer())
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (registry, fingerprints):
+            patch.setattr(module, "SOURCE", root)
+        yield root
+
+
+# --- training
+
+
+def test_an_untrained_network_answers_nothing_and_has_the_size_that_is_told():
+    network = build_network()
+    text = {"encoder_hidden_states": torch.randn(2, 33, 256), "pooled_projections": torch.randn(2, 256)}
+    answer = network(torch.randn(2, 4, 16, 16), timestep=torch.tensor([1.0, 999.0]), **text).sample
+    assert (answer.shape, answer.any()) == ((2, 4, 16, 16), False)
+    assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(5.2e6, rel=0.01)
+
+
+def test_the_text_encoder_of_the_first_model_is_taken_over():
+    parts, first = build_parts(build_tokenizer(), FIRST), load_denoiser(FIRST, device="cpu", dtype=torch.float32)
+    state = parts["text_encoder"].text_model.state_dict()
+    torch.testing.assert_close(state, first.text_encoders[0].module.state_dict(), rtol=0, atol=0)
+
+
+def test_noise_levels_fall_one_in_each_part_of_equal_probability_shifted():
+    sigmas = spread_sigmas(64, torch.Generator().manual_seed(0))
+    shares = sigmas / (SHIFT - (SHIFT - 1) * sigmas)
+    assert (64 * shares).floor().tolist() == list(range(64))
+    assert sigmas.min() > 0
+    assert sigmas.max() < 1
+
+
+class KnowsTheImages(nn.Module):
+    """A network that is right where every image is `clean` [4, 16, 16]: from there the velocity leads to the noise."""
+
+    def __init__(self, clean: Tensor) -> None:
+        super().__init__()
+        self.clean = clean
+
+    def set_attn_processor(self, processor: AttentionProcessor) -> None:
+        pass
+
+    def forward(self, noisy: Tensor, *, timestep: Tensor, **_: object) -> tuple[Tensor]:
+        return ((noisy - self.clean) / (timestep / 1000).view(-1, 1, 1, 1),)
+
+
+def test_the_loss_is_that_of_the_velocity(tmp_path, monkeypatch):
+    clean = torch.randn(4, 16, 16)
+    monkeypatch.setattr(train_flow, "build_network", lambda: KnowsTheImages(clean))
+    monkeypatch.setattr(train_flow, "fit", lambda model, loss, options: found.append(loss(0)["loss"]))
+    found: list[Tensor] = []
+    options = TrainingOptions(1, 1.0, tmp_path / "flow.pt")
+    for latents in (clean.expand(2, -1, -1, -1), torch.randn(2, 4, 16, 16)):
+        train_flow.train(PROMPTS, latents, options, batch=8, seed=0, device="cpu", world=FIRST)
+    assert found[0] < 1e-6
+    assert found[1] > 1
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
+    for name, runs in (("whole", [2]), ("resumed", [1, 2])):
+        for steps in runs:
+            told = ("--images", 8, "--batch", 2, "--learning-rate", 1, "--scratch", tmp_path / name, "--steps", steps)
+            run(train_flow.main, *told, "--output", tmp_path / name / "model")
+    whole, resumed = (
+        load_denoiser(tmp_path / name / "model", device="cpu", dtype=torch.float32) for name in ("whole", "resumed")
+    )
+    assert whole.network.proj_out.weight.any()
+    modules = [(one.network, *(encoder.module for encoder in one.text_encoders)) for one in (whole, resumed)]
+    for one, other in zip(*modules, strict=True):
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_a_first_model_that_is_not_there_is_named(tmp_path):
+    result = CliRunner().invoke(train_flow.main, ["--world", str(tmp_path / "none"), "--output", str(tmp_path / "out")])
+    assert (result.exit_code, result.output) == (2, f"Error: {tmp_path / 'none' / 'vae' / 'config.json'} is missing.\n")
+
+
+# --- what it writes
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.5])
+def test_latents_are_those_of_the_stock_pipeline(scale, source):
+    stock = StableDiffusion3Pipeline.from_pretrained(source / NAME, text_encoder_3=None, tokenizer_3=None)
+    stock.set_progress_bar_config(disable=True)
+    parts = (stock.transformer, stock.vae, stock.text_encoder, stock.text_encoder_2)
+    assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
+    ours = load_denoiser(NAME, device="cpu", dtype=torch.float32)
+    assert (ours.latent_shape, ours.image_size) == ((4, 16, 16), (64, 64))
+    start = torch.randn(2, *ours.latent_shape, generator=torch.Generator().manual_seed(0))
+    theirs = stock(PROMPTS, latents=start, guidance_scale=scale, num_inference_steps=3, output_type="latent").images
+    with torch.no_grad():
+        denoise = conditioned(ours, ours.encode(PROMPTS, scale))
+        drawn = SAMPLERS["ddim"](denoise, start, stock.scheduler.sigmas[:3].double(), denoise_to_zero=True)
+    torch.testing.assert_close(drawn, theirs, rtol=1e-4, atol=1e-4)
+    assert (drawn[0] - drawn[1] - start[0] + start[1]).abs().max() > 0.1  # it is no network that answers nothing
+
+
+# --- the commands
+
+
+@pytest.fixture(scope="module")
+def table(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a solver that was distilled for the model."""
+    exps = tmp_path_factory.mktemp("exps")
+    asked = ("--dataset_name", NAME, "--num_steps", 3, "--num_points", 0, "--train", "grid,history")
+    small = ("--M", 1, "--trajectories", 4, "--batch", 2, "--total_kimg", 0.004, "--device", "cpu", "--outdir", exps)
+    result = run(train.main, *asked, *small)
+    assert "shapes_train.csv" in result.output
+    (folder,) = exps.iterdir()
+    return folder
+
+
+def test_a_distilled_solver_draws(table, tmp_path):
+    run(sample.main, "--predictor_path", table, "--prompt", PROMPTS[0], "--seeds", 0, "--outdir", tmp_path)
+    assert len([*tmp_path.glob("*.png")]) == 1
+    unknown = CliRunner().invoke(sample.main, ["--predictor_path", str(table), "--prompt", "a zebra"])
+    assert "zebra" in unknown.output
+    assert unknown.exit_code == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_search_tunes_a_distilled_solver(method, table, tmp_path):
+    overrides = [f"data.predictor_snapshot={table}", f"search.method={method}", f"run.output_root={tmp_path / 'exps'}"]
+    overrides += ["ppo.steps=2", "ppo.rollout_batch_size=4", "ppo.minibatch_size=4", "ppo.ppo_epochs=1"]
+    overrides += [
+        "logging.eval_interval=2",
+        "logging.eval_count=2",
+        "logging.preview_prompts=1",
+        f"logging.cache={tmp_path / 'cache'}",
+    ]
+    run(launch, "--config", f"training/ppo/cfgs/{NAME}.yaml", "--device", "cpu", "--override", *overrides)
+    (folder,) = (tmp_path / "exps").iterdir()
+    rows = read_metrics(RunFolder.open(folder).metrics)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert 0 <= rows[2]["heldout/panel"] <= 1
+    assert all(rows[2]["table"][name] != first for name, first in rows[0]["table"].items() if name != "guidance")
+
+
+def test_its_images_are_measured_by_what_the_first_model_is(source, tmp_path):
+    asked = ("--model", NAME, "--solvers", "ddim", "--nfe", 2, "--schedules", "discrete", "--number", 2)
+    small = ("--validation-number", 2, "--reference-steps", 2, "--baseline", "classical", "--device", "cpu")
+    run(evaluate.main, *asked, *small, "--outdir", tmp_path / "out", "--cache", tmp_path / "cache")
+    with (tmp_path / "out" / "results.csv").open() as stream:
+        metrics = {row["metric"] for row in csv.DictReader(stream)}
+    assert {"reward", "verifier", "verified", "frechet"} <= metrics
