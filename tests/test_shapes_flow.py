@@ -24,6 +24,7 @@ from models.shapes.tokenizer import build_tokenizer
 from models.shapes.train_autoencoder import build_autoencoder
 from models.shapes.train_flow import SHIFT, build_network, build_parts, save_flow_pipeline, spread_sigmas
 from models.shapes.training_loop import TrainingOptions
+from scripts.export_diffusers import main as export
 from solvers import SAMPLERS
 from training.ppo.config import METHODS
 from training.ppo.launch import main as launch
@@ -168,6 +169,13 @@ def test_a_distilled_solver_draws(table, tmp_path):
     unknown = CliRunner().invoke(sample.main, ["--predictor_path", str(table), "--prompt", "a zebra"])
     assert "zebra" in unknown.output
     assert unknown.exit_code == 2
+
+
+def test_its_export_says_how_the_stock_pipeline_is_told_of_no_t5(table, tmp_path):
+    run(export, table, "--outdir", tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f'{Path("src") / NAME}", custom_pipeline=solver' in card
+    assert "text_encoder_3=None, tokenizer_3=None" in card
 
 
 @pytest.mark.parametrize("method", METHODS)

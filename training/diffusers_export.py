@@ -91,6 +91,10 @@ One point after the other, in any pipeline that takes a scheduler (image to imag
 `hf download {repository} --local-dir .`:
 """
 
+_WITHOUT_T5 = """
+(A model without T5 is loaded there with `text_encoder_3=None, tokenizer_3=None`.)
+"""
+
 _USE_SCHEDULER = """
 ```python
 import sys, torch; sys.path.append(".")  # where scheduling_epd.py lies
@@ -160,7 +164,7 @@ def write_diffusers(
     if pipeline is not None:
         texts["pipeline.py"] = _PIPELINE.format(pipeline=pipeline)
     measured = _measured(heldout or {}, measured_on)
-    texts["README.md"] = _card(solver.on(denoiser), base, pipeline is not None, measured)
+    texts["README.md"] = _card(solver.on(denoiser), base, denoiser.backend, measured)
     texts[SOLVER_FILE] = snapshot_json(folder / SOLVER_FILE, solver.table, _metadata(solver, base)).decode()
     for name, text in texts.items():
         write_atomically(folder / name, text.encode())
@@ -178,11 +182,11 @@ def _metadata(solver: Solver, base: str) -> dict[str, Plain]:
     return said | ({"model_path": base} if said.get("model_path") and HUB_ID.fullmatch(base) else {})
 
 
-def _card(solver: Solver, base: str, has_pipeline: bool, measured: str) -> str:
+def _card(solver: Solver, base: str, backend: str, measured: str) -> str:
     """The model card, Markdown; `solver` is settled."""
     cost, scales = solver.evaluations, solver.table.guidance
     by_evaluation = scales is not None and f"a scale for each evaluation, {scales.min():g} to {scales.max():g}"
-    use = (_USE_PIPELINE if has_pipeline else "") + _USE_SCHEDULER
+    use = (_USE_PIPELINE if backend in PIPELINES else "") + (_WITHOUT_T5 if backend == "sd3" else "") + _USE_SCHEDULER
     return _CARD.format(
         base_model=f"base_model: {base}\n" if HUB_ID.fullmatch(base) else "",
         name=Path(base).name,
