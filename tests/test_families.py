@@ -303,6 +303,8 @@ def test_a_class_that_a_model_does_not_have_is_refused(dit):
             attempt(["box", "1000"])
     with pytest.raises(InputError, match="prompt 1 \\(''\\): it is empty"):
         denoiser.validate_prompts([""])
+    with pytest.raises(InputError, match=r"\('blurry'\): it is none of the model's classes"):
+        load(dit, options=ModelOptions(negative_prompt="blurry"))
     with pytest.raises(InputError, match=r"a model of the family dit takes no height: leave it out\.$"):
         load(dit, options=ModelOptions(height=32))
     for wrong in ({"1000": "cat"}, {"one": "cat"}, {"1": "cat,"}, ["cat"]):

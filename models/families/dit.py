@@ -53,9 +53,10 @@ class DiT(LatentDiffusion):
         )
 
     def __init__(self, name: str, parts: ClassParts, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises `InputError` where the device has too little memory."""
+        """Raises `InputError` where the device has too little memory, and where the negative prompt is no class."""
         super().__init__(name, parts, device=device, dtype=dtype)
         self._classes = parts.classes
+        self._read([self._negative_prompt])
 
     def _prompt_faults(self, prompt: str) -> list[str]:
         unknown = [] if prompt in self._classes else ["it is none of the model's classes, by name or by number"]
