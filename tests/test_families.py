@@ -414,7 +414,7 @@ def test_an_estimate_can_be_differentiated_in_x_and_sigma(name, folder_of):
     torch.testing.assert_close(gradient, (ahead - behind) / (2 * step), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "sd3 without T5", "flux"])
 def test_nothing_in_a_call_waits_for_the_device(name, folder_of):
     """The meta device stands for an accelerator, as it does for Stable Diffusion."""
     denoiser, meta = load(folder_of(name)), torch.device("meta")
