@@ -22,7 +22,7 @@ from models.shapes import train_flow
 from models.shapes.scenes import captions
 from models.shapes.tokenizer import build_tokenizer
 from models.shapes.train_autoencoder import build_autoencoder
-from models.shapes.train_flow import SHIFT, build_network, build_parts, save_flow_pipeline, spread_sigmas
+from models.shapes.train_flow import build_network, build_parts, save_flow_pipeline, taught_velocity
 from models.shapes.training_loop import TrainingOptions
 from scripts.export_diffusers import main as export
 from solvers import SAMPLERS
@@ -75,12 +75,16 @@ def test_the_text_encoder_of_the_first_model_is_taken_over():
     torch.testing.assert_close(state, first.text_encoders[0].module.state_dict(), rtol=0, atol=0)
 
 
-def test_noise_levels_fall_one_in_each_part_of_equal_probability_shifted():
-    sigmas = spread_sigmas(64, torch.Generator().manual_seed(0))
-    shares = sigmas / (SHIFT - (SHIFT - 1) * sigmas)
-    assert (64 * shares).floor().tolist() == list(range(64))
-    assert sigmas.min() > 0
-    assert sigmas.max() < 1
+def test_the_teacher_s_velocity_leads_from_its_estimate_where_it_knows_the_noise_level():
+    first, prompts = load_denoiser(FIRST, device="cpu", dtype=torch.float32), list(captions("heldout", 3, 0))
+    levels = torch.tensor([0.2, 2.0, 0.999, 1.001]) * torch.tensor([1, 1, first.sigma_max, first.sigma_max])
+    sigma = levels / (1 + levels)
+    noisy, otherwise = torch.randn(2, 4, 4, 16, 16)
+    taught = taught_velocity(first, noisy, sigma, [*prompts, ""], otherwise)
+    torch.testing.assert_close(taught[3], otherwise[3], rtol=0, atol=0)
+    for row, prompt in enumerate(prompts):
+        estimate = conditioned(first, first.encode([prompt], 1.0))(noisy[[row]] * (1 + levels[row]), levels[row])
+        torch.testing.assert_close(noisy[[row]] - sigma[row] * taught[[row]], estimate, rtol=1e-4, atol=1e-4)
 
 
 class KnowsTheImages(nn.Module):
@@ -100,6 +104,7 @@ class KnowsTheImages(nn.Module):
 def test_the_loss_is_that_of_the_velocity(tmp_path, monkeypatch):
     clean = torch.randn(4, 16, 16)
     monkeypatch.setattr(train_flow, "build_network", lambda: KnowsTheImages(clean))
+    monkeypatch.setattr(train_flow, "taught_velocity", lambda teacher, noisy, sigma, told, otherwise: otherwise)
     monkeypatch.setattr(train_flow, "fit", lambda model, loss, options: found.append(loss(0)["loss"]))
     found: list[Tensor] = []
     options = TrainingOptions(1, 1.0, tmp_path / "flow.pt")
