@@ -321,16 +321,16 @@ class Report:
         return {row.parallel: f"grid-nfe{row.parallel:02d}.png" for row in self.comparison.rows if shown}
 
     def write_sheets(self, folder: Path) -> list[Path]:
-        """One sheet for each parallel NFE: a row a prompt; columns true images and reference, if any, and solvers."""
+        """One sheet for each parallel NFE: a row a prompt; columns classical solvers, ours, and what they aim at."""
         count = len(self.comparison.entries[0].measured.previews)
         for nfe, name in self.sheets().items():
-            columns = {} if self.real is None else {"true image": self.real}
+            shown = [row for row in self.comparison.rows if row.parallel == nfe]
+            entries = [row.cells["reward"].entry for row in sorted(shown, key=lambda row: row.sampler == "epd")]
+            columns = {_heading(entry): entry.measured.previews.numpy() for entry in entries}
             if self.reference is not None:
                 columns[self.reference.solver.label] = self.reference.measured.previews.numpy()
-            for row in self.comparison.rows:
-                if row.parallel == nfe:
-                    entry = row.cells["reward"].entry
-                    columns[_name(entry)] = entry.measured.previews.numpy()
+            if self.real is not None:
+                columns["true image"] = self.real
             rows = [[images[index] for images in columns.values()] for index in range(count)]
             write_sheet(folder / name, rows, self.prompts[:count], list(columns))
         return [folder / name for name in self.sheets().values()]
@@ -363,6 +363,13 @@ def _described(entry: Entry) -> dict[str, Plain]:
 
 def _name(entry: Entry) -> str:
     return f"{entry.solver.label}, {setting_of(entry)}"
+
+
+def _heading(entry: Entry) -> str:
+    """The same in words."""
+    scale = entry.solver.guidance_scale
+    guidance = "its own" if scale is None else f"{scale:g}"
+    return f"{entry.solver.label}, schedule {entry.solver.grid_name}, guidance {guidance}"
 
 
 def setting_of(entry: Entry) -> str:

@@ -87,7 +87,7 @@ def solver_figure(solver: Drawn, beside: Drawn | None = None) -> Figure:
     panels = rows[-1].subplots(1, len(histories), squeeze=False)[0] if histories else []
     for axes, (name, entries) in zip(panels, histories.items(), strict=True):
         reach = max(float(entries.abs().max()), 1e-6)
-        image = axes.imshow(entries.tolist(), cmap="RdBu_r", vmin=-reach, vmax=reach)
+        image = axes.imshow(entries.tolist(), cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
         axes.set_title(name.replace("_", " "), fontsize=9, color=INK)
         axes.set_xlabel("of interval", fontsize=9)
         axes.set_ylabel("in interval", fontsize=9)
