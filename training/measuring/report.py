@@ -369,7 +369,7 @@ def _heading(entry: Entry) -> str:
     """The same in words."""
     scale = entry.solver.guidance_scale
     guidance = "its own" if scale is None else f"{scale:g}"
-    return f"{entry.solver.label}, schedule {entry.solver.grid_name}, guidance {guidance}"
+    return f"{entry.solver.label}, {entry.solver.grid_name} schedule, guidance {guidance}"
 
 
 def setting_of(entry: Entry) -> str:

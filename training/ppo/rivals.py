@@ -18,6 +18,8 @@ CLASSICAL = ("ddim", "dpmpp:2", "ipndm")
 """Those that are tables, which the run's own sampler plays."""
 SCHEDULES = ("discrete", "polynomial:5")
 """Tried for each, beside the start's own."""
+GUIDANCES = (1.0, 2 / 3, 1 / 2)
+"""Tried for each, in shares of the start's; a start without guidance (1) has rivals without."""
 CHOSEN_ON = 16
 """Held-out prompts that the best of them is chosen on."""
 REFERENCE, REFERENCE_STEPS = "dpmpp:2", 50
@@ -28,16 +30,20 @@ def best_classical(
 ) -> tuple[str, HeldoutScores] | None:
     """The classical solver with the best reward, in words, and its scores on all held-out prompts.
 
-    It takes as many evaluations in all as the start, at its guidance (the mean of its scales where it has several).
-    None where no such solver suits the model, or the start leaves its first evaluation out (AFS), which none of them
-    does.
+    It takes as many evaluations in all as the start, at the best of `GUIDANCES` (of the mean of the start's scales,
+    where it has several). None where no such solver suits the model, or the start leaves its first evaluation out
+    (AFS), which none of them does.
     """
-    tried = [] if start.afs else list(_solvers(start, denoiser, start.evaluations.total))
-    if not tried:
+    solvers = [] if start.afs else list(_solvers(start, denoiser, start.evaluations.total))
+    if not solvers:
         return None
-    means = [watch.mean_reward(judge.judge_once(*_numbers(solver, start), CHOSEN_ON)) for solver in tried]
-    best = tried[max(range(len(tried)), key=means.__getitem__)]
-    return f"{best.label}, {best.grid_name}", judge.judge_once(*_numbers(best, start))
+    own = _guidance(start)
+    tried = [(solver, share * own) for solver in solvers for share in (GUIDANCES if own != 1 else (1.0,))]
+    means = [watch.mean_reward(judge.judge_once(*_numbers(*one, start), CHOSEN_ON)) for one in tried]
+    best, guidance = tried[max(range(len(tried)), key=means.__getitem__)]
+    return f"{best.label}, {best.grid_name}, guidance {guidance:.3g}", judge.judge_once(
+        *_numbers(best, guidance, start)
+    )
 
 
 def reference_images(judge: HeldoutJudge, start: Solver, denoiser: Denoiser) -> Tensor | None:
@@ -45,7 +51,7 @@ def reference_images(judge: HeldoutJudge, start: Solver, denoiser: Denoiser) -> 
     if start.afs:
         return None
     for solver in _solvers(start, denoiser, REFERENCE_STEPS, (REFERENCE,)):
-        return judge.previews(*_numbers(solver, start))
+        return judge.previews(*_numbers(solver, _guidance(start), start))
     return None
 
 
@@ -61,10 +67,14 @@ def _solvers(
             continue
 
 
-def _numbers(solver: Solver, start: Solver) -> tuple[EPDTable, Tensor]:
+def _guidance(start: Solver) -> float:
+    return start.table.guidance.mean().item() if start.has_guidance_column else start.guidance_scale
+
+
+def _numbers(solver: Solver, guidance: float, start: Solver) -> tuple[EPDTable, Tensor]:
     """A settled classical solver as the table that the run's sampler plays in the place of the start's."""
     table = classical_table(solver.sampler, solver.sigmas, **(solver.options or {}))
-    if start.has_guidance_column:
+    if guidance != start.guidance_scale:
         shape = (table.num_steps - 1, 1 + table.num_points)
-        table = replace(table, guidance=torch.full(shape, start.table.guidance.mean().item(), dtype=torch.float64))
+        table = replace(table, guidance=torch.full(shape, guidance, dtype=torch.float64))
     return table, solver.sigmas

@@ -30,9 +30,9 @@ def judge_of(start: Solver) -> HeldoutJudge:
     return HeldoutJudge(runner, runner.reward, None, PROMPTS[:5], first_seed=7, preview_count=2)
 
 
-def drawn(solver: Solver) -> torch.Tensor:
-    """Images of the five prompts by the sampler itself, at guidance 2."""
-    settled = solver.guided(2.0).on(DENOISER)
+def drawn(solver: Solver, guidance: float = 2.0) -> torch.Tensor:
+    """Images of the five prompts by the sampler itself."""
+    settled = solver.guided(guidance).on(DENOISER)
     return DENOISER.decode(settled.latents(DENOISER, PROMPTS[:5], list(SEEDS)))
 
 
@@ -41,15 +41,23 @@ def test_the_best_classical_solver_is_the_best_of_those_tried(monkeypatch: pytes
     monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ("logsnr", "polynomial:5", "discrete"))  # the last suits none
     name, scores = best_classical(judge_of(start), HeldoutWatch(brightness()), start, DENOISER)
     tried = {
-        f"{label}, {schedule}": drawn(classical_solver(label, 7, schedule))
+        f"{label}, {schedule}, guidance {guidance:.3g}": drawn(classical_solver(label, 7, schedule), guidance)
         for label in CLASSICAL
         for schedule in (Schedule("logsnr", 1.0), Schedule("polynomial", 5.0))
+        for guidance in (2.0, 4 / 3, 1.0)
     }
     rewards = {label: Brightness().score(images, PROMPTS[:5]) for label, images in tried.items()}
     assert name == max(rewards, key=lambda label: rewards[label].mean())
     assert len({round(reward.mean().item(), 6) for reward in rewards.values()}) > 1
     torch.testing.assert_close(scores.parts["brightness"], rewards[name], rtol=0, atol=1e-5)
     torch.testing.assert_close(scores.previews, tried[name][:2], rtol=0, atol=1e-5)
+
+
+def test_rivals_of_a_start_without_guidance_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ("logsnr",))
+    start = dataclasses.replace(START, guidance_scale=1.0)
+    name, _ = best_classical(judge_of(start), HeldoutWatch(brightness()), start, DENOISER)
+    assert name.endswith(", guidance 1")
 
 
 def test_the_reference_takes_fifty_evaluations(monkeypatch: pytest.MonkeyPatch):
