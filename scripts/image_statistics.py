@@ -23,6 +23,7 @@ from training.measuring.real_images import (
     parse_distances,
     real_files,
 )
+from training.runs.command_line import require_one_process
 
 EXAMPLES = """
 \b
@@ -53,6 +54,7 @@ Examples:
 @shows_input_errors
 def main(folder: Path, distances: str, resize: Resize, out: Path | None, batch: int, device: str) -> None:
     """Write a statistics file of all images in FOLDER: mu and sigma of InceptionV3's features, as other code has it."""
+    require_one_process()
     wanted = parse_distances(distances)
     files = real_files(folder)
     extractors = load_extractors(wanted, resize, resolve_device(device))

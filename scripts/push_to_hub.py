@@ -18,6 +18,7 @@ from models.asset_table import HUB_ID
 from models.assets import reason_of
 from training.diffusers_export import SOLVER_FILE, card_on_hub
 from training.ppo.export_epd_predictor import DIFFUSERS
+from training.runs.command_line import require_one_process
 
 CARD = "README.md"
 NEEDED = (CARD, SOLVER_FILE, "scheduler_config.json", "scheduling_epd.py")
@@ -41,6 +42,7 @@ def main(run: Path, repo: str, private: bool) -> None:
 
     The weights of its model stay where they are. HF_ENDPOINT names another hub.
     """
+    require_one_process()
     if not HUB_ID.fullmatch(repo):
         raise InputError(f"--repo {repo}: write OWNER/NAME")
     contents = exported_files(run)

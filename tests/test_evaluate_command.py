@@ -645,6 +645,14 @@ def test_a_protocol_of_any_content_ends_in_one_message(tmp_path, text, message):
     assert message in refused(result)
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_captions_of_shapes_are_no_prompts_of_another_model(world, tmp_path, more):
+    asked = ("--model", str(world / "pipeline"), "--outdir", str(tmp_path / "out"), *more)
+    said = refused(CliRunner().invoke(evaluate.main, asked))
+    assert "--prompt-file is missing" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_value_in_a_protocol_means_what_was_typed(tmp_path):
     (tmp_path / "protocol.yaml").write_text("options: {seed: 0012, nfe: [010], number: 1_0, guidance: 1:30, pair: yes}")
     read = load_protocol(str(tmp_path / "protocol.yaml"), ["seed", "nfe", "number", "guidance", "pair"]).options

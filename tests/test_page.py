@@ -13,7 +13,8 @@ from PIL import Image
 
 from training.measuring.page import StripRow, page, strip
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 NAMES = ("start", "tuned", "reference")
 
 

@@ -655,5 +655,11 @@ def test_find_says_what_it_looked_for(tmp_path):
         (1, r"00001-a: holds no network-snapshot-\*\.pkl or \.json, neither itself nor in its folder export/"),
         (tmp_path / "nowhere", "nowhere: no such snapshot or run"),
     ):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message) as refused:
             find_snapshot(source, root=tmp_path)
+        assert "export it first" not in str(refused.value)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        InputError, match=r"export it first:  python -m training\.ppo\.export_epd_predictor .*run --best"
+    ):
+        find_snapshot(tmp_path / "run")

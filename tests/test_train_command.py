@@ -16,6 +16,8 @@ import evaluate
 import sample
 import scripts.eval
 import scripts.finetune
+import scripts.image_statistics
+import scripts.push_to_hub
 import train
 from files import only_writer
 from models.registry import default_guidance_scale
@@ -389,6 +391,8 @@ def test_options_that_are_no_json_object_are_refused(workplace, content):
         (sample.main, ("--model_path", "shapes", "--solver", "ddim", "--num-steps", "3", "--prompt", "a")),
         (scripts.finetune.main, ("--cfg", str(REPOSITORY / "configs" / "smoke.yaml"))),
         (scripts.eval.main, ("--cfg", str(REPOSITORY / "configs" / "smoke.yaml"))),
+        (scripts.push_to_hub.main, ("run", "--repo", "owner/name")),
+        (scripts.image_statistics.main, ("images",)),
     ],
 )
 def test_what_runs_in_one_process_is_not_run_in_several(workplace, monkeypatch, command, arguments):

@@ -246,7 +246,7 @@ def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> R
     events = EventFile(folder.logs, 0)
     events.scalars(found.metrics, 0)
     events.picture("before and after", np.asarray(drawn), 0)
-    write_atomically(folder.report, evaluation_page(folder.path.name, config, found.metrics, images))
+    write_atomically(folder.report, evaluation_page(folder, config, found.metrics, images))
     say(f"page: {folder.report}")
     say(f"picture: {picture}")
     say(f"numbers: {folder.metrics}")

@@ -14,12 +14,14 @@ from training.ddpm.comparison import comparison_lines
 from training.ddpm.config import SAMPLED, DDPMConfig
 from training.measuring.page import StripRow, commands, folded, page, strip, verdict
 from training.runs.configuration import to_yaml
+from training.runs.run_folder import RunFolder
 
 
 def evaluation_page(
-    title: str, config: DDPMConfig, metrics: Mapping[str, float], images: Mapping[str, Tensor]
+    folder: RunFolder, config: DDPMConfig, metrics: Mapping[str, float], images: Mapping[str, Tensor]
 ) -> bytes:
     """One HTML file; `images`: [N, 3, H, W] in [0, 1], by what they are. Those of the two DDPMs have equal seeds."""
+    title = folder.path.name
     low, high = metrics["heldout/judge_difference_low"], metrics["heldout/judge_difference_high"]
     kind, word = ("better", "Better") if low > 0 else ("worse", "Worse") if high < 0 else ("open", "Not told apart")
     rows = [
@@ -29,8 +31,8 @@ def evaluation_page(
     said = [f"{config.eval.num_img} images of equal seeds from {config.path.ddpm} and from {config.finetune.save}."]
     fakes = " The fakes that the reward model learned from are the start's." if config.path.fake_img == SAMPLED else ""
     next_commands = {
-        "Draw more, and judge them": "python -m scripts.eval --cfg CONFIG --override eval.num_img=512",
-        "Go on from the fine-tuned DDPM": f"python -m scripts.finetune --cfg CONFIG --override "
+        "Draw more, and judge them": f"python -m scripts.eval --cfg {folder.config} --override eval.num_img=512",
+        "Go on from the fine-tuned DDPM": f"python -m scripts.finetune --cfg {folder.config} --override "
         f"path.ddpm={config.finetune.save} finetune.save=ANOTHER",
     }
     return page(

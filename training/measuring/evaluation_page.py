@@ -12,7 +12,7 @@ from PIL import Image
 
 from training.measuring.comparison import Difference, Entry, Row
 from training.measuring.evaluation import metric_of
-from training.measuring.page import LARGEST_ENLARGED, StripRow, folded, page, strip, verdict
+from training.measuring.page import LARGEST_ENLARGED, StripRow, folded, page, strip, verdict, wide
 from training.measuring.report import Report, setting_of
 
 Pictures = Callable[[Entry, Sequence[int]], np.ndarray]
@@ -32,7 +32,8 @@ def evaluation_page(report: Report, pictures: Pictures, origin: str) -> bytes:
             f"<h1>{TITLE}</h1>",
             _verdict(report),
             f"<h2>Table</h2>{_table(report)}",
-            f'<h2>Against parallel and total evaluations</h2><img alt="metrics" src="data:image/png;base64,{plots}">',
+            "<h2>Against parallel and total evaluations</h2>"
+            + wide(f'<img alt="metrics" src="data:image/png;base64,{plots}">'),
             _extremes(report, pictures),
             _side_by_side(report),
             f"<h2>To repeat it</h2><pre>{escape(settings)}</pre>",

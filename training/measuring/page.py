@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 LARGEST_ENLARGED = 128  # pixels
+WIDE = 6.0  # inches: plots from this width on are `wide`
 
 STYLE = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #5f6c7b; --line: #e4e7eb; --accent: #2563a8; --good: #1f7a4d;
@@ -35,6 +36,8 @@ p { margin: .3rem 0 .8rem; max-width: 46rem; }
 figure { margin: 0 0 .8rem; }
 figcaption { font-size: .82rem; line-height: 1.4; margin-top: .25rem; }
 img { max-width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; }
+.wide img { min-width: 34rem; max-width: max(34rem, 100%); }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.5rem; }
 .small { display: grid; grid-template-columns: repeat(auto-fill, minmax(14.5rem, 1fr)); gap: 1.4rem 1.2rem; }
 .row { margin: 0 0 1.2rem; }
@@ -193,7 +196,14 @@ def figure(drawn: Figure, caption: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}):
         drawn.savefig(buffer, format="svg", metadata={"Date": None})
     source = _data("image/svg+xml", buffer.getvalue())
-    return f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
+    image = f'<img alt="{escape(caption)}" src="{source}">'
+    shown = wide(image) if drawn.get_figwidth() >= WIDE else image
+    return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def wide(image: str) -> str:
+    """An image that is scrolled on a narrow page, rather than made too small to be read."""
+    return f'<div class="wide">{image}</div>'
 
 
 def _data(kind: str, content: bytes) -> str:
