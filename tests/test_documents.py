@@ -1,9 +1,10 @@
-"""README and docs: short enough, their links lead somewhere, their Python runs, their commands are commands."""
+"""README and docs: short enough, their links lead somewhere, their Python and their commands run."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import textwrap
 from importlib import import_module
 from pathlib import Path
@@ -12,23 +13,73 @@ import click
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [
-    REPOSITORY / name for name in ("README.md", "guide2.md", "docs/commands.md", "docs/promises.md", "docs/results.md")
+    REPOSITORY / name
+    for name in (
+        *("README.md", "guide2.md", "docs/commands.md", "docs/promises.md", "docs/results.md", "docs/how-to/sd15.md"),
+        *("docs/how-to/gpu.md", "integrations/diffusers/README.md", "integrations/comfyui/README.md", "quickstart.sh"),
+    )
 ]
 LINK = re.compile(r"\]\((?!http)([^)#]+)\)")
-COMMAND = re.compile(r"^ {4}python (?:-m (?P<module>[\w.]+)|(?P<script>\w+)\.py)(?P<options>[^\n]*)", re.MULTILINE)
+COMMAND = re.compile(r"^(?: {4})?python (?:-m (?P<module>[\w.]+)|(?P<script>\w+)\.py)(?P<options>[^\n]*)", re.MULTILINE)
 NO_CLICK = ("pytest", "training.ppo.tests")  # they have commands of another kind
 # Where a page shows it, an output or a comment begins.
 COMMENT = re.compile(r"\s{2,}#|\s+# ")
+CONTINUED = re.compile(r" *\\\n *")
+# What the reader puts in, or makes before.
+OPEN = re.compile(r"<|\$|\b(RUN|FOLDER|HELDOUT|OWNER|ISSUE)\b|\.\.\.|exps/sd3")
+SHORTENED = {
+    "training.ppo.launch": ["--dry-run"],
+    "evaluate": ["--dry-run"],
+    "train": ["--init-only"],
+    "sample": [],
+    "scripts.show_solver": [],
+    "scripts.show_interval": [],
+    "scripts.export_diffusers": [],
+    "benchmarks.budget": [],
+    "models.shapes.write_prompts": ["--output", "written"],
+}
+"""Commands that are run here as they stand, and what is added so that they are short."""
+RUN_BY = {
+    "benchmarks.ddpm_study": "tests/ddpm/test_study.py",
+    "benchmarks.distilled_multistep": "tests/test_mixture.py",
+    "benchmarks.estimators": "tests/test_estimators.py",
+    "benchmarks.gpu_hour": "tests/test_gpu_hour.py",
+    "benchmarks.linearity": "tests/test_linearity.py",
+    "benchmarks.rehearse_sd15": "tests/test_rehearsal.py",
+    "benchmarks.soak": "tests/test_soak.py",
+    "benchmarks.tuning_study": "tests/test_tuning_study.py",
+    "download_hpsv2_weights": "tests/test_assets.py",
+    "evaluate": "tests/test_evaluate_command.py",
+    "launch_rl.sh": "tests/test_rehearsal.py",
+    "models.assets": "tests/test_assets.py",
+    "models.shapes.train_autoencoder": "tests/test_shapes_training.py",
+    "models.shapes.train_ddpm": "tests/ddpm/test_train_ddpm.py",
+    "models.shapes.train_diffusion": "tests/test_shapes_training.py",
+    "models.shapes.train_reward": "tests/test_shapes_training.py",
+    "run_tests.sh": ".ci/run",
+    "sample": "tests/test_sample_command.py",
+    "scripts.eval": "tests/ddpm/test_commands.py",
+    "scripts.export_diffusers": "tests/test_diffusers_export.py",
+    "scripts.finetune": "tests/ddpm/test_commands.py",
+    "scripts.image_statistics": "tests/test_real_images.py",
+    "scripts.push_to_hub": "tests/test_push_to_hub.py",
+    "scripts.train_reward_model": "tests/ddpm/test_commands.py",
+    "scripts.verify_images": "tests/test_verify_images_command.py",
+    "training.ppo.export_epd_predictor": "training/ppo/tests/test_export_predictor.py",
+    "training.ppo.launch": "training/ppo/tests/test_launch.py",
+}
+"""What runs the other commands: those that the reader completes, and those that take long."""
 
 
 def test_the_readme_is_for_newcomers() -> None:
     assert len((REPOSITORY / "README.md").read_text().split()) <= 900
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), target
@@ -38,7 +89,7 @@ def commands() -> list[tuple[str, str, str]]:
     """(page, module, its options) of every command that a page shows."""
     found = []
     for page in PAGES:
-        for match in COMMAND.finditer(page.read_text()):
+        for match in COMMAND.finditer(CONTINUED.sub(" ", page.read_text())):
             module = match["module"] or match["script"]
             if not module.startswith(NO_CLICK):
                 found.append((page.name, module, COMMENT.split(match["options"])[0].strip()))
@@ -54,6 +105,47 @@ def test_a_command_has_the_options_that_a_page_shows(page: str, module: str, opt
     if isinstance(main, click.Group):
         known |= {name for command in main.commands.values() for option in command.params for name in option.opts}
     assert set(given) <= known | {"--help"}
+
+
+def written_out() -> list[tuple[str, str]]:
+    """(module, options) of the commands that are run here."""
+    found = {(module, options) for _, module, options in commands() if not OPEN.search(options)}
+    return sorted((module, options) for module, options in found if module in SHORTENED)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a checkout, where commands may write."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in REPOSITORY.iterdir():
+        if path.name not in ("exps", "outputs", ".git"):
+            (folder / path.name).symlink_to(path)
+    for run in (REPOSITORY / "exps").glob("0000[0-9]-*"):
+        shutil.copytree(run, folder / "exps" / run.name)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "options"), written_out(), ids=lambda text: text[:60])
+def test_a_command_runs_as_it_stands(
+    module: str, options: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout)
+    words = shlex.split(options)
+    words += [word for word in SHORTENED[module] if word not in words]
+    result = CliRunner().invoke(import_module(module).main, words)
+    assert result.exit_code == 0 or ("--dry-run" in words and "missing" in result.output), result.output
+
+
+def test_every_other_command_is_run_by_what_is_named() -> None:
+    written = {module for module, _ in written_out()}
+    shown = {(module, module in SHORTENED and not OPEN.search(options)) for _, module, options in commands()}
+    scripts = re.findall(r"^ {4}bash (\S+)", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
+    left = {module for module, here in shown if not here} | {name for name in scripts if name != "quickstart.sh"}
+    assert left | written >= SHORTENED.keys() | RUN_BY.keys()
+    for module in left:
+        name = module if module.endswith(".sh") else module.rsplit(".", 1)[-1]
+        assert name in (REPOSITORY / RUN_BY[module]).read_text(), module
 
 
 def test_the_readme_s_python_draws() -> None:
