@@ -274,6 +274,10 @@ def test_few_numbers_of_evaluations_are_a_list_of_solvers_and_more_an_axis(repor
     assert len(others) == 2 * len(few) - 2
     for axes, counts in ((parallel, ["4", "8", "20"]), (total, ["4", "6", "8", "20"])):
         assert [name.get_text() for name in axes.get_xticklabels()] == counts
+    compared = Comparison(more[1:], FRECHET, Store(tmp_path / "kept", pytest.fail), seed=5)
+    axes = replace(report, comparison=compared).plots().axes  # of classical solvers both numbers are the same
+    assert [panel.get_xlabel() for panel in axes[: len(few)]] == ["parallel NFE"] * len(few)
+    assert len({panel.get_ylim() for panel in axes[: len(few)]}) == len(few)
 
 
 def test_the_page_holds_everything_in_itself(report, comparison):

@@ -19,6 +19,10 @@ Pictures = Callable[[Entry, Sequence[int]], np.ndarray]
 """Images uint8 [n, H, W, 3] of an entry, of the prompts with these numbers."""
 
 TITLE = "Solvers side by side"
+KEY = (
+    "Below each number: its 95% interval, and the schedule and guidance (g; * where each evaluation has its own) at "
+    "which it stands, for a classical solver the best of those tried."
+)
 EXTREMES = 4  # prompts that are shown on each side of a paired difference
 
 
@@ -32,7 +36,7 @@ def evaluation_page(report: Report, pictures: Pictures, origin: str) -> bytes:
             f"<h1>{TITLE}</h1>",
             _verdict(report),
             f"<h2>Table</h2>{_table(report)}",
-            "<h2>Against parallel and total evaluations</h2>"
+            "<h2>Against numbers of evaluations</h2>"
             + wide(f'<img alt="metrics" src="data:image/png;base64,{plots}">'),
             _extremes(report, pictures),
             _side_by_side(report),
@@ -76,7 +80,8 @@ def _table(report: Report) -> str:
     head = "".join(f'<th class="sorts">{escape(heading)}</th>' for heading in headings)
     body = "".join(f"<tr>{_line(report, row)}</tr>" for row in report.comparison.rows)
     published = "".join(f"<p class=muted>{escape(line)}</p>" for line in report.published_lines())
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{published}'
+    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"{table}<p class=muted>{KEY}</p>{published}"
 
 
 def _line(report: Report, row: Row) -> str:
@@ -87,7 +92,7 @@ def _line(report: Report, row: Row) -> str:
         low, high = cell.interval.low, cell.interval.high
         cells.append(
             f'<td data-value="{cell.interval.estimate!r}">{cell.interval.estimate:.4g}{beside}<br>'
-            f'<span class="muted">[{low:.4g}, {high:.4g}] {escape(setting_of(cell.entry))}</span></td>'
+            f'<span class="muted note">[{low:.4g}, {high:.4g}]<br>{escape(setting_of(cell.entry))}</span></td>'
         )
     return "".join(cells)
 

@@ -237,18 +237,19 @@ class Report:
         return buffer.getvalue()
 
     def plots(self) -> Figure:
-        """Each metric against the parallel evaluations (left) and all evaluations (right).
+        """Each metric against the parallel evaluations (left) and all evaluations (right), once where these agree.
 
         Where there are fewer than `FEWEST_FOR_AXIS` numbers of evaluations, each metric of the solvers one by one.
         """
         rows, metrics = self.comparison.rows, self.comparison.metrics
         listed = len({row.parallel for row in rows}) < FEWEST_FOR_AXIS
-        axes = (None,) if listed else ("parallel", "total")
+        same = all(row.parallel == row.total for row in rows)
+        axes = (None,) if listed else ("parallel",) if same else ("parallel", "total")
         shown = [(metric, axis) for metric in metrics for axis in axes]
         lines = -(-len(shown) // 2)
         height = 0.8 + 0.24 * len(rows) if listed else 3.2
         figure = Figure(figsize=(FIGURE_WIDTH, 0.6 + lines * height), dpi=FIGURE_DPI, layout="constrained")
-        panels = figure.subplots(lines, 2, squeeze=False, sharey="row").flat
+        panels = figure.subplots(lines, 2, squeeze=False, sharey="row" if listed or not same else "none").flat
         for panel, (metric, axis) in zip(panels, shown, strict=False):
             panel.set_title(metric_of(metric).heading)
             panel.grid(alpha=0.3)
