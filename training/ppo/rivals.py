@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,20 +31,27 @@ def best_classical(
 ) -> tuple[str, HeldoutScores] | None:
     """The classical solver with the best reward, in words, and its scores on all held-out prompts.
 
-    It takes as many evaluations in all as the start, at the best of `GUIDANCES` (of the mean of the start's scales,
-    where it has several). None where no such solver suits the model, or the start leaves its first evaluation out
-    (AFS), which none of them does.
+    It takes as many evaluations in all as the start. Each has the schedule that is best at the start's guidance (the
+    mean of its scales, where it has several), and there the best of `GUIDANCES`. None where no such solver suits the
+    model, or the start leaves its first evaluation out (AFS), which none of them does.
     """
     solvers = [] if start.afs else list(_solvers(start, denoiser, start.evaluations.total))
     if not solvers:
         return None
+
+    @cache
+    def mean_reward(solver: Solver, guidance: float) -> float:
+        return watch.mean_reward(judge.judge_once(*_numbers(solver, guidance, start), CHOSEN_ON))
+
     own = _guidance(start)
-    tried = [(solver, share * own) for solver in solvers for share in (GUIDANCES if own != 1 else (1.0,))]
-    means = [watch.mean_reward(judge.judge_once(*_numbers(*one, start), CHOSEN_ON)) for one in tried]
-    best, guidance = tried[max(range(len(tried)), key=means.__getitem__)]
-    return f"{best.label}, {best.grid_name}, guidance {guidance:.3g}", judge.judge_once(
-        *_numbers(best, guidance, start)
-    )
+    by_name: dict[str, list[Solver]] = {}
+    for solver in solvers:
+        by_name.setdefault(solver.label, []).append(solver)
+    scheduled = [max(group, key=lambda solver: mean_reward(solver, own)) for group in by_name.values()]
+    tried = [(solver, share * own) for solver in scheduled for share in (GUIDANCES if own != 1 else (1.0,))]
+    best, guidance = max(tried, key=lambda one: mean_reward(*one))
+    scores = judge.judge_once(*_numbers(best, guidance, start))
+    return f"{best.label}, {best.grid_name}, guidance {guidance:.3g}", scores
 
 
 def reference_images(judge: HeldoutJudge, start: Solver, denoiser: Denoiser) -> Tensor | None:
