@@ -152,7 +152,7 @@ def find_snapshot(source: str | Path | int, root: str | Path = "exps") -> Path:
         newest = _newest_snapshot(folder)
         if newest is not None:
             return newest
-    remedy = f"; export it first:  python -m training.ppo.export_epd_predictor {run} --best"
+    remedy = f"; export it first:  python -m training.ppo.export_epd_predictor {run}"
     raise InputError(
         f"{run}: holds no network-snapshot-*.pkl or .json, neither itself nor in its folder export/"
         f"{remedy if (run / 'checkpoints').is_dir() else ''}"
