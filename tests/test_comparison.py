@@ -262,6 +262,17 @@ def test_everything_is_written(report, tmp_path):
     assert shown == ["metrics.png", "grid-nfe04.png", "grid-nfe08.png"]
 
 
+def test_a_sheet_goes_from_classical_solvers_over_ours_to_what_they_aim_at(report, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr("training.measuring.report.write_sheet", lambda *arguments: drawn.append(arguments[3]))
+    true_images = np.zeros((2, 16, 16, 3), dtype=np.uint8)
+    replace(report, real=true_images).write_sheets(tmp_path)
+    *solvers, reference, real = drawn[0]
+    assert [name.split(",")[0] for name in solvers] == ["ddim", "heun", "epd-00003"]
+    assert solvers[-1].endswith("schedule, guidance 2.5")
+    assert (reference, real) == (report.reference.solver.label, "true image")
+
+
 def test_few_numbers_of_evaluations_are_a_list_of_solvers_and_more_an_axis(report, entries, tmp_path):
     few = report.plots().axes
     assert len(few) == len(report.comparison.metrics)

@@ -659,7 +659,5 @@ def test_find_says_what_it_looked_for(tmp_path):
             find_snapshot(source, root=tmp_path)
         assert "export it first" not in str(refused.value)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(
-        InputError, match=r"export it first:  python -m training\.ppo\.export_epd_predictor .*run$"
-    ):
+    with pytest.raises(InputError, match=r"export it first:  python -m training\.ppo\.export_epd_predictor .*run$"):
         find_snapshot(tmp_path / "run")
