@@ -185,7 +185,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     multiple=True,
     type=click.Path(path_type=Path),
     help="A .txt (one a line), .csv (column `text`) or .json list; may be repeated: a table of their own for each; "
-    f"none for an unconditional model. [{SHAPES}: {USUAL_PROMPTS}]",
+    f"none for an unconditional model. [for {' and '.join(SHAPES_WORLD)}, {USUAL_PROMPTS}]",
 )
 @click.option(
     "--number",
@@ -291,9 +291,10 @@ def main(protocol: Protocol | None, *, dry_run: bool, **told: Any) -> None:
         raise InputError("--predictor_path is given, but --solvers has no epd: add it")
     if asked.unconditional:
         _refuse_prompts(asked)
-    elif asked.model != SHAPES and not asked.prompt_files:
+    elif asked.model not in SHAPES_WORLD and not asked.prompt_files:
         raise InputError(
-            f"--prompt-file is missing: what is {asked.model} to draw? {USUAL_PROMPTS} is taken for {SHAPES} alone"
+            f"--prompt-file is missing: what is {asked.model} to draw? {USUAL_PROMPTS} is taken for the shapes "
+            "world alone"
         )
     if dry_run:
         preview(asked)

@@ -59,6 +59,7 @@ RUN_BY = {
     "models.shapes.train_autoencoder": "tests/test_shapes_training.py",
     "models.shapes.train_ddpm": "tests/ddpm/test_train_ddpm.py",
     "models.shapes.train_diffusion": "tests/test_shapes_training.py",
+    "models.shapes.train_flow": "tests/test_shapes_flow.py",
     "models.shapes.train_reward": "tests/test_shapes_training.py",
     "run_tests.sh": ".ci/run",
     "sample": "tests/test_sample_command.py",
