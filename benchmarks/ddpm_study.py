@@ -35,11 +35,11 @@ from models.pictures import contact_sheet, to_pixels
 from models.shapes import verify
 from models.shapes.scenes import IMAGE_SIZE, MOST_OBJECTS
 from scripts.preference import preference_reward
-from training.ddpm.comparison import Judged
+from training.ddpm.comparison import Judged, distances_to
 from training.ddpm.config import RENDERED, SCHEMA, DDPMConfig, judge_file, reward_file
 from training.ddpm.jobs import FINETUNE, TRAIN_REWARD_MODEL, compare, finetune, load_start, train_reward_model
 from training.ddpm.run import Resumed, open_run
-from training.measuring.statistics import Interval, bootstrap_indices, frechet_distance, frechet_resamples
+from training.measuring.statistics import Interval, bootstrap_indices
 from training.ppo.rewards import RewardHPS
 from training.runs.checkpoint import list_checkpoints, read_tensors, write_tensors
 from training.runs.command_line import SeveralPairs
@@ -90,8 +90,7 @@ def pooled(changes: Sequence[Change], generator: torch.Generator) -> Interval:
     """The mean difference of several runs with its 95% interval, by a bootstrap in two stages: runs, then their images.
 
     Of one run it is the bootstrap over its images. Of a few it is too narrow: n runs drawn anew spread less than n new
-    runs would, by sqrt((n - 1) / n), and Student's tails are missing. Replicates are laid about their estimate: a
-    Frechet distance of resampled rows is biased upwards.
+    runs would, by sqrt((n - 1) / n), and Student's tails are missing.
     """
     estimates = torch.tensor([change.after - change.before for change in changes], dtype=torch.float64)  # [n]
     spread = torch.stack([change.replicates - change.replicates.mean() for change in changes])  # [n, R]
@@ -103,27 +102,22 @@ def pooled(changes: Sequence[Change], generator: torch.Generator) -> Interval:
     return Interval(estimates.mean().item(), low, high)
 
 
+def values_of(measure: Measure, measured: Mapping[str, Any], name: str) -> Tensor:
+    """Values, one an image, whose mean is the measure of some images, out of what `run_seed` kept."""
+    values = measured[name][measure.key].double()
+    return distances_to(measured["real"][measure.key].double(), values) if measure.is_frechet else values
+
+
 def level_of(measure: Measure, measured: Mapping[str, Any], name: str) -> float | None:
-    """The measure of some images out of what `run_seed` kept; None for the distance of real ones to themselves."""
-    values, real = measured[name][measure.key].double(), measured["real"][measure.key].double()
-    if not measure.is_frechet:
-        return values.mean().item()
-    number = min(len(values), len(real))
-    return None if name == "real" else frechet_distance(values[:number], real[:number])
+    """The measure of some images; None for the distance of real ones to themselves."""
+    return None if measure.is_frechet and name == "real" else values_of(measure, measured, name).mean().item()
 
 
 def change_of(measure: Measure, measured: Mapping[str, Any]) -> Change:
     """Read one measure out of what `run_seed` kept."""
-    before, after, real = (measured[name][measure.key].double() for name in ("before", "after", "real"))
-    generator = torch.Generator().manual_seed(0)
-    if not measure.is_frechet:
-        indices = bootstrap_indices(len(before), generator)
-        differences = (after - before)[indices].mean(1)
-        return Change(before.mean().item(), after.mean().item(), differences)
-    number = min(len(before), len(real))
-    indices = bootstrap_indices(number, generator)
-    now, start = (frechet_resamples(features[:number], real[:number], indices) for features in (after, before))
-    return Change(start.estimate, now.estimate, now.replicates - start.replicates)
+    before, after = (values_of(measure, measured, name) for name in ("before", "after"))
+    indices = bootstrap_indices(len(before), torch.Generator().manual_seed(0))
+    return Change(before.mean().item(), after.mean().item(), (after - before)[indices].mean(1))
 
 
 def whole_shapes(images: Tensor) -> Tensor:

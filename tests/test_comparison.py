@@ -16,12 +16,12 @@ from PIL import Image
 from errors import InputError
 from solvers import EPDTable
 from training.measuring.comparison import Baseline, Comparison, Entry, SetDistance, parse_baseline
-from training.measuring.distances import paired_frechet_values
+from training.measuring.distances import frechet, gaussian_of, paired_frechet_values
 from training.measuring.evaluation import METRICS, Measured, Store, key_of
 from training.measuring.evaluation_page import evaluation_page
 from training.measuring.protocol import Published
 from training.measuring.report import Report
-from training.measuring.statistics import bootstrap_indices, frechet_distance, mean_interval, paired_difference_interval
+from training.measuring.statistics import bootstrap_indices, mean_interval, paired_difference_interval
 from training.solver import Schedule, Solver
 
 ROWS = 24
@@ -96,9 +96,10 @@ def test_intervals_are_those_of_the_statistics(comparison, entries):
     indices = bootstrap_indices(ROWS, torch.Generator().manual_seed(5))
     values = entries[1].measured.values["reward"]
     assert cell(comparison, "ddim", 4, "reward").interval == mean_interval(values, indices)
-    frechet = cell(comparison, "epd-00003", 4, "frechet").interval
-    assert frechet.estimate == pytest.approx(frechet_distance(entries[0].measured.features("seen"), TARGET))
-    assert frechet.low <= frechet.estimate <= frechet.high
+    found = cell(comparison, "epd-00003", 4, "frechet").interval
+    expected = frechet(gaussian_of(entries[0].measured.features("seen")), gaussian_of(TARGET))
+    assert found.estimate == pytest.approx(expected)
+    assert found.low <= found.estimate <= found.high
 
 
 def found(differences, label, metric):

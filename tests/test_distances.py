@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -22,6 +24,7 @@ from training.measuring.distances import (
     kid_values,
     paired_frechet_values,
 )
+from training.measuring.statistics import Interval, bootstrap_indices, paired_difference_interval
 
 
 def normal(seed, *shape):
@@ -75,6 +78,23 @@ def test_two_images_and_singular_covariances(rows):
     assert distance_of(a, b) == pytest.approx(expected, rel=1e-6)
     assert distance_of(b, a) == pytest.approx(expected, rel=1e-6)
     assert distance_of(a, a) == pytest.approx(0, abs=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 12), st.integers(0, 10_000))
+def test_the_frechet_distance_is_symmetric_zero_on_itself_and_blind_to_rotation(rows, width, seed):
+    a, b = normal(seed, rows, width), 2 * normal(seed + 1, rows, width) + 1
+    rotation, _ = torch.linalg.qr(normal(seed + 2, width, width))
+    distance = distance_of(a, b)
+    assert distance == pytest.approx(distance_of(b, a), rel=1e-6, abs=1e-6)
+    assert distance == pytest.approx(distance_of(a @ rotation, b @ rotation), rel=1e-6, abs=1e-6)
+    assert distance_of(a, a) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_set_without_spread_has_the_distance_of_its_mean_and_all_spread_of_the_other():
+    a, b = torch.ones(5, 3).double(), normal(18, 30, 3)
+    expected = ((1 - b.mean(0)).square().sum() + b.T.cov().trace()).item()
+    assert frechet_values(a, gaussian_of(b)).tolist() == pytest.approx([expected] * 5)
 
 
 def test_equal_sets_are_at_distance_nothing_in_every_row():
@@ -167,6 +187,16 @@ def test_intervals_cover_the_expected_distance_about_as_often_as_they_say():
     half = [1.96 * values.std().item() / math.sqrt(rows) for values in found]
     covered = [abs(values.mean().item() - expected) <= width for values, width in zip(found, half, strict=True)]
     assert 0.88 <= np.mean(covered) <= 0.99
+
+
+def test_the_difference_of_frechet_distances_is_paired():
+    real, good = gaussian_of(normal(31, 60, 4)), normal(32, 60, 4)
+    bad, indices = good + 0.5, bootstrap_indices(60, torch.Generator().manual_seed(33))
+    first, second = frechet_values(bad, real), frechet_values(good, real)
+    difference = paired_difference_interval(first, second, indices)
+    assert difference.estimate == pytest.approx(frechet(gaussian_of(bad), real) - frechet(gaussian_of(good), real))
+    assert difference.excludes_zero
+    assert paired_difference_interval(first, first, indices) == Interval(0.0, 0.0, 0.0)
 
 
 def test_sets_that_do_not_fit_are_refused():

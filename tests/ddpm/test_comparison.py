@@ -5,7 +5,7 @@ import torch
 from tests.ddpm.tiny_ddpm import SHAPE, tiny_model, tiny_policy
 from training.ddpm.comparison import COMPARISON_METRICS, Comparison, Judged, comparison_lines, thumbnails_of
 from training.ddpm.reward_model import new_classifier
-from training.measuring.statistics import frechet_distance
+from training.measuring.distances import frechet, gaussian_of
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def test_numbers_are_those_of_the_images(tmp_path):
     assert abs(metrics["heldout/reward_difference"] - 0.5) < 1e-6
     assert metrics["heldout/reward_difference_low"] > 0.499
     assert abs(metrics["heldout/judge_difference_high"] + 1.0) < 1e-5
-    expected = frechet_distance(shifted.thumbnails, judge.real.thumbnails[:16])
+    expected = frechet(gaussian_of(shifted.thumbnails), gaussian_of(judge.real.thumbnails[:16]))
     assert abs(metrics["heldout/frechet"] - expected) < 1e-6
     assert metrics["heldout/frechet_images"] == 16
     assert metrics["heldout/reward_real"] == brightness(judge.real.images).mean().item()

@@ -18,13 +18,8 @@ from torch.nn import functional
 from errors import InputError
 from training.ddpm.policy import DenoisingPolicy
 from training.ddpm.rollout import ImageReward, sample_images
-from training.measuring.statistics import (
-    Interval,
-    bootstrap_indices,
-    frechet_difference_interval,
-    frechet_resamples,
-    paired_difference_interval,
-)
+from training.measuring.distances import frechet_values, gaussian_of
+from training.measuring.statistics import Interval, bootstrap_indices, paired_difference_interval
 
 THUMBNAIL = 4  # pixels
 
@@ -63,6 +58,15 @@ class Judged:
 def thumbnails_of(images: Tensor) -> Tensor:
     """Means [N, 3 * 4 * 4] over equal parts of images [N, 3, H, W]: colours and where they are, no detail."""
     return functional.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)
+
+
+def distances_to(real: Tensor, features: Tensor) -> Tensor:
+    """Values [n] of the Frechet distance to real images, of features [M, D] and [N, D]: the first n of each.
+
+    n is the smaller of M and N: the distance is biased upwards for few, and so comes from equally many.
+    """
+    number = min(len(real), len(features))
+    return frechet_values(features[:number], gaussian_of(real[:number]))
 
 
 def require_finite(values: Tensor, what: str) -> None:
@@ -117,18 +121,14 @@ class Comparison:
         indices = bootstrap_indices(len(now.reward), generator)
         reward = paired_difference_interval(now.reward, self.start.reward, indices)
         judge = paired_difference_interval(now.judge, self.start.judge, indices)
-        number = min(len(now.thumbnails), len(self.real.thumbnails))
-        rows = bootstrap_indices(number, generator)
-        after, before = (
-            frechet_resamples(thumbnails[:number], self.real.thumbnails[:number], rows)
-            for thumbnails in (now.thumbnails, self.start.thumbnails)
-        )
-        frechet = frechet_difference_interval(after, before)
+        after, before = (distances_to(self.real.thumbnails, one.thumbnails) for one in (now, self.start))
+        number = len(after)
+        frechet = paired_difference_interval(after, before, bootstrap_indices(number, generator))
         hacking = reward.low > 0 and (judge.high < 0 or frechet.low > 0)
         return {
             **_described("reward", now.reward.mean().item(), self.start.reward.mean().item(), reward),
             **_described("judge", now.judge.mean().item(), self.start.judge.mean().item(), judge),
-            **_described("frechet", after.estimate, before.estimate, frechet),
+            **_described("frechet", after.mean().item(), before.mean().item(), frechet),
             "heldout/frechet_images": number,
             "heldout/reward_real": self.real.reward.mean().item(),
             "heldout/judge_real": self.real.judge.mean().item(),
