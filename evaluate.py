@@ -48,13 +48,13 @@ from training.measuring.evaluation_page import evaluation_page
 from training.measuring.protocol import Protocol, load_protocol
 from training.measuring.real_images import (
     DISTANCES,
-    FEWEST_FOR_FID,
     Note,
     RealImages,
     clip_files,
     load_extractors,
     parse_distances,
     real_files,
+    say_few_for_fid,
 )
 from training.measuring.report import Report
 from training.ppo.panels import judges_of, true_images
@@ -95,6 +95,7 @@ Every measurement is kept: the same call again is quick, and one that was stoppe
 """
 
 
+@shows_input_errors
 def _take_protocol(context: click.Context, _: click.Parameter, name: str | None) -> Protocol | None:
     """Let a protocol's options stand in for the command's defaults."""
     if name is None:
@@ -105,10 +106,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
         for option in parameter.opts
         if option not in ("--protocol", "--dry-run")
     }
-    try:
-        protocol = load_protocol(name, parameters)
-    except InputError as error:
-        raise click.UsageError(str(error)) from None
+    protocol = load_protocol(name, parameters)
     context.default_map = {
         parameters[key].name: values if parameters[key].multiple else ",".join(values)
         for key, value in protocol.options.items()
@@ -418,9 +416,12 @@ class Asked:
         """Guidance scales that are tried."""
         return [usual] if self.guidances is None else _scales(self.guidances)
 
-    def rivals(self, budgets: Sequence[int], usual: float, say: Note) -> list[Solver]:
-        """The classical solvers at all their settings."""
-        solvers = classical_solvers(self.classical, budgets, self.tried, note=say)
+    def rivals(self, tables: Sequence[Solver], usual: float, say: Note) -> list[Solver]:
+        """The classical solvers at all their settings, at as many evaluations as the tables have in all too."""
+        budgets = set(self.budgets)
+        if f"{CLASSICAL_BASELINE}@{TOTAL}" in self.baselines:
+            budgets |= {table.evaluations.total for table in tables}
+        solvers = classical_solvers(self.classical, sorted(budgets), self.tried, note=say)
         return [solver.guided(scale) for solver in solvers for scale in self.scales(usual)]
 
     def tables(self, say: Note) -> list[Solver]:
@@ -461,10 +462,10 @@ def preview(asked: Asked) -> None:
     for needing, find in (({"fid", "kid"}, inception_file), ({"cmmd"}, clip_files)):
         if needing & set(asked.wanted):
             there(find)
-    tables = there(lambda: asked.tables(_nothing)) or []
+    tables = there(lambda: asked.tables(click.echo)) or []
     cost = Cost.of(asked.model, asked.model_options, resolve_dtype(asked.dtype or "float32"))
     usual = cost.denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
-    rivals = asked.rivals(asked.budgets, usual, _nothing)
+    rivals = asked.rivals(tables, usual, click.echo)
     chosen = list({(solver.label, solver.num_steps): solver for solver in rivals}.values())
     scored = rivals if asked.chosen_on is None else chosen
     drawn = [Drawn("scored (at least one setting a metric)", asked.count, [*tables, *scored])]
@@ -503,10 +504,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
     everything = [*prompts, *(validation_prompts or [])]
     denoiser.validate_prompts(everything)
     scale = denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
-    budgets = asked.budgets
-    if f"{CLASSICAL_BASELINE}@{TOTAL}" in asked.baselines:
-        budgets = sorted({*budgets, *(table.evaluations.total for table in tables)})
-    rivals = [rival.on(denoiser) for rival in asked.rivals(budgets, scale, say)]
+    rivals = [rival.on(denoiser) for rival in asked.rivals(tables, scale, say)]
     silent = [table.guidance_scale is None and not table.has_guidance_column for table in tables]
     tables = [
         (table.guided(scale) if says_none else table).on(denoiser)
@@ -538,11 +536,8 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
         tell=asked.tell,
     )
     real = scene.real_images(asked.real_path) if fabric.is_global_zero and asked.real_path is not None else None
-    if "fid" in asked.wanted and asked.count < FEWEST_FOR_FID:
-        say(
-            f"FID of {asked.count} images, fewer than {FEWEST_FOR_FID:,}, is mostly bias: compare it at equal numbers "
-            "only, or take --distances kid,cmmd, which have none or little"
-        )
+    if real is not None and "fid" in asked.wanted:
+        say_few_for_fid(min(asked.count, real.count or asked.count), say)
     validation = None
     if validation_prompts is not None and len(rivals) > len({(one.label, one.num_steps) for one in rivals}):
         say(f"{len(rivals)} settings of classical solvers on {len(validation_prompts)} prompts of {asked.chosen_on}")

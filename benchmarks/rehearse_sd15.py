@@ -118,16 +118,21 @@ def write_assets(house: Path, store: Path) -> Iterator[Passed]:
         HPS["v2.1"].path: ([clip_file], lambda: random_open_clip(clip_file)),
     }
     for path, (configs, make) in makers.items():
-        start = perf_counter()
-        _forget_peak()
-        digest = hashlib.sha256(b"".join(config.read_bytes() for config in configs)).hexdigest()[:12]
-        stored = store / f"{digest}-{Path(path).name}"
-        is_there = stored.exists()
-        if not is_there:
-            write_checkpoint(stored, make())
-        (house / path).parent.mkdir(parents=True, exist_ok=True)
-        (house / path).symlink_to(stored.resolve())
-        yield Passed(f"{'found' if is_there else 'made'} {path}", perf_counter() - start, _own_peak())
+        described = b"".join(config.read_bytes() for config in configs)
+        yield placed(house, store, path, described, lambda file, make=make: write_checkpoint(file, make()))
+
+
+def placed(house: Path, store: Path, path: str, described: bytes, write: Callable[[Path], None]) -> Passed:
+    """Put a large asset in its place in the house: a link to the store, where `write` writes it unless it is there."""
+    start = perf_counter()
+    _forget_peak()
+    stored = store / f"{hashlib.sha256(described).hexdigest()[:12]}-{Path(path).name}"
+    is_there = stored.exists()
+    if not is_there:
+        write(stored)
+    (house / path).parent.mkdir(parents=True, exist_ok=True)
+    (house / path).symlink_to(stored.resolve())
+    return Passed(f"{'found' if is_there else 'made'} {path}", perf_counter() - start, _own_peak())
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> Path:
@@ -233,7 +238,7 @@ def run_commands(house: Path, scale: Scale, device: str) -> Iterator[Passed]:
     shape = ("--num_steps", str(scale.num_steps), "--num_points", str(scale.num_points))
     yield run(house, python, "train.py", "--dataset_name", "ms_coco", "--guidance_rate", "7.5", *shape, "--init-only")
     overrides = [
-        f"data.predictor_snapshot={_only(house, 'exps/*/network-snapshot-*.pkl')}",
+        f"data.predictor_snapshot={only_one(house, 'exps/*/network-snapshot-*.pkl')}",
         f"ppo.steps={scale.rl_steps}",
         f"ppo.rollout_batch_size={scale.images}",
         f"ppo.minibatch_size={scale.images}",
@@ -243,15 +248,15 @@ def run_commands(house: Path, scale: Scale, device: str) -> Iterator[Passed]:
     launch = ("bash", "launch_rl.sh", "--device", device, "--run-name", "rehearsal", "--override", *overrides)
     yield run(house, *launch, "--dry-run")
     yield run(house, *launch)
-    finished = _only(house, "exps/*-rehearsal")
+    finished = only_one(house, "exps/*-rehearsal")
     yield run(house, python, "-m", "training.ppo.export_epd_predictor", finished)
     dtype = "float32" if device == "cpu" else "float16"
     drawing = ("--predictor_path", finished, "--prompt", CAPTIONS[0], "--seeds", "0", "--batch", "1")
     yield run(house, python, "sample.py", *drawing, "--device", device, "--dtype", dtype)
-    _only(house, "outputs/samples/*.png")
+    only_one(house, "outputs/samples/*.png")
 
 
-def _only(house: Path, pattern: str) -> str:
+def only_one(house: Path, pattern: str) -> str:
     """The one path that the commands so far must have written, relative to the house."""
     found = [str(path.relative_to(house)) for path in house.glob(pattern)]
     if len(found) != 1:
@@ -261,22 +266,46 @@ def _only(house: Path, pattern: str) -> str:
 
 def step_phases(house: Path) -> dict[str, float]:
     """Mean seconds of a step of the RL that ran in the house, by phase."""
-    return seconds_by_phase(read_metrics(RunFolder.open(house / _only(house, "exps/*-rehearsal")).metrics))
+    return seconds_by_phase(read_metrics(RunFolder.open(house / only_one(house, "exps/*-rehearsal")).metrics))
 
 
-def describe(passed: Sequence[Passed], phases: dict[str, float]) -> list[str]:
-    """A table: what was done, its seconds and peak memory; then where the time of a step of RL went."""
+def describe(passed: Sequence[Passed]) -> list[str]:
+    """A table: what was done, its seconds and peak memory."""
     lines = [f"{one.seconds:9.1f}  {gigabytes(one.memory):>11}  {one.what}" for one in passed]
-    whole = sum(phases.values())
-    shares = [f"{seconds:9.1f}  {seconds / whole:>11.1%}  {phase}" for phase, seconds in phases.items()]
     return [
         f"{'seconds':>9}  {'peak memory':>11}  what",
         *lines,
         f"{sum(one.seconds for one in passed):9.1f}  {gigabytes(max(one.memory for one in passed)):>11}  in all",
-        "",
-        f"{'seconds':>9}  {'of a step':>11}  phase of RL",
-        *shares,
     ]
+
+
+def describe_phases(phases: dict[str, float]) -> list[str]:
+    """A table: where the time of a step of RL went."""
+    whole = sum(phases.values())
+    shares = [f"{seconds:9.1f}  {seconds / whole:>11.1%}  {phase}" for phase, seconds in phases.items()]
+    return [f"{'seconds':>9}  {'of a step':>11}  phase of RL", *shares]
+
+
+def rehearse(folder: Path, commands: Callable[[Path, Path], Iterator[Passed]], needed: int = NEEDED_DISK) -> Path:
+    """Do what `commands` yields of a fresh house and a store of large assets; `needed`: bytes of disk.
+
+    Each is said as it ends, and all together at the end. Gives the house.
+
+    Raises:
+        InputError: the folder holds other things, the disk is too full, or a command failed.
+    """
+    store = prepare_store(folder, needed)
+    house = copy_house(folder)
+    passed = []
+    try:
+        for one in commands(house, store):
+            passed.append(one)
+            click.echo(f"{one.seconds:.0f} s: {one.what}")
+    except InputError as error:
+        raise InputError(f"{error}\n{folder} is left as it is; the same command goes on with its assets.") from None
+    for line in describe(passed):
+        click.echo(line)
+    return house
 
 
 @click.command(epilog="Example:  python -m benchmarks.rehearse_sd15 --folder scratch/rehearsal")
@@ -293,23 +322,20 @@ def describe(passed: Sequence[Passed], phases: dict[str, float]) -> list[str]:
 def main(folder: Path, device: str, keep: bool) -> None:
     """Rehearse the job at full size with random weights. Smallest settings on a CPU, usual ones on a GPU."""
     chosen = resolve_device(device)
-    store = prepare_store(folder)
-    house = copy_house(folder)
-    passed = []
-    try:
-        scale = ON_CPU if chosen.type == "cpu" else ON_GPU
-        for one in itertools.chain(write_assets(house, store), run_commands(house, scale, str(chosen))):
-            passed.append(one)
-            click.echo(f"{one.seconds:.0f} s: {one.what}")
-    except InputError as error:
-        raise InputError(f"{error}\n{folder} is left as it is; the same command goes on with its assets.") from None
-    for line in describe(passed, step_phases(house)):
+    scale = ON_CPU if chosen.type == "cpu" else ON_GPU
+
+    def commands(house: Path, store: Path) -> Iterator[Passed]:
+        yield from write_assets(house, store)
+        yield from run_commands(house, scale, str(chosen))
+
+    house = rehearse(folder, commands)
+    for line in ["", *describe_phases(step_phases(house))]:
         click.echo(line)
     if not keep:
         shutil.rmtree(folder)
 
 
-def prepare_store(folder: Path) -> Path:
+def prepare_store(folder: Path, needed: int = NEEDED_DISK) -> Path:
     """The place of the large assets in the rehearsal's folder, which is made if it is not there.
 
     Raises:
@@ -319,7 +345,7 @@ def prepare_store(folder: Path) -> Path:
     if folder.exists() and any(folder.iterdir()) and not store.is_dir():
         raise InputError(f"{folder} holds something else than a rehearsal: name another --folder")
     store.mkdir(parents=True, exist_ok=True)
-    needed = NEEDED_DISK - sum(file.stat().st_size for file in store.iterdir())
+    needed -= sum(file.stat().st_size for file in store.iterdir())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(f"{folder} has {gigabytes(free)} free; {gigabytes(needed)} are needed")

@@ -22,6 +22,7 @@ from training.measuring.real_images import (
     load_extractors,
     parse_distances,
     real_files,
+    say_few_for_fid,
 )
 from training.runs.command_line import require_one_process
 
@@ -61,6 +62,8 @@ def main(folder: Path, distances: str, resize: Resize, out: Path | None, batch: 
     with tqdm(total=len(files), unit="image") as bar:
         features = folder_features(folder, extractors, batch, bar.write, bar.update)
     real = RealImages.of(str(folder), features, extractors)
+    if "fid" in wanted:
+        say_few_for_fid(real.count, click.echo)
     target = out or folder.resolve().with_name(f"{folder.resolve().name}_{resize}.npz")
     real.save(target, wanted)
     click.echo(f"wrote {target}: {real.count} images, {', '.join(wanted)}, {resize} resizing")

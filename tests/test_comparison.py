@@ -324,10 +324,13 @@ def test_the_page_holds_everything_in_itself(report, comparison):
 
 def test_published_figures_stand_in_their_cells(report):
     figure = Published("epd", 4, "reward", 0.2482, "a paper")
-    beside = replace(report, published=(figure,))
+    without = [replace(figure, nfe=5), replace(figure, solver="dpm2"), replace(figure, metric="fid_clean")]
+    beside = replace(report, published=(figure, *without))
     (line,) = [line for line in beside.table().splitlines() if "published: 0.2482" in line]
     assert line.startswith("| epd-00003 | 4 |")
-    assert "preference reward 0.2482 (a paper)" in beside.markdown()
+    said = [line for line in beside.markdown().splitlines() if line.startswith("- published")]
+    assert "preference reward 0.2482 (a paper)" in said[0]
+    assert [line.endswith("; not measured here") for line in said] == [False, True, True, True]
 
 
 def test_groups_of_prompts_have_means_of_their_own(report, entries):

@@ -534,7 +534,7 @@ def test_distances_to_real_images_and_further_rewards_have_columns_and_differenc
     images = torch.cat([read_pixels(file).float() / 255 for file in drawn])
     expected = RewardHPS(tmp_path / "second.pt").score(images, PROMPTS).mean()
     assert float(second["estimate"]) == pytest.approx(float(expected), abs=5e-3)  # of images rounded to 8 bits
-    for said in ("5 images of 5 sizes", "FID of 6 images, fewer than 2,048", "to tell 0.001 takes", "FID, legacy"):
+    for said in ("5 images of 5 sizes", "FID of 5 images, fewer than 2,048", "to tell 0.001 takes", "FID, legacy"):
         assert said in result.output
     assert "reference (" not in (tmp_path / "out" / "report.md").read_text()
 
@@ -608,12 +608,17 @@ def test_a_protocol_is_its_options_and_its_published_figures_stand_beside_ours(w
             {"published": [{"solver": "ddim", "nfe": 2, "metric": "reward", "value": "x", "source": "s"}]},
             "value is 'x', not a number",
         ),
+        (
+            {"published": [{"solver": "ddim", "nfe": 2, "metric": "reward", "value": 1.0, "source": " "}]},
+            "figure 1 has no source",
+        ),
         ([], "it must be keys with values"),
     ],
 )
 def test_protocols_that_cannot_be_used_get_one_clear_message(world, tmp_path, content, message):
     result = run(world, tmp_path / "out", "--protocol", protocol(tmp_path, content), base=())
     assert message in refused(result)
+    assert ("Usage:" in result.output) == ("--" in message)  # one line, but for what the command line says itself
     assert not (tmp_path / "out").exists()
 
 
@@ -683,6 +688,17 @@ def test_a_dry_run_counts_what_is_then_asked(world, tmp_path):
     assert "every file is there" in dry.output
     assert "nothing was drawn" in dry.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_counts_the_baseline_at_as_many_evaluations_in_all_and_says_what_is_left_out(world, tmp_path):
+    told = ("--nfe", "4", "--schedules", "discrete", "--reference-steps", "0", "--dry-run")
+    dry = run(world, tmp_path / "out", *told, "--solvers", "epd,ddim", "--predictor_path", "2", base=())
+    assert dry.exit_code == 0, dry.output
+    # guided, for 6 prompts: the table's 6 in all, 4 one after another, and ddim in 4 and in 6
+    assert f"in all {6 * 2 * (6 + 4 + 6)} network rows" in dry.output
+    bare = run(world, tmp_path / "out", *told, "--solvers", "epd,ddim", base=())
+    assert f"in all {6 * 2 * 4} network rows" in bare.output
+    assert f"no predictor for {world / 'pipeline'} in" in bare.output
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ COMMANDS = [
     ["-m", "benchmarks.ddpm_study"],
     ["-m", "benchmarks.budget"],
     ["-m", "benchmarks.rehearse_sd15"],
+    ["-m", "benchmarks.rehearse_evaluation"],
 ]
 POLICY = "import os, interrupts; interrupts.end_at_once_on_signals(); print(os.environ['OMP_WAIT_POLICY'])"
 COMMAND = """

@@ -84,6 +84,7 @@ def test_a_statistics_file_is_what_numpy_says_of_the_features(folder, tmp_path, 
     assert "broken.jpg cannot be read" in result.output
     assert "7 images of 2 sizes, each resized" in result.output
     assert f"7 images, fid, {resize} resizing" in result.output
+    assert "FID of 7 images, fewer than 2,048, is mostly bias" in result.output
 
 
 def test_distances_to_a_folder_and_to_its_file_are_the_same_and_the_definitions(folder, tmp_path):

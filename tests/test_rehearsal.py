@@ -12,11 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import rehearse_sd15
+from benchmarks import rehearse_evaluation, rehearse_sd15
 from benchmarks.rehearse_sd15 import (
     Scale,
     copy_house,
     describe,
+    describe_phases,
     prepare_store,
     run,
     run_commands,
@@ -59,13 +60,18 @@ def house(tmp_path_factory) -> Path:
     """A copy of the checkout whose configurations are those of a tiny Stable Diffusion, with its assets."""
     folder = tmp_path_factory.mktemp("rehearsal")
     store, house = prepare_store(folder), copy_house(folder)
+    make_tiny(house)
+    list(write_assets(house, store))
+    return house
+
+
+def make_tiny(house: Path) -> None:
+    """Let a copy of the checkout be of a tiny Stable Diffusion and a tiny HPS."""
     pipeline = house / rehearse_sd15.PIPELINE
     tiny_unet().save_config(pipeline / "unet")
     tiny_vae().save_config(pipeline / "vae")
     (pipeline / "text_encoder" / "config.json").write_text(json.dumps(TEXT_ENCODER))
     (house / rehearse_sd15.CLIP_CONFIG).write_text(json.dumps(CLIP))
-    list(write_assets(house, store))
-    return house
 
 
 def test_the_assets_are_in_the_true_formats(house):
@@ -158,5 +164,25 @@ def test_the_true_commands_run_on_them(house):
     assert list(house.glob("exps/*-rehearsal/export/*.pkl"))
     phases = step_phases(house)
     assert phases.keys() == {"text", "network", "solver", "decode", "reward", "update", "other"}
-    table = "\n".join(describe(passed, phases))
-    assert all(one.what in table for one in passed)
+    table = "\n".join([*describe(passed), *describe_phases(phases)])
+    assert all(what in table for what in [*phases, *(one.what for one in passed)])
+
+
+@pytest.mark.slow
+def test_the_evaluation_of_the_baseline_runs_on_them(tmp_path, monkeypatch):
+    """In a house of its own, tiny like the other: its table of assets is changed."""
+    store, house = prepare_store(tmp_path), copy_house(tmp_path)
+    make_tiny(house)
+    monkeypatch.setattr(rehearse_evaluation, "VIT_L_14", CLIP)
+    monkeypatch.setattr(rehearse_evaluation, "FEATURES", 6)
+    made = [*write_assets(house, store), *rehearse_evaluation.write_judges(house, store)]
+    assert [one.what.split()[0] for one in made] == ["made"] * 3
+    list(rehearse_evaluation.run_commands(house, 1, None, "float32", "cpu"))
+    log = (house / rehearse_sd15.LOG).read_text()
+    assert "every file is there" in log
+    assert "4 images, fid, legacy resizing" in log
+    assert "(published: 12.03)" not in log  # of nine intervals, not of one
+    content = json.loads((house / "outputs" / "evaluation" / "results.json").read_text())
+    measured = {(row["label"], row["metric"]) for row in content["results"]}
+    for label in ("epd-00000", "dpm2", "ipndm", "dpmpp"):
+        assert {(label, metric) for metric in ("reward", "clip_score", "fid_legacy")} <= measured

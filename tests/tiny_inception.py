@@ -6,9 +6,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
+from benchmarks.rehearse_evaluation import StandInInception
 from models import asset_table, clip
 from models.asset_table import AssetFile
 from models.digests import digest_of
@@ -21,34 +20,13 @@ TINY_CLIP = {
 }
 
 
-class _Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(3, WIDTH, 23, stride=23)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.convolution(x)).mean((2, 3), keepdim=True)
-
-
-class TinyInception(nn.Module):
-    """`layers` of normalised images at 299 x 299, and a whole that resizes and normalises by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = _Layers()
-
-    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
-        x = functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
-        return self.layers((x - 128) / 128).flatten(1)
-
-
 def put_extractors(monkeypatch, root: Path) -> None:
     """Write both networks below `root` and let the table of assets name them, as if they were the published ones."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, and what FID's network is published in
         torch.manual_seed(3)
         (root / "weights").mkdir(parents=True, exist_ok=True)
-        torch.jit.script(TinyInception()).save(root / "weights" / "inception.pt")
+        torch.jit.script(StandInInception(WIDTH)).save(root / "weights" / "inception.pt")
         clip.new_clip(TINY_CLIP).save_pretrained(root / "weights" / "clip")
     monkeypatch.setattr(asset_table, "ROOT", root)
     monkeypatch.setattr(asset_table, "INCEPTION", _published(root, "weights/inception.pt"))

@@ -55,10 +55,11 @@ def frechet(first: Gaussian, second: Gaussian) -> float:
     |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1^{1/2} C2 C1^{1/2})^{1/2}. Biased upwards for few rows: compare only distances
     of equally many.
     """
-    if first.mean.shape != second.mean.shape:
-        raise ValueError(f"two sets of features are needed, not of {len(first.mean)} and {len(second.mean)} numbers")
-    _, coupling = _coupling(first.covariance, second.covariance)
-    spread = first.covariance.trace() + second.covariance.trace() - 2 * coupling.diagonal().sum()
+    return _coupled_distance(first, second, _coupling(first, second)[1])
+
+
+def _coupled_distance(first: Gaussian, second: Gaussian, coupling: Tensor) -> float:
+    spread = first.covariance.trace() + second.covariance.trace() - 2 * coupling.trace()
     return max(((first.mean - second.mean).square().sum() + spread).item(), 0.0)
 
 
@@ -69,7 +70,7 @@ def frechet_values(features: Tensor, reference: Gaussian, own: Gaussian | None =
     transport map C1^{-1/2} (C1^{1/2} C2 C1^{1/2})^{1/2} C1^{-1/2} on what the rows span. own: `gaussian_of(features)`.
     """
     own = own or gaussian_of(features)
-    root, coupling = _coupling(own.covariance, reference.covariance)
+    root, coupling = _coupling(own, reference)
     influence = []
     for rows in features.split(ROWS_AT_ONCE):
         centred = rows.double() - own.mean
@@ -77,7 +78,7 @@ def frechet_values(features: Tensor, reference: Gaussian, own: Gaussian | None =
         spread = centred.square().sum(1) - (whitened @ coupling * whitened).sum(1)
         # N / (N - 1): the covariance has the divisor N - 1.
         influence.append(2 * (centred @ (own.mean - reference.mean)) + spread * len(features) / (len(features) - 1))
-    return _values(frechet(own, reference), torch.cat(influence))
+    return _values(_coupled_distance(own, reference, coupling), torch.cat(influence))
 
 
 def paired_frechet_values(features: Tensor, reference: Tensor) -> Tensor:
@@ -89,16 +90,18 @@ def paired_frechet_values(features: Tensor, reference: Tensor) -> Tensor:
     return forth + back - frechet(first, second)
 
 
-def _coupling(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def _coupling(first: Gaussian, second: Gaussian) -> tuple[Tensor, Tensor]:
     """W and M: W whitens by the first covariance, W^T C1 W = I [r, r], M = (W^T C1 C2 C1 W)^{1/2}; r is its rank.
 
     tr M is tr (C1 C2)^{1/2}, and W M W^T the optimal transport map. Directions that the first lacks are left out.
     """
-    levels, vectors = torch.linalg.eigh(first)
+    if first.mean.shape != second.mean.shape:
+        raise ValueError(f"two sets of features are needed, not of {len(first.mean)} and {len(second.mean)} numbers")
+    levels, vectors = torch.linalg.eigh(first.covariance)
     kept = levels > levels[-1].clamp(min=0) * len(levels) * torch.finfo(levels.dtype).eps
     levels, vectors = levels[kept], vectors[:, kept]
     rooted = vectors * levels.sqrt()  # C1^{1/2}, but for a rotation
-    crossed_levels, crossed = torch.linalg.eigh(rooted.mT @ second @ rooted)
+    crossed_levels, crossed = torch.linalg.eigh(rooted.mT @ second.covariance @ rooted)
     return vectors / levels.sqrt(), (crossed * crossed_levels.clamp(min=0).sqrt()) @ crossed.mT
 
 

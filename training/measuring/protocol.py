@@ -81,7 +81,7 @@ def _published(file: Path, number: int, figure: Any) -> Published:
     read: dict[str, Any] = {}
     for key, kind in FIGURE.items():
         value = figure.get(key)
-        if value is None or value == "":
+        if value is None or not str(value).strip():
             raise InputError(f"{file}: {where} has no {key}; a figure needs {', '.join(FIGURE)}")
         try:
             read[key] = kind(value)

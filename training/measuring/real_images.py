@@ -115,6 +115,15 @@ def parse_distances(text: str) -> list[str]:
     return names
 
 
+def say_few_for_fid(count: int, note: Note) -> None:
+    """Warn where there are too few images, drawn or real ones."""
+    if count < FEWEST_FOR_FID:
+        note(
+            f"FID of {count} images, fewer than {FEWEST_FOR_FID:,}, is mostly bias: compare it at equal numbers only, "
+            "or take --distances kid,cmmd, which have none or little"
+        )
+
+
 def load_extractors(distances: Sequence[str], resize: Resize, device: torch.device | str) -> list[Extractor]:
     """What the distances, of `DISTANCES`, need. Raises InputError where files are missing or wrong."""
     inception = [InceptionFeatures(device, resize)] if {"fid", "kid"} & set(distances) else []

@@ -137,18 +137,20 @@ class Report:
 
     def beside(self, row: Row, metric: str) -> str:
         """The published figure for a cell, in brackets."""
-        cell = (row.parallel, metric)
-        figures = (one.value for one in self.published if (one.nfe, one.metric) == cell and _is(row, one))
+        figures = (one.value for one in self.published if one.metric == metric and _is(row, one))
         return "".join(f" (published: {value:g})" for value in figures)
 
     def published_lines(self) -> list[str]:
         """The published figures with their sources, as one block; nothing where there are none."""
         lines = [
             f"- published: {one.solver} at {one.nfe} parallel evaluations, {metric_of(one.metric).heading} "
-            f"{one.value:g} ({one.source})"
+            f"{one.value:g} ({one.source})" + ("" if self._is_measured(one) else "; not measured here")
             for one in self.published
         ]
         return ["\n".join(lines)] if lines else []
+
+    def _is_measured(self, figure: Published) -> bool:
+        return figure.metric in self.comparison.metrics and any(_is(row, figure) for row in self.comparison.rows)
 
     def _group_cells(self) -> dict[str, Cells]:
         if len(self.groups) < 2:
@@ -344,8 +346,8 @@ def _whiskers(cells: Sequence[Interval]) -> np.ndarray:
 
 
 def _is(row: Row, figure: Published) -> bool:
-    """Whether a figure is of the row's solver, or of its kind."""
-    return figure.solver in (row.label, row.sampler)
+    """Whether a figure is of the row's solver, or of its kind, at as many parallel evaluations."""
+    return figure.nfe == row.parallel and figure.solver in (row.label, row.sampler)
 
 
 def _described(entry: Entry) -> dict[str, Plain]:
