@@ -23,6 +23,7 @@ PAGES = [
         *("docs/how-to/gpu.md", "integrations/diffusers/README.md", "integrations/comfyui/README.md", "quickstart.sh"),
     )
 ]
+PAGES += [REPOSITORY / "docs" / "how-to" / name for name in ("evaluate.md", "gpu.md", "sd15.md")]
 LINK = re.compile(r"\]\((?!http)([^)#]+)\)")
 COMMAND = re.compile(r"^(?: {4})?python (?:-m (?P<module>[\w.]+)|(?P<script>\w+)\.py)(?P<options>[^\n]*)", re.MULTILINE)
 NO_CLICK = ("pytest", "training.ppo.tests")  # they have commands of another kind
