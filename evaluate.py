@@ -599,11 +599,12 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
 
 
 def _origin() -> str:
-    """The commit of this code, where it is a checkout, and the versions of what it runs on."""
+    """The commit of this code, where it is a checkout, whether it was changed, and the versions of what it runs on."""
     try:
         found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
+            ["git", "describe", "--always", "--dirty=, and changes since", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
     except OSError:  # no git on this machine
         found = None
     commit = found.stdout.strip() if found is not None and found.returncode == 0 else "no git checkout"

@@ -17,8 +17,9 @@ from errors import InputError
 from solvers import EPDTable
 from training.measuring.comparison import Baseline, Comparison, Entry, SetDistance, parse_baseline
 from training.measuring.distances import frechet, gaussian_of, paired_frechet_values
-from training.measuring.evaluation import METRICS, Measured, Store, key_of
+from training.measuring.evaluation import Measured, Store, key_of
 from training.measuring.evaluation_page import evaluation_page
+from training.measuring.metrics import METRICS
 from training.measuring.protocol import Published
 from training.measuring.report import Report
 from training.measuring.statistics import bootstrap_indices, mean_interval, paired_difference_interval

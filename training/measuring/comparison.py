@@ -11,7 +11,8 @@ from torch import Tensor
 
 from errors import InputError
 from models.randomness import generator_of
-from training.measuring.evaluation import METRICS, Measured, Store, metric_of
+from training.measuring.evaluation import Measured, Store
+from training.measuring.metrics import METRICS, metric_of
 from training.measuring.statistics import Interval, bootstrap_indices, mean_interval, paired_difference_interval
 from training.solver import Solver
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from training.measuring.comparison import Difference, Entry, Row
-from training.measuring.evaluation import metric_of
+from training.measuring.metrics import metric_of
 from training.measuring.page import LARGEST_ENLARGED, StripRow, folded, page, strip, verdict, wide
 from training.measuring.report import Report, setting_of
 

@@ -20,7 +20,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from files import write_atomically
 from training.image_folder import write_sheet
 from training.measuring.comparison import Comparison, Difference, Entry, Row
-from training.measuring.evaluation import Measured, metric_of
+from training.measuring.evaluation import Measured
+from training.measuring.metrics import metric_of
 from training.measuring.protocol import Published
 from training.measuring.statistics import Interval
 from training.networks import Plain
