@@ -86,7 +86,7 @@ for (const head of document.querySelectorAll("th.sorts")) {
     const told = row => row.children[column].dataset.value;
     const value = row => told(row) === undefined ? row.children[column].textContent : +told(row);
     const up = head.dataset.up = head.dataset.up === "1" ? "0" : "1";
-    [...body.rows].sort((a, b) => (value(a) > value(b) ? 1 : -1) * (up === "1" ? 1 : -1))
+    [...body.rows].sort((a, b) => ((value(a) > value(b)) - (value(a) < value(b))) * (up === "1" ? 1 : -1))
       .forEach(row => body.append(row));
   });
 }
