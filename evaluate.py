@@ -570,6 +570,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
         published=() if protocol is None else protocol.published,
         settings={
             "command": shlex.join(["python", *sys.argv]),
+            "commit": _commit(),
             **({} if protocol is None else {"protocol": f"{protocol.name}: {protocol.about}"}),
             "model": f"{asked.model}, {asked.model_options} (sha256 {scene.model_sha256[:16]})",
             "prompts": f"{asked.scored}, seeds {asked.seed} to {last + asked.count}",
@@ -592,23 +593,22 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
         },
     )
     files = [*report.write(asked.outdir), asked.outdir / "index.html"]
-    shown = evaluation_page(report, lambda one, rows: evaluation.pixels(one.solver, rows).numpy(), _origin())
+    shown = evaluation_page(report, lambda one, rows: evaluation.pixels(one.solver, rows).numpy(), "\n".join(machine()))
     write_atomically(files[-1], shown)
     say(f"\n{report.terminal()}\n")
     say("wrote " + ", ".join(map(str, files)))
 
 
-def _origin() -> str:
-    """The commit of this code, where it is a checkout, whether it was changed, and the versions of what it runs on."""
+def _commit() -> str:
+    """The commit of this code, where it is a checkout, and whether it was changed."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=, and changes since", "--abbrev=40", "--exclude=*"],
             cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
         )  # fmt: skip
     except OSError:  # no git on this machine
-        found = None
-    commit = found.stdout.strip() if found is not None and found.returncode == 0 else "no git checkout"
-    return f"commit: {commit}\n" + "\n".join(machine())
+        return "no git on this machine"
+    return found.stdout.strip() if found.returncode == 0 else "no git checkout"
 
 
 def _refuse_prompts(asked: Asked) -> None:

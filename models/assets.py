@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -247,6 +248,7 @@ def examine(asset: AssetFile, path: Path) -> tuple[str, str]:
 
 def machine() -> Iterator[str]:
     """What this machine has to offer, one fact a line."""
+    yield f"python {platform.python_version()} on {platform.platform()}"
     for package in PACKAGES:
         yield f"{package} {importlib.metadata.version(package)}"
     free = free_memory(torch.device("cpu"))

@@ -300,7 +300,7 @@ def test_the_page_holds_everything_in_itself(report, comparison):
         asked.append((entry.solver.label, list(rows)))
         return np.stack([np.full((16, 16, 3), row, dtype=np.uint8) for row in rows])
 
-    text = evaluation_page(report, pictures, "commit: 1234").decode()
+    text = evaluation_page(report, pictures, "torch 1234").decode()
     tags = [tag for tag in re.findall(r"<[^>]+>", text) if "src=" in tag or "href=" in tag]
     assert tags
     assert all('src="data:image/' in tag for tag in tags)
@@ -319,7 +319,7 @@ def test_the_page_holds_everything_in_itself(report, comparison):
     assert asked == [(label, [*order[:4], *order[-4:]]) for label in ("epd-00003", "heun")]
     values = [float(value) for value in re.findall(r'<td data-value="([^"]+)"', text)]
     assert len(values) == len(comparison.rows) * (2 + len(comparison.metrics))
-    assert "commit: 1234" in text
+    assert "torch 1234" in text
     assert "guidance: 7.5" in text
 
 

@@ -168,6 +168,7 @@ def test_every_solver_is_there_with_its_counts(evaluated):
     assert "## Paired differences to ddim@4" in report
     content = json.loads((folder / "results.json").read_text())
     assert content["settings"]["guidance"] == 3.0
+    assert re.match(r"[0-9a-f]{40}(, and changes since)?$|no git", content["settings"]["commit"])
     assert content["reference"]["latent_rms"]["estimate"] == 0
     assert {path.name for path in folder.glob("*.png")} == {"metrics.png", "grid-nfe02.png", "grid-nfe04.png"}
     assert np.array(Image.open(folder / "grid-nfe04.png")).std() > 1

@@ -26,10 +26,10 @@ KEY = (
 EXTREMES = 4  # prompts that are shown on each side of a paired difference
 
 
-def evaluation_page(report: Report, pictures: Pictures, origin: str) -> bytes:
-    """The page of a report; `origin` says what code made it."""
+def evaluation_page(report: Report, pictures: Pictures, machine: str) -> bytes:
+    """The page of a report; `machine` says what it was made on."""
     plots = base64.b64encode(report.figure()).decode()
-    settings = "\n".join([origin, *(f"{name}: {value}" for name, value in report.settings.items())])
+    settings = "\n".join([*(f"{name}: {value}" for name, value in report.settings.items()), machine])
     return page(
         TITLE,
         [
