@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from errors import InputError
+from models import load_denoiser
 from models.shapes import scenes
 from models.shapes.negatives import CORRUPTIONS, worse_images, wrong_scene
 from models.shapes.scenes import Picture, Placement, SceneObject
+from models.shapes.train_diffusion import encode_images
 from models.shapes.verify import FoundObject, _window, explain, find_objects, found_background, relation_holds, verify
 
 PIXEL_Y, PIXEL_X = np.mgrid[0:64, 0:64] + 0.5
@@ -27,6 +29,19 @@ def rendered(caption, seed=0):
 
 def failing(image, caption):
     return [name for name, holds in verify(image, caption).parts.items() if not holds]
+
+
+def test_the_autoencoder_keeps_what_captions_say():
+    drawings = [drawn(seed, number) for number in range(1, scenes.MOST_OBJECTS + 1) for seed in range(4)]
+    model = load_denoiser("shapes", device="cpu", dtype=torch.float32)
+    pixels = (255 * torch.stack([image for _, image, _ in drawings])).round().byte().movedim(1, -1)
+    with torch.no_grad():
+        decoded = model.decode(encode_images(model.vae, pixels))
+    verdicts = [verify(image, scene.caption()) for image, (scene, _, _) in zip(decoded, drawings, strict=True)]
+    assert (
+        np.mean([verdict.correct for verdict in verdicts]) >= 0.7
+    )  # 0.92 of 96 scenes with the usual numbers of objects
+    assert np.mean([verdict.score for verdict in verdicts]) >= 0.97
 
 
 def test_true_captions_hold_whole():
