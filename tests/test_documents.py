@@ -50,6 +50,7 @@ RUN_BY = {
     "benchmarks.estimators": "tests/test_estimators.py",
     "benchmarks.gpu_hour": "tests/test_gpu_hour.py",
     "benchmarks.linearity": "tests/test_linearity.py",
+    "benchmarks.rehearse_evaluation": "tests/test_rehearsal.py",
     "benchmarks.rehearse_sd15": "tests/test_rehearsal.py",
     "benchmarks.soak": "tests/test_soak.py",
     "benchmarks.tuning_study": "tests/test_tuning_study.py",
