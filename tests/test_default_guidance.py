@@ -18,6 +18,7 @@ from models.latent_diffusion import LatentDiffusion
 from models.registry import default_guidance_scale
 from tests.tiny_pipeline import save_tiny_pipeline
 from training.ppo.launch import main as launch
+from training.ppo.rivals import GUIDANCES
 from training.ppo.tests.tiny_world import METADATA, START, write_world
 from training.snapshot import load_snapshot, save_snapshot
 
@@ -147,6 +148,6 @@ def test_ppo_tunes_with_it_and_writes_it_down(scales, tmp_path):
     save_snapshot(tmp_path / "start" / "network-snapshot-000001.pkl", START, silent)
     output = run(launch, "--config", config, "--override", "ppo.steps=1")
     assert "guidance 2.5" in output
-    assert scales == {OWN}
+    assert scales == {share * OWN for share in GUIDANCES}  # all else, and what classical rivals are tried at besides
     [resolved] = (tmp_path / "exps").glob("*/configs/resolved_config.yaml")
     assert "guidance_rate: 2.5" in resolved.read_text()
