@@ -28,10 +28,13 @@ import click
 
 from errors import InputError, shows_input_errors
 from models.asset_table import ROOT
+from models.prompts import read_prompts
+from training.ppo.config import load_config
 from training.runs.run_folder import read_metrics
 
 SMALL = ("ppo.steps=1000000", "ppo.rollout_batch_size=4", "ppo.minibatch_size=4", "run.run_name=soak")
 OFTEN = ("logging.save_interval=10", "logging.eval_interval=25", "logging.eval_count=6", "logging.log_interval=100")
+PROMPTS = 32  # trained on: texts are kept (at most 128 MiB of them), so that new ones for an hour would hide a leak
 SETTLED = 5  # minutes until memory, caches and all kinds of step were there
 MOST_GROWTH, MOST_SLOWING = 0.02, 0.10
 
@@ -129,7 +132,10 @@ def main(minutes: float, config: Path) -> None:
     """
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        told = ["--config", str(config), "--override", *SMALL, *OFTEN, f"run.output_root={root}"]
+        prompts = read_prompts(load_config(config).config.data.prompt_csv)[:PROMPTS]
+        (root / "prompts.txt").write_text("\n".join(prompts))
+        own = (f"run.output_root={root}", f"data.prompt_csv={root / 'prompts.txt'}")
+        told = ["--config", str(config), "--override", *SMALL, *OFTEN, *own]
         samples, steps = watch([sys.executable, "-m", "training.ppo.launch", *told], root, minutes)
     click.echo("minute  memory (MB)  open files")
     for minute in range(int(minutes)):

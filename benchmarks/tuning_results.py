@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.tuning_runs import PlannedRun, Study
 from errors import InputError
-from models.devices import resolve_device, resolve_dtype
+from models.devices import resolve_dtype
 from models.fingerprints import model_fingerprint
 from models.prompts import first_prompts, read_prompts
 from models.registry import load_denoiser
@@ -25,6 +27,7 @@ from training.ppo.assembly import guidance_scale, model_spec
 from training.ppo.config import model_options
 from training.ppo.export_epd_predictor import read_export, write_export
 from training.ppo.panels import judges_of
+from training.ppo.scene import draw_together
 from training.runs.checkpoint import best_path, newest_checkpoint
 from training.runs.run_folder import RunFolder, read_metrics
 from training.solver import Solver, classical_solvers, load_solver, parse_schedule
@@ -191,11 +194,11 @@ class Scorer:
         self,
         study: Study,
         runs: Sequence[PlannedRun],
-        device: str | None,
+        fabric: Fabric,
         store: Store,
-        advance: Callable[[int], object],
+        bar: tqdm,
     ) -> None:
-        """Load the model and the judges. `advance` is told of network evaluations: of how many latents, at each call.
+        """Load the model and the judges. `bar` is told of network evaluations: of how many latents.
 
         Raises:
             InputError: an asset is missing, or the prompts cannot be used.
@@ -204,8 +207,7 @@ class Scorer:
         spec, options = model_spec(config), model_options(config)
         dtype = resolve_dtype(config.model.dtype)
         prompts = heldout_prompts(study, runs)
-        on = resolve_device(device or config.run.device)
-        self._denoiser = load_denoiser(spec, device=on, dtype=dtype, options=options)
+        self._denoiser = load_denoiser(spec, device=fabric.device, dtype=dtype, options=options)
         self._denoiser.validate_prompts(prompts)
         setting = Setting(
             prompts=prompts,
@@ -216,8 +218,11 @@ class Scorer:
             previews=PREVIEWS,
         )
         judges = judges_of(spec, [Path(config.reward.weights_path)], self._denoiser, prompts, study.batch)
-        self._evaluation = Evaluation(self._denoiser, judges, setting, store, advance, reference=None)
+        self._evaluation = Evaluation(
+            self._denoiser, judges, setting, store, bar.update, reference=None, processes=fabric.world_size
+        )
         self._study, self._guidance_scale = study, guidance_scale(config)
+        self._fabric, self._bar = fabric, bar
 
     def on_model(self, solver: Solver) -> Solver:
         """The solver, settled for the model of the study."""
@@ -231,23 +236,23 @@ class Scorer:
             raise InputError(f"no solver of the study can spend {nfe} parallel evaluations: add ddim to its solvers")
         return [self.on_model(solver.guided(self._guidance_scale)) for solver in solvers]
 
-    def evaluations_ahead(self, solvers: Sequence[Solver]) -> int:
-        """How many latents the network will be asked about for these solvers."""
-        return self._evaluation.evaluations_ahead(solvers)
+    def draw(self, solvers: Sequence[Solver]) -> None:
+        """Draw and judge solvers on the held-out prompts, shared out over the processes; all of it is kept."""
+        draw_together(self._evaluation, solvers, self._fabric, self._bar)
 
     def measure(self, solver: Solver) -> Entry:
         """What the solver does on the held-out prompts."""
         return Entry(solver, self._evaluation.measure(solver))
 
 
-def measure(finished: Sequence[Finished], scorer: Scorer, begin: Callable[[int], None]) -> list[Group]:
-    """Measure all tables and what they are compared with; `begin` is told of how many evaluations lie ahead."""
+def measure(finished: Sequence[Finished], scorer: Scorer) -> list[Group]:
+    """Measure all tables and what they are compared with."""
     budgets = sorted({scale * one.start.evaluations.parallel for one in finished for scale in TIMES})
     classical = {nfe: scorer.classical(nfe) for nfe in budgets}
     starts = {one.run.name: scorer.on_model(one.start) for one in finished}
     tables = {(one.run.name, name): scorer.on_model(table) for one in finished for name, table in one.tables.items()}
     all_classical = [solver for solvers in classical.values() for solver in solvers]
-    begin(scorer.evaluations_ahead([*starts.values(), *tables.values(), *all_classical]))
+    scorer.draw([*starts.values(), *tables.values(), *all_classical])
     measured_starts = {run: scorer.measure(solver) for run, solver in starts.items()}
     measured_tables = {key: scorer.measure(solver) for key, solver in tables.items()}
     rivals = {nfe: [scorer.measure(solver) for solver in solvers] for nfe, solvers in classical.items()}

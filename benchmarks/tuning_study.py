@@ -18,6 +18,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -26,6 +27,7 @@ from time import perf_counter
 from typing import Any
 
 import click
+from lightning.fabric import Fabric
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -47,14 +49,26 @@ from benchmarks.tuning_results import (
     measure,
     watched,
 )
-from benchmarks.tuning_runs import SCHEMA, Outcome, PlannedRun, Study, begun, carry_out, plan_runs, require_alike
+from benchmarks.tuning_runs import (
+    SCHEMA,
+    Outcome,
+    PlannedRun,
+    Study,
+    begun,
+    carry_out,
+    outcome_of,
+    plan_runs,
+    require_alike,
+)
 from errors import InputError, shows_input_errors
 from files import write_atomically
 from interrupts import goes_on_by
 from training.measuring.evaluation import Store
 from training.measuring.statistics import Interval
 from training.ppo.figures import COLOURS, GRID
+from training.runs.command_line import require_one_process
 from training.runs.configuration import to_plain
+from training.runs.fabric import fabric_of
 
 NOT_REACHED = "not reached"
 EXPLAINED = """\
@@ -260,13 +274,13 @@ def _described(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def carry_out_all(runs: Sequence[PlannedRun], output: Path, device: str | None) -> Iterator[Outcome]:
+def carry_out_all(runs: Sequence[PlannedRun], output: Path, devices: Sequence[str]) -> Iterator[Outcome]:
     """Make the runs one after another, and say how each ended."""
     for number, run in enumerate(runs, start=1):
         log = output / "logs" / f"{run.name}.log"
         click.echo(f"run {number} of {len(runs)}: {run.name}, {run.images:,} images; what it prints: {log}")
         start = perf_counter()
-        outcome = carry_out(run, output / "runs", device, log)
+        outcome = carry_out(run, output / "runs", devices, log)
         click.echo(f"  {outcome.failure or outcome.folder.path}  ({perf_counter() - start:.0f} s)")
         yield outcome
 
@@ -281,11 +295,10 @@ def settle(outcome: Outcome) -> tuple[Outcome, Finished | None]:
         return dataclasses.replace(outcome, folder=None, failure=f"{outcome.run.name}: {error}"), None
 
 
-def score(study: Study, finished: Sequence[Finished], device: str | None, cache: Path) -> list[Group]:
+def score(study: Study, finished: Sequence[Finished], fabric: Fabric, cache: Path) -> list[Group]:
     """Measure the finished runs' tables on the held-out prompts, with a progress bar."""
-    with tqdm(unit="evaluation", desc="held-out images") as bar:
-        scorer = Scorer(study, [one.run for one in finished], device, Store(cache, click.echo), bar.update)
-        return measure(finished, scorer, bar.reset)
+    with tqdm(unit="evaluation", disable=not fabric.is_global_zero) as bar:
+        return measure(finished, Scorer(study, [one.run for one in finished], fabric, Store(cache, click.echo), bar))
 
 
 @click.command(context_settings={"max_content_width": 110, "show_default": True})
@@ -293,13 +306,19 @@ def score(study: Study, finished: Sequence[Finished], device: str | None, cache:
 @click.option("--output", type=click.Path(path_type=Path), help="Folder.  [default: outputs/studies/<the file's name>]")
 @click.option("--device", help="auto, cpu, cuda, cuda:N or mps.  [default: the runs' own]")
 @click.option(
+    "--num-devices",
+    type=click.IntRange(min=1),
+    help="Devices, each with a process of its own, that share out the images of a run, and of the scores.  "
+    "[default: the runs' own, and 1]",
+)
+@click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("outputs/evaluation-cache"),
     help="Where measurements are kept; that of evaluate.py.",
 )
 @shows_input_errors
-def main(study_file: Path, output: Path | None, device: str | None, cache: Path) -> None:
+def main(study_file: Path, output: Path | None, device: str | None, num_devices: int | None, cache: Path) -> None:
     """Make the runs of a study, score their tables on held-out prompts, and print and write what was found.
 
     \b
@@ -313,11 +332,22 @@ def main(study_file: Path, output: Path | None, device: str | None, cache: Path)
     heldout_prompts(study, runs)
     for run in runs:
         begun(run, output / "runs")
+    fabric = fabric_of(device or runs[0].start.config.run.device, num_devices or 1)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others are started for the scores, when all runs are made
     command = f"python -m benchmarks.tuning_study {study_file} --output {output}"
-    with goes_on_by(command):
-        settled = [settle(outcome) for outcome in carry_out_all(runs, output, device)]
+    if first:
+        require_one_process()
+        told = {"run.device": device, "run.num_devices": num_devices}
+        devices = [f"{key}={value}" for key, value in told.items() if value]
+        with goes_on_by(command):
+            settled = [settle(outcome) for outcome in carry_out_all(runs, output, devices)]
+    else:
+        settled = [settle(outcome_of(run, output / "runs")) for run in runs]
     outcomes, finished = [outcome for outcome, _ in settled], [one for _, one in settled if one is not None]
-    groups = score(study, finished, device, cache) if finished else []
+    fabric.launch()
+    groups = score(study, finished, fabric, cache) if finished else []
+    if not first:
+        return
     lines = [line for group in groups for line in lines_of(group)]
     report = StudyReport(study, study_file.stem, command, outcomes, groups, lines, learning_of(groups, study))
     files = report.write(output)

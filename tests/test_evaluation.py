@@ -83,12 +83,12 @@ def small_parts(monkeypatch):
     monkeypatch.setattr("training.measuring.evaluation.PART", 4)
 
 
-def evaluation(folder, *judges, denoiser=None, advance=int, batch=3, reference=False, writer=None):
+def evaluation(folder, *judges, denoiser=None, advance=int, batch=3, reference=False, writer=None, processes=1):
     denoiser = denoiser or GuidedMixture()
     setting = Setting(PROMPTS, SEEDS, "mixture", batch, torch.float32, previews=2)
     fine = reference_solver(denoiser, 2, 20) if reference else None
     store = Store(folder, pytest.fail)
-    return Evaluation(denoiser, judges, setting, store, advance, reference=fine, writer=writer)
+    return Evaluation(denoiser, judges, setting, store, advance, reference=fine, writer=writer, processes=processes)
 
 
 def test_parts_say_what_the_whole_says(tmp_path, solvers):
@@ -171,29 +171,48 @@ def test_judges_that_change_places_keep_their_own_words(tmp_path, solvers):
     assert torch.equal(found.values["reward"], expected)
 
 
-def test_one_process_finds_what_two_find(tmp_path, solvers):
-    alone = evaluation(tmp_path / "one", Brightness(), FeatureJudge(Colours()), reference=True)
-    expected = [alone.measure(solver) for solver in solvers]
-    denoisers = [GuidedMixture(), GuidedMixture()]
+@pytest.mark.parametrize("processes", [2, 3, 5, 12])
+def test_one_process_finds_what_several_find_and_all_of_them_work(tmp_path, solvers, processes):
+    """Eleven prompts, in parts of four."""
+    judges = Brightness(), FeatureJudge(Colours())
+    alone = evaluation(tmp_path / "one", *judges, reference=True)
+    compared = [alone.reference_solver, *solvers]
+    expected = [alone.measure(solver) for solver in compared]
+    denoisers = [GuidedMixture() for _ in range(processes)]
     ranks = [
-        evaluation(tmp_path / "two", Brightness(), FeatureJudge(Colours()), denoiser=denoiser, reference=True)
+        evaluation(tmp_path / "all", *judges, denoiser=denoiser, reference=True, processes=processes)
         for denoiser in denoisers
     ]
     for rank, one in enumerate(ranks):
-        mine = one.setting.parts[rank::2]
+        mine = one.rows_of(rank)
         ahead = one.evaluations_ahead(solvers, mine)
-        for part in mine:
-            for solver in (one.reference_solver, *solvers):
-                one.work(solver, part)
+        for rows in mine:
+            for solver in compared:
+                one.work(solver, rows)
         assert denoisers[rank].evaluations == ahead
-    before = denoisers[0].evaluations
-    for solver, alone_found in zip(solvers, expected, strict=True):
-        found = ranks[0].measure(solver)
+    asked = [denoiser.evaluations for denoiser in denoisers]
+    assert sum(asked) == alone.denoiser.evaluations
+    assert max(asked) - min(asked) <= sum(solver.evaluations.total for solver in compared)  # of a prompt
+    ranks[0].join(compared)
+    again = evaluation(tmp_path / "all", *judges, denoiser=GuidedMixture(), reference=True)  # by one process
+    for solver, alone_found in zip(compared, expected, strict=True):
+        found = again.measure(solver)
+        assert found.key == alone_found.key
         for name, values in alone_found.values.items():
-            assert torch.equal(found.values[name], values)
-        assert torch.equal(found.features("colours"), alone_found.features("colours"))
-    assert denoisers[0].evaluations == before
-    assert before < alone.denoiser.evaluations
+            torch.testing.assert_close(found.values[name], values, rtol=1e-6, atol=1e-6)
+        assert torch.equal(found.previews, alone_found.previews)
+        torch.testing.assert_close(found.features("colours"), alone_found.features("colours"), rtol=0, atol=0.5)
+    assert again.denoiser.evaluations == 0
+    assert len(list((tmp_path / "all").iterdir())) == len(list((tmp_path / "one").iterdir()))  # shares are gone
+
+
+def test_another_judge_of_several_processes_draws_nothing(tmp_path, solvers):
+    evaluation(tmp_path, Brightness()).measure(solvers[0])
+    second, denoiser = Brightness("squared", 2), GuidedMixture()
+    shared = evaluation(tmp_path, Brightness(), second, denoiser=denoiser, processes=2)
+    for rows in shared.rows_of(1):
+        shared.work(solvers[0], rows)
+    assert (second.asked, denoiser.evaluations) == (4 + 2, 0)
 
 
 def test_a_broken_file_costs_its_part_only(tmp_path, solvers):

@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -48,7 +50,8 @@ from training.runs.checkpoint import list_checkpoints, step_path
 from training.runs.run_folder import RunFolder
 from training.solver import Schedule, classical_solver, load_solver
 
-SHIPPED = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "studies").glob("*.yaml"))
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHIPPED = sorted((REPOSITORY / "benchmarks" / "studies").glob("*.yaml"))
 LETTERS = "hijklm"  # neither trained on nor watched
 
 
@@ -192,7 +195,7 @@ def test_a_run_that_fails_is_told_with_its_last_words(
     (modules / "fails.py").write_text("import sys\nprint('all went well\\rno: the disk is full')\nsys.exit(2)\n")
     monkeypatch.setattr(tuning_runs, "COMMAND", "fails")
     (run,) = plan_runs(SCHEMA.load(study_file(world, tmp_path / "s.yaml", {"a": arm(world)})).config, tmp_path / "runs")
-    outcome = carry_out(run, tmp_path / "runs", None, tmp_path / "a.log")
+    outcome = carry_out(run, tmp_path / "runs", [], tmp_path / "a.log")
     assert outcome.folder is None
     assert outcome.failure == (
         f"a-epd-start-seed0 ended with 2, see {tmp_path / 'a.log'}: all went well / no: the disk is full"
@@ -417,6 +420,26 @@ def test_every_comparison_is_there(studied: tuple[Path, Result]):
         assert text in result.output
     with Image.open(output / "study.png") as picture:
         assert picture.size[0] > 300
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_scores(studied: tuple[Path, Result], world: Path, tmp_path: Path):
+    output, _ = studied
+    shutil.copytree(output / "runs", tmp_path / "out" / "runs")
+    file = study_file(world, tmp_path / "two.yaml", {"ppo": arm(world, seeds=[0, 1])})
+    told = [str(file), "--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--num-devices", "2"]
+    command = [sys.executable, "-m", "benchmarks.tuning_study", *told]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=560, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("drawn and judged") == done.stdout.count("## Learning") == 1
+    expected, found = (
+        [line for line in json.loads((folder / "study.json").read_text())["differences"] if line["arm"] == "ppo"]
+        for folder in (output, tmp_path / "out")
+    )
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.pop("difference") == pytest.approx(theirs.pop("difference"), abs=1e-6)
+        assert ours == pytest.approx(theirs, abs=1e-6)
 
 
 def test_settings_that_changed_are_refused_and_names_are_whole(made: Path, world: Path):

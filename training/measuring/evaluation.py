@@ -2,7 +2,8 @@
 
 Prompts are taken in parts. A part of a sampler is drawn, measured by every judge in one pass over its images and kept
 before the next begins, so that memory does not grow with the prompts, a run that was stopped goes on where it was, and
-several processes share the parts out by the folder that they keep them in. Latents and what each judge says of them are
+several processes share the parts out, and what no whole part is left of for each, by the folder that they keep them
+in. Latents and what each judge says of them are
 kept apart, each under the hash of everything that it depends on, down to the weights and the code that made it: another
 reward, verifier or metric judges the latents that are there.
 """
@@ -10,10 +11,12 @@ reward, verifier or metric judges the latents that are there.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -164,19 +167,30 @@ class Store:
 
     def fetch(self, description: Mapping[str, Plain], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What is kept under the description, or what `compute` gives, which is then kept."""
+        kept = self.read(description)
+        if kept is not None:
+            return kept
+        computed = compute()
+        self.keep(description, computed)
+        return computed
+
+    def read(self, description: Mapping[str, Plain]) -> dict[str, Tensor] | None:
+        """What is kept under the description; None where there is nothing, or it cannot be read."""
         file = self._file(description)
         if file.is_file():
             try:
                 return read_tensors(file, "kept result")
             except InputError as error:
                 self._note(f"{error}; it is computed again")
-        computed = compute()
-        write_tensors(file, computed)
-        return computed
+        return None
 
     def keep(self, description: Mapping[str, Plain], tensors: dict[str, Tensor]) -> None:
         """Keep tensors under the description."""
         write_tensors(self._file(description), tensors)
+
+    def drop(self, description: Mapping[str, Plain]) -> None:
+        """Keep nothing under the description any more."""
+        self._file(description).unlink(missing_ok=True)
 
     def holds(self, description: Mapping[str, Plain]) -> bool:
         """Whether something is kept under the description."""
@@ -204,42 +218,69 @@ class Evaluation:
         *,
         reference: Solver | None,
         writer: ImageWriter | None = None,
+        processes: int = 1,
     ) -> None:
         """Nothing is computed yet. `advance` is told of network evaluations: of how many latents, at each call.
 
         Without a reference (see `reference_solver`) there are no distances to it, and its many evaluations are saved.
+        `processes`: how many share the work out, see `rows_of`.
         """
         self.denoiser, self.judges, self.setting, self.store = denoiser, judges, setting, store
         self.reference_solver = reference
-        self._advance, self._writer = advance, writer
+        self._advance, self._writer, self._processes = advance, writer, processes
         self._sampling_code = fingerprint([*SAMPLING_CODE, *denoiser.code])
         self._judging_code = fingerprint([*JUDGING_CODE, *denoiser.code])
         self._reference: tuple[slice, dict[int, Batch]] = (slice(0, 0), {})  # a part, and its batches by first row
 
-    def evaluations_ahead(self, solvers: Sequence[Solver], parts: Sequence[slice] | None = None) -> int:
+    def rows_of(self, rank: int) -> list[slice]:
+        """The prompts of one process: whole parts in turn, and its share of those that are left over."""
+        whole = len(self.setting.parts) - len(self._left_over)
+        return [*self.setting.parts[rank : whole : self._processes], *self._shares(rank)]
+
+    @property
+    def _left_over(self) -> list[slice]:
+        """The last parts, fewer than there are processes."""
+        parts = self.setting.parts
+        return parts[len(parts) // self._processes * self._processes :]
+
+    def _shares(self, rank: int) -> list[slice]:
+        """An even share of the parts that are left over, cut where they end."""
+        if not (left := self._left_over):
+            return []
+        start, number = left[0].start, left[-1].stop - left[0].start
+        begin, end = (start + number * place // self._processes for place in (rank, rank + 1))
+        cut = [slice(max(begin, part.start), min(end, part.stop)) for part in left]
+        return [rows for rows in cut if rows.start < rows.stop]
+
+    def evaluations_ahead(self, solvers: Sequence[Solver], rows: Sequence[slice] | None = None) -> int:
         """How many latents the network will be asked about for the reference and these: none for what is kept.
 
-        parts: of the setting's, those that are to be worked on; None for all.
+        rows: parts of the setting, or shares of them, that are to be worked on; None for all parts.
         """
         asked = solvers if self.reference_solver is None else (self.reference_solver, *solvers)
         ahead = {
-            key_of(description): solver.evaluations.total * (part.stop - part.start)
+            key_of(description): solver.evaluations.total * (some.stop - some.start)
             for solver in asked
-            for part in (self.setting.parts if parts is None else parts)
-            if not self.store.holds(description := self._described(solver, part))
+            for some in (self.setting.parts if rows is None else rows)
+            if not self.store.holds(description := self._described(solver, some))
+            and not self.store.holds(self._described(solver, self._part_of(some)))
         }
         return sum(ahead.values())
 
-    def work(self, solver: Solver, part: slice) -> None:
-        """Draw and judge a part, one of the setting's, as far as that is not kept, and keep it."""
-        wanted = self._jobs(solver, part)
-        jobs = [job for job in wanted.values() if not self.store.holds(job.description)]
-        key = key_of(wanted["images"].description)
-        writing = self._writer is not None and not self._writer.holds(solver, part, key)
+    def work(self, solver: Solver, rows: slice) -> None:
+        """Draw and judge a part of the setting, or a share of one, as far as that is not kept, and keep it."""
+        wanted, whole = self._jobs(solver, rows), self._jobs(solver, self._part_of(rows))
+        jobs = [
+            job
+            for name, job in wanted.items()
+            if not self.store.holds(job.description) and not self.store.holds(whole[name].description)
+        ]
+        key = key_of(whole["images"].description)
+        writing = self._writer is not None and not self._writer.holds(solver, rows, key)
         if not jobs and not writing:
             return
         found: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in jobs]
-        for batch in self._batches(solver, part):
+        for batch in self._batches(solver, rows):
             for job, gathered in zip(jobs, found, strict=True):
                 for name, values in job.judge(batch).items():
                     gathered[name].append(values)
@@ -247,6 +288,23 @@ class Evaluation:
                 self._writer.write(solver, batch.rows, key, batch.pixels.numpy(), (~batch.exploded).tolist())
         for job, gathered in zip(jobs, found, strict=True):
             self.store.keep(job.description, {name: torch.cat(values) for name, values in gathered.items()})
+
+    def join(self, solvers: Sequence[Solver]) -> None:
+        """Keep what all processes found on their shares of a part as the part's, whoever asks for it next."""
+        every = [rows for rank in range(self._processes) for rows in self._shares(rank)]
+        for solver, part in itertools.product(solvers, self._left_over):
+            shares = [rows for rows in every if self._part_of(rows) == part]
+            if shares == [part]:
+                continue
+            pieces = [self._descriptions(solver, rows) for rows in shares]
+            for name, whole in self._descriptions(solver, part).items():
+                if not self.store.holds(whole):
+                    found = [self.store.read(piece[name]) for piece in pieces]
+                    if None in found:
+                        continue
+                    self.store.keep(whole, {key: torch.cat([one[key] for one in found]) for key in found[0]})
+                for piece in pieces:
+                    self.store.drop(piece[name])
 
     def measure(self, solver: Solver) -> Measured:
         """Everything about a sampler; from the store where it is there."""
@@ -306,14 +364,21 @@ class Evaluation:
         return torch.cat([self._pixels(solver, row) for row in rows])
 
     def _pixels(self, solver: Solver, row: int) -> Tensor:
-        part = next(part for part in self.setting.parts if part.start <= row < part.stop)
+        part = self._part_of(slice(row, row + 1))
         latents = self._latents(solver, part)[row - part.start][None].to(self.denoiser.device)
         return torch.from_numpy(to_pixels(decode(self.denoiser, latents).images))
 
-    def _latents(self, solver: Solver, part: slice) -> Tensor:
-        """Latents [n, C, H, W] of a part, on the CPU, kept."""
-        description = self._described(solver, part)
-        return self.store.fetch(description, lambda: {"latents": self._generated(solver, part).cpu()})["latents"]
+    def _part_of(self, rows: slice) -> slice:
+        """The part of the setting that these prompts, a part or a share of one, belong to."""
+        return next(part for part in self.setting.parts if part.start <= rows.start < part.stop)
+
+    def _latents(self, solver: Solver, rows: slice) -> Tensor:
+        """Latents [n, C, H, W] of a part or a share of one, on the CPU, kept."""
+        part = self._part_of(rows)
+        if rows != part and (kept := self.store.read(self._described(solver, part))) is not None:
+            return kept["latents"][rows.start - part.start : rows.stop - part.start]
+        description = self._described(solver, rows)
+        return self.store.fetch(description, lambda: {"latents": self._generated(solver, rows).cpu()})["latents"]
 
     def _judge_with(self, features: str) -> Judge:
         return next(judge for judge in self.judges if judge.features == features)
@@ -339,8 +404,13 @@ class Evaluation:
             **solver.described(),
         }
 
+    def _descriptions(self, solver: Solver, rows: slice) -> dict[str, dict[str, Plain]]:
+        """Of all that is kept of a part or a share of one."""
+        jobs = self._jobs(solver, rows)
+        return {"latents": self._described(solver, rows)} | {name: job.description for name, job in jobs.items()}
+
     def _jobs(self, solver: Solver, part: slice) -> dict[str, _Job]:
-        """All that is to be kept of a part beside its latents."""
+        """All that is to be kept of a part, or a share of one, beside its latents."""
         latents = self._described(solver, part)
         previews = max(0, self.setting.previews - part.start)
         base = {"latents": latents, "code": self._judging_code}
@@ -357,7 +427,9 @@ class Evaluation:
             )
         if self.reference_solver is not None:
             reference = self._described(self.reference_solver, part)
-            jobs["reference"] = _Job({"kind": "distances", "reference": reference, **base}, self._distances)
+            jobs["reference"] = _Job(
+                {"kind": "distances", "reference": reference, **base}, partial(self._distances, part)
+            )
         return jobs
 
     def _kept(self, solver: Solver, part: slice, job: _Job) -> dict[str, Tensor]:
@@ -395,19 +467,21 @@ class Evaluation:
             asked=self._advance,
         )
 
-    def _distances(self, batch: Batch) -> dict[str, Tensor]:
-        """To the reference of the same noise, [n] each, of latents within the limit and of their pixels as uint8."""
-        reference = self._reference_at(batch.rows)
+    def _distances(self, part: slice, batch: Batch) -> dict[str, Tensor]:
+        """To the reference of the same noise, [n] each, of latents within the limit and of their pixels as uint8.
+
+        `part`: that the batch is of, or a share of one.
+        """
+        reference = self._reference_at(part, batch.rows)
         return {
             "latent_rms": _rms(batch.latents - reference.latents),
             "pixel_rms": _rms((batch.pixels.float() - reference.pixels.float()) / 255),
         }
 
-    def _reference_at(self, rows: slice) -> Batch:
-        """The reference's batch, without its images; those of one part are held."""
-        part, batches = self._reference
-        if not part.start <= rows.start < part.stop:
-            part = next(part for part in self.setting.parts if part.start <= rows.start < part.stop)
+    def _reference_at(self, part: slice, rows: slice) -> Batch:
+        """The reference's batch, without its images; those of one part, or a share of one, are held."""
+        held, batches = self._reference
+        if held != part:
             drawn = self._batches(self._required_reference(), part)
             batches = {batch.rows.start: batch._replace(images=batch.images[:0]) for batch in drawn}
             self._reference = part, batches

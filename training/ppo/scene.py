@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from lightning.fabric import Fabric
@@ -139,20 +140,21 @@ class Scene:
             previews=PREVIEWS,
         )
         judges = [*self.judges, *extracted]
-        mine = setting.parts[self.fabric.global_rank :: self.fabric.world_size]
         all_solvers = [*([] if reference is None else [reference]), *solvers]
         with tqdm(unit="evaluation", disable=not self.fabric.is_global_zero) as bar:
             evaluation = Evaluation(
-                self.denoiser, judges, setting, self.store, bar.update, reference=reference, writer=folders
-            )
-            bar.reset(total=evaluation.evaluations_ahead(solvers, mine))
-            for part in mine:
-                for solver in all_solvers:
-                    bar.set_description(f"{solver.label} {solver.grid_name}, NFE {solver.evaluations.parallel}")
-                    evaluation.work(solver, part)
-                if told and part.start == 0 and self.fabric.is_global_zero:
-                    bar.write(self._power(evaluation, solvers, part))
-        self.fabric.barrier()
+                self.denoiser, judges, setting, self.store, bar.update,
+                reference=reference, writer=folders, processes=self.fabric.world_size,
+            )  # fmt: skip
+            first = setting.parts[0]
+
+            def tell(rows: slice) -> None:
+                if told and rows == first:
+                    bar.write(self._power(evaluation, solvers, rows))
+
+            draw_together(evaluation, all_solvers, self.fabric, bar, tell)
+            if self.fabric.is_global_zero and first not in evaluation.rows_of(0):
+                tell(first)
         return evaluation
 
     def _power(self, evaluation: Evaluation, solvers: Sequence[Solver], part: slice) -> str:
@@ -182,3 +184,30 @@ class Scene:
         digest = hashlib.sha256(target.numpy().tobytes()).hexdigest()
         values = SetDistance(name, f"{digest} {CODE_OF_DISTANCES}", lambda seen: paired_frechet_values(seen, target))
         return {"frechet": values}
+
+
+def draw_together(
+    evaluation: Evaluation,
+    solvers: Sequence[Solver],
+    fabric: Fabric,
+    bar: tqdm,
+    after: Callable[[slice], None] = lambda rows: None,
+) -> None:
+    """Have every process draw and judge its share of the prompts by all solvers, the reference among them, if any.
+
+    `bar` says how far this process is, and in the end how long all took; `after` is told of the prompts that it has
+    done. All of it is kept in the end.
+    """
+    start = perf_counter()
+    mine = evaluation.rows_of(fabric.global_rank)
+    bar.reset(total=evaluation.evaluations_ahead(solvers, mine))
+    for rows in mine:
+        for solver in solvers:
+            bar.set_description(f"{solver.label} {solver.grid_name}, NFE {solver.evaluations.parallel}")
+            evaluation.work(solver, rows)
+        after(rows)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        evaluation.join(solvers)
+        bar.write(f"drawn and judged in {perf_counter() - start:.1f} s")
+    fabric.barrier()

@@ -46,7 +46,7 @@ class BatchedScorer:
             model: changed in place.
             image_size: side of the images that it looks at, in pixels, prepared as CLIP's are.
             device: where the model is to run.
-            batch_size: images, or texts, in one forward pass.
+            batch_size: images in one forward pass.
             amp_dtype: float16 or bfloat16 for mixed precision (torch's autocast); None for float32.
 
         Raises:

@@ -17,6 +17,8 @@ from models.devices import to_device
 from models.recent import RecentTensors
 from training.ppo.rewards.batched import BatchedScorer, Scoring, require_pairs
 
+TEXTS_AT_ONCE = 8  # on CUDA, where a text alone is mostly launches
+
 
 class ClipScorer(BatchedScorer):
     """A frozen CLIP model; what it says is differentiable in the images."""
@@ -69,12 +71,14 @@ class ClipScorer(BatchedScorer):
         """Embed texts: [N, D] float32, projected but not normalised, on the reward's device."""
         found = {prompt: self._text_features.get(prompt) for prompt in prompts}
         unseen = [prompt for prompt, features in found.items() if features is None]
-        for start in range(0, len(unseen), self.batch_size):
-            chunk = unseen[start : start + self.batch_size]
-            tokens = to_device(clip.tokenize(self.tokenizer, chunk, self._context_length), self.device)
+        size = TEXTS_AT_ONCE if self.device.type == "cuda" else 1  # always so many: a text's last bits depend on it
+        for start in range(0, len(unseen), size):
+            chunk = unseen[start : start + size]
+            padded = chunk + chunk[-1:] * (size - len(chunk))
+            tokens = to_device(clip.tokenize(self.tokenizer, padded, self._context_length), self.device)
             with self.autocast():
                 embedded = clip.text_features(self.model, tokens).float()
-            for prompt, features in zip(chunk, embedded, strict=True):
+            for prompt, features in zip(chunk, embedded, strict=False):
                 found[prompt] = self._text_features.keep(prompt, features.clone())
         return torch.stack([found[prompt] for prompt in prompts])
 

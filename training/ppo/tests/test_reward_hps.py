@@ -74,6 +74,12 @@ def test_a_score_does_not_depend_on_its_batch(path, images, order, batch_size):
     torch.testing.assert_close(scores, expected_scores(images)[order], rtol=0, atol=1e-5)
 
 
+def test_a_text_has_the_same_bits_whatever_it_is_read_with(path):
+    together = RewardHPS(path).text_features(PROMPTS)
+    for prompt, features in zip(PROMPTS, together, strict=True):
+        assert torch.equal(RewardHPS(path).text_features([prompt])[0], features)
+
+
 def test_however_many_prompts_are_scored_little_memory_is_kept(path, images, monkeypatch):
     monkeypatch.setattr("training.ppo.rewards.clip_scorer.RecentTensors", lambda: RecentTensors(most_bytes=480))
     reward = RewardHPS(path)
