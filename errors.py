@@ -17,6 +17,9 @@ TOO_LITTLE_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
+# How torch's libraries for several processes say that one of them is gone.
+LOST_PROCESS = re.compile(r"gloo/transport|NCCL|TCPStore")
+
 
 class InputError(ValueError):
     """Something that was handed in is wrong: the message says what, where (file, key, value), and what to do."""
@@ -36,7 +39,8 @@ def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parame
     """Decorate a click command's body: an `InputError` becomes one clear message and exit status 2, no traceback.
 
     So do arguments that are not UTF-8, before anything is done, what the system says of files (no right, no room, too
-    long a name), and too little memory, wherever it shows. A signal that nobody took ends the process with 130 or 143.
+    long a name), too little memory, wherever it shows, and the end of another process that worked on the same. A signal
+    that nobody took ends the process with 130 or 143.
     """
 
     @wraps(command)
@@ -53,6 +57,11 @@ def shows_input_errors(command: Callable[Parameters, Result]) -> Callable[Parame
         except OSError as error:
             raise _failure(f"{error.filename or 'a file'}: {error.strerror or error}") from None
         except (MemoryError, RuntimeError) as error:
+            if LOST_PROCESS.search(str(error)):
+                raise _failure(
+                    "another of the processes that work on this has ended (it may have said why): what is saved stays, "
+                    f"and can be gone on with. ({first_line(error)})"
+                ) from None
             if not is_too_little_memory(error):
                 raise
             raise _failure(

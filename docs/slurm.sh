@@ -13,5 +13,5 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 source .venv/bin/activate
 # The prompts of a step are split among all processes: ppo.rollout_batch_size is what all of them make together.
-srun python -m training.ppo.launch "$@" \
+srun --kill-on-bad-exit=1 python -m training.ppo.launch "$@" \
   --override run.num_devices="$SLURM_NTASKS_PER_NODE" run.num_nodes="$SLURM_NNODES"

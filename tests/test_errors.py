@@ -69,6 +69,16 @@ def test_too_little_memory_is_explained(body):
     assert result.output.count("\n") == 1
 
 
+def test_the_end_of_another_process_is_one_line():
+    said = (
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [::1]:1: Connection reset by peer.\nmore"
+    )
+    result = outcome(fail(RuntimeError(said)))
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: another of the processes that work on this has ended")
+    assert result.output.count("\n") == 1
+
+
 def test_what_the_system_says_of_a_file_is_a_message():
     result = outcome(lambda: Path("x" * 300).stat())
     assert result.exit_code == 2

@@ -179,13 +179,14 @@ class TrainingRun:
 
         Raises:
             DivergenceError: the rewards or an update are not finite; checkpoints saved before stay.
-            InputError: the last checkpoint cannot be saved.
+            InputError: the last checkpoint cannot be saved, or the processes' policies differ.
         """
         with (
             Interrupts() as interrupts,
             tqdm(total=self.config.ppo.steps, initial=self.step, unit="step", disable=self._writer is None) as bar,
         ):
             ending = self._to_the_end(interrupts, bar)
+            self._require_one_policy()
             self._save(last=True)
         return ending
 
@@ -194,7 +195,7 @@ class TrainingRun:
             self._look_beside()
             self._record({"step": 0, **self._evaluate()})
         while self.step < self.config.ppo.steps:
-            self.interrupted_by = self._of_all_processes(interrupts.received or 0)
+            self.interrupted_by = int(self._of_each_process(torch.tensor(interrupts.received or 0)).max())
             if self.interrupted_by:
                 return INTERRUPTED
             hacked = self._one_step(bar)
@@ -213,6 +214,8 @@ class TrainingRun:
         bar.update()
         if self._writer is not None and (last or self.step % logging.log_interval == 0):
             tqdm.write(console_line(row, self.config.ppo.steps))
+        if self.step % logging.save_interval == 0:
+            self._require_one_policy()
         if is_due(self.step, self._saved_step, logging.save_interval):
             self._save(last=False)
         return bool(row.get("heldout/suspected_reward_hacking"))
@@ -286,11 +289,24 @@ class TrainingRun:
     def _mean(self) -> Numbers:
         return table_to_plain(*self.trainer.policy.mean())
 
-    def _of_all_processes(self, number: int) -> int:
-        """The largest of all processes' numbers."""
+    def _require_one_policy(self) -> None:
+        """Raise InputError where processes have moved their policies apart: each computes every update by itself."""
+        tensors = self.trainer.policy.state_dict().values()
+        policies = self._of_each_process(
+            torch.cat([tensor.double().flatten().cpu() for tensor in tensors]).nan_to_num()
+        )
+        apart = (policies - policies[0]).abs().max().item()
+        if apart != 0:
+            raise InputError(
+                f"step {self.step}: the policies of the processes differ, by up to {apart:.2g}: the machines compute "
+                f"differently, or one is broken. Go on from the last checkpoint on machines that are alike"
+            )
+
+    def _of_each_process(self, numbers: Tensor) -> Tensor:
+        """The numbers [...] of all processes: [P, ...]."""
         if self._fabric.world_size == 1:
-            return number
-        return int(self._fabric.all_gather(torch.tensor(number, device=self._fabric.device)).max())
+            return numbers[None]
+        return self._fabric.all_gather(numbers.to(self._fabric.device)).cpu()
 
 
 def console_line(row: Mapping[str, float], steps: int) -> str:

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -519,6 +521,55 @@ def test_two_processes_make_the_run_that_one_makes(config: Path, finished: RunFo
         assert ours.pop("table") == {name: pytest.approx(rows, abs=1e-6) for name, rows in theirs.pop("table").items()}
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     assert torch.equal(shared["trainer"]["generator"], alone["trainer"]["generator"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [True, False])
+def test_a_process_that_dies_ends_the_other_in_a_line_and_another_number_goes_on(
+    config: Path, tmp_path: Path, first: bool
+):
+    told = [f"run.output_root={tmp_path / 'exps'}", "run.num_devices=2", "ppo.steps=1000", "logging.save_interval=1"]
+    command = [sys.executable, "-m", "training.ppo.launch", "--config", str(config), "--override", *told]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "logging.eval_interval=0"], cwd=REPOSITORY, stdout=log, stderr=log)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        wait_until(lambda: list(tmp_path.glob("exps/*/checkpoints/policy-step000002.pt")), 300)
+        other = int(children.read_text().split()[0])
+        os.kill(process.pid if first else other, signal.SIGKILL)
+        if first:
+            process.wait()
+            wait_until(lambda: not Path(f"/proc/{other}/exe").exists(), 60)
+        else:
+            process.wait(60)
+    finally:
+        process.kill()
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said
+    assert "another of the processes" in said or "terminated with code -9" in said or "the process that started" in said
+    folder = only_run(tmp_path / "exps")
+    step = load_checkpoint(newest_checkpoint(folder.checkpoints))["step"]
+    result = launch("--resume", folder.path, "--override", f"ppo.steps={step + 1}", "run.num_devices=1")
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint(step_path(folder.checkpoints, step + 1))["step"] == step + 1
+
+
+def test_processes_whose_policies_move_apart_end_before_a_checkpoint(config: Path, tmp_path: Path, monkeypatch):
+    def gathered(run: training_run.TrainingRun, numbers: torch.Tensor) -> torch.Tensor:
+        return torch.stack([numbers, numbers + 1e-9 if numbers.is_floating_point() else numbers])
+
+    monkeypatch.setattr(training_run.TrainingRun, "_of_each_process", gathered)
+    result = launch("--config", config, "--override", f"run.output_root={tmp_path}", "logging.eval_interval=0")
+    assert result.exit_code == 2
+    assert "step 2: the policies of the processes differ, by up to 1e-09" in result.output
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+def wait_until(true: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
