@@ -197,7 +197,7 @@ def _changed(before: Config, now: Config) -> list[str]:
     """Keys that differ, with both values; where and on what a run is made is no difference."""
     old, new = to_plain(before), to_plain(now)
     for plain in (old, new):
-        plain["run"] |= {"device": None, "num_devices": None, "output_root": None}
+        plain["run"] |= {"device": None, "output_root": None}
     return [
         f"{section}.{key}: {old[section][key]!r}, now {value!r}"
         for section, keys in new.items()
@@ -220,10 +220,8 @@ def outcome_of(run: PlannedRun, root: Path, failure: str | None = None) -> Outco
     )
 
 
-def carry_out(run: PlannedRun, root: Path, devices: Sequence[str], log: Path) -> Outcome:
+def carry_out(run: PlannedRun, root: Path, device: str | None, log: Path) -> Outcome:
     """Make a run, or go on with it; one that is finished stays as it is. What the command prints goes to `log`.
-
-    `devices`: overrides that say where it is made.
 
     Raises:
         Interrupted: the study was interrupted; the run has saved a checkpoint first.
@@ -231,9 +229,11 @@ def carry_out(run: PlannedRun, root: Path, devices: Sequence[str], log: Path) ->
     if (done := outcome_of(run, root)).folder is not None:
         return done
     folder = begun(run, root)
-    told = ["--config", run.config_path] if folder is None else ["--resume", str(folder.path)]
-    overrides = [*(run.overrides if folder is None else ()), *devices]
-    code = run_command(COMMAND, [*told, *(["--override", *overrides] if overrides else [])], log)
+    if folder is not None:
+        told = ["--resume", str(folder.path)]
+    else:
+        told = ["--config", run.config_path, "--override", *run.overrides]
+    code = run_command(COMMAND, [*told, *(["--device", device] if device else [])], log)
     lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.strip()]
     return outcome_of(run, root, f"{run.name} ended with {code}, see {log}: {' / '.join(lines[-SHOWN_LINES:])}")
 

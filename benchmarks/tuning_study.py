@@ -274,13 +274,13 @@ def _described(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def carry_out_all(runs: Sequence[PlannedRun], output: Path, devices: Sequence[str]) -> Iterator[Outcome]:
+def carry_out_all(runs: Sequence[PlannedRun], output: Path, device: str | None) -> Iterator[Outcome]:
     """Make the runs one after another, and say how each ended."""
     for number, run in enumerate(runs, start=1):
         log = output / "logs" / f"{run.name}.log"
         click.echo(f"run {number} of {len(runs)}: {run.name}, {run.images:,} images; what it prints: {log}")
         start = perf_counter()
-        outcome = carry_out(run, output / "runs", devices, log)
+        outcome = carry_out(run, output / "runs", device, log)
         click.echo(f"  {outcome.failure or outcome.folder.path}  ({perf_counter() - start:.0f} s)")
         yield outcome
 
@@ -308,8 +308,8 @@ def score(study: Study, finished: Sequence[Finished], fabric: Fabric, cache: Pat
 @click.option(
     "--num-devices",
     type=click.IntRange(min=1),
-    help="Devices, each with a process of its own, that share out the images of a run, and of the scores.  "
-    "[default: the runs' own, and 1]",
+    default=1,
+    help="Devices, each with a process of its own, that share out the held-out images; runs have run.num_devices.",
 )
 @click.option(
     "--cache",
@@ -318,7 +318,7 @@ def score(study: Study, finished: Sequence[Finished], fabric: Fabric, cache: Pat
     help="Where measurements are kept; that of evaluate.py.",
 )
 @shows_input_errors
-def main(study_file: Path, output: Path | None, device: str | None, num_devices: int | None, cache: Path) -> None:
+def main(study_file: Path, output: Path | None, device: str | None, num_devices: int, cache: Path) -> None:
     """Make the runs of a study, score their tables on held-out prompts, and print and write what was found.
 
     \b
@@ -332,15 +332,13 @@ def main(study_file: Path, output: Path | None, device: str | None, num_devices:
     heldout_prompts(study, runs)
     for run in runs:
         begun(run, output / "runs")
-    fabric = fabric_of(device or runs[0].start.config.run.device, num_devices or 1)
+    fabric = fabric_of(device or runs[0].start.config.run.device, num_devices)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others are started for the scores, when all runs are made
     command = f"python -m benchmarks.tuning_study {study_file} --output {output}"
     if first:
         require_one_process()
-        told = {"run.device": device, "run.num_devices": num_devices}
-        devices = [f"{key}={value}" for key, value in told.items() if value]
         with goes_on_by(command):
-            settled = [settle(outcome) for outcome in carry_out_all(runs, output, devices)]
+            settled = [settle(outcome) for outcome in carry_out_all(runs, output, device)]
     else:
         settled = [settle(outcome_of(run, output / "runs")) for run in runs]
     outcomes, finished = [outcome for outcome, _ in settled], [one for _, one in settled if one is not None]

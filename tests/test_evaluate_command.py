@@ -745,5 +745,5 @@ def test_two_processes_find_what_one_finds(world, tmp_path):
         }
         for part in ("one", "two")
     )
-    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert done.stdout.count("taking intervals") == 1

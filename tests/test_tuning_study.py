@@ -195,7 +195,7 @@ def test_a_run_that_fails_is_told_with_its_last_words(
     (modules / "fails.py").write_text("import sys\nprint('all went well\\rno: the disk is full')\nsys.exit(2)\n")
     monkeypatch.setattr(tuning_runs, "COMMAND", "fails")
     (run,) = plan_runs(SCHEMA.load(study_file(world, tmp_path / "s.yaml", {"a": arm(world)})).config, tmp_path / "runs")
-    outcome = carry_out(run, tmp_path / "runs", [], tmp_path / "a.log")
+    outcome = carry_out(run, tmp_path / "runs", None, tmp_path / "a.log")
     assert outcome.folder is None
     assert outcome.failure == (
         f"a-epd-start-seed0 ended with 2, see {tmp_path / 'a.log'}: all went well / no: the disk is full"

@@ -155,7 +155,6 @@ def prepare(loaded: LoadedConfig) -> Start:
             contradicts the predictor.
     """
     config, faults = with_usual(loaded.config), []
-    require_processes(config)
     try:
         start = start_from_snapshot(loaded)
         config = start.config

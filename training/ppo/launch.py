@@ -94,8 +94,8 @@ def main(
     pairs = with_options(overrides, run_name, device)
     if resume is None:
         loaded = load_config(config_path or DEFAULT_CONFIG, pairs)
+        require_processes(loaded.config)
         if dry_run:
-            require_processes(loaded.config)
             preview(loaded)
         job = Launch(prepare(loaded), None, None)
     elif config_path is not None or run_name is not None:
