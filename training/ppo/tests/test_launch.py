@@ -899,6 +899,7 @@ def test_a_network_that_cannot_be_compiled_is_said_before_anything_is_loaded(con
 def test_a_plot_leaves_nothing_to_be_collected(config: Path, tmp_path: Path):
     start = prepare(load_config(config))
     start = build(start, make_fabric(start.config)).start
+    (tmp_path / "logs").mkdir()
     writer = training_run.RunWriter(RunFolder(tmp_path), start, (), ())
     writer.table_plot(0, start.table, start.solver.sigmas)  # what is loaded for the first has cycles, too
     gc.disable()
