@@ -732,7 +732,7 @@ def test_two_processes_find_what_one_finds(world, tmp_path):
         *("--schedules", "discrete,logsnr", "--outdir", tmp_path / "two", "--cache", tmp_path / "cache"),
         *(*told, "--num-devices", 2),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [sys.executable, tmp_path / "two.py", *map(str, arguments)],
         env=environment, capture_output=True, text=True, timeout=560, check=False,

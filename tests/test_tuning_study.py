@@ -429,7 +429,10 @@ def test_two_processes_score_what_one_scores(studied: tuple[Path, Result], world
     file = study_file(world, tmp_path / "two.yaml", {"ppo": arm(world, seeds=[0, 1])})
     told = [str(file), "--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--num-devices", "2"]
     command = [sys.executable, "-m", "benchmarks.tuning_study", *told]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=560, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True, text=True, timeout=560, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("drawn and judged") == done.stdout.count("## Learning") == 1
     expected, found = (

@@ -512,7 +512,8 @@ def test_processes_that_would_make_the_same_run_are_refused(
 def test_two_processes_make_the_run_that_one_makes(config: Path, finished: RunFolder, tmp_path: Path):
     overrides = [f"run.output_root={tmp_path}", "run.num_devices=2"]
     command = [sys.executable, "-m", "training.ppo.launch", "--config", str(config), "--override", *overrides]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here: sums depend on it
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=300)
     shared, alone = (load_checkpoint(step_path(run.checkpoints, 4)) for run in (only_run(tmp_path), finished))
     for name, tensor in alone["table"].items():
         torch.testing.assert_close(shared["table"][name], tensor, rtol=0, atol=1e-6)
