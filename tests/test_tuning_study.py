@@ -129,6 +129,7 @@ def test_faults_of_a_study_file(world: Path, tmp_path: Path, arms: dict, values:
     with pytest.raises(InputError) as caught:
         SCHEMA.load(study_file(world, tmp_path / "s.yaml", arms, **values))
     assert message in str(caught.value)
+    assert str(tmp_path / "s.yaml") in str(caught.value)
 
 
 def test_runs_that_one_evaluation_cannot_judge_are_refused(world: Path, tmp_path: Path):

@@ -220,7 +220,8 @@ class Schema(Generic[Config]):
         for key in unsound:
             *section, leaf = key.split(".")
             setattr(value_of(config, ".".join(section)), leaf, value_of(self.kind(), key))
-        faults += [fault for keys, fault in self._disagreements(config) if unsound.isdisjoint(keys)]
+        disagreements = self._disagreements(config)
+        faults += [f"{origin}: {fault}" for keys, fault in disagreements if unsound.isdisjoint(keys)]
         raise_all(faults)
         return LoadedConfig(config, frozenset(key for key, _ in overridden))
 
