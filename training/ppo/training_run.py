@@ -87,8 +87,8 @@ class RunWriter:
         """Plot the policy's mean beside the start."""
         start = self._start.solver
         now = start.with_numbers(table, sigmas)
-        figure = solver_figure(("now", now.sigmas, table), ("start", start.sigmas, start.table))
-        self._try("table plot", lambda: self._tensorboard(step).figure("table", figure, step))
+        drawn = ("now", now.sigmas, table), ("start", start.sigmas, start.table)
+        self._try("table plot", lambda: self._tensorboard(step).figure("table", solver_figure(*drawn), step))
         gc.collect()  # drawing leaves cycles, 1.2 MB of them, and Python looks for those once 140,000 objects wait
 
     def _write_previews(self, step: int | str, images: Tensor) -> None:
