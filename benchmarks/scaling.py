@@ -50,12 +50,8 @@ def said(*command: object) -> str:
 
 def step_seconds(folder: Path, number: int) -> float:
     """Of a step of RL, the median; the first is not counted."""
-    told = [
-        f"ppo.steps={STEPS + 1}",
-        "logging.eval_interval=0",
-        f"run.num_devices={number}",
-        f"run.output_root={folder}",
-    ]
+    told = [f"ppo.steps={STEPS + 1}", "logging.eval_interval=0", f"run.num_devices={number}"]
+    told.append(f"run.output_root={folder}")
     said("-m", "training.ppo.launch", "--config", CONFIG, "--device", "cpu", "--override", *told)
     (metrics,) = folder.glob("*/logs/metrics.jsonl")
     return median(row["seconds/step"] for row in read_metrics(metrics)[1:])
@@ -63,29 +59,10 @@ def step_seconds(folder: Path, number: int) -> float:
 
 def evaluation_seconds(folder: Path, number: int) -> float:
     """Of drawing and judging two solvers."""
-    told = [
-        "--solvers",
-        "ddim,dpmpp:2",
-        "--nfe",
-        "8",
-        "--schedules",
-        "discrete",
-        "--number",
-        PROMPTS,
-        "--device",
-        "cpu",
-    ]
-    told += [
-        "--reference-steps",
-        "20",
-        "--num-devices",
-        number,
-        "--outdir",
-        folder / "out",
-        "--cache",
-        folder / "cache",
-    ]
-    return _drawn(said("evaluate.py", *told))
+    told = ["--solvers", "ddim,dpmpp:2", "--nfe", 8, "--schedules", "discrete", "--reference-steps", 20]
+    told += ["--number", PROMPTS, "--num-devices", number, "--device", "cpu"]
+    places = ["--outdir", folder / "out", "--cache", folder / "cache"]
+    return _drawn(said("evaluate.py", *told, *places))
 
 
 def study_seconds(folder: Path, number: int) -> float:

@@ -52,6 +52,7 @@ RUN_BY = {
     "benchmarks.linearity": "tests/test_linearity.py",
     "benchmarks.rehearse_evaluation": "tests/test_rehearsal.py",
     "benchmarks.rehearse_sd15": "tests/test_rehearsal.py",
+    "benchmarks.scaling": "tests/test_scaling.py",
     "benchmarks.soak": "tests/test_soak.py",
     "benchmarks.tuning_study": "tests/test_tuning_study.py",
     "download_hpsv2_weights": "tests/test_assets.py",
