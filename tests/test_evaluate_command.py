@@ -468,18 +468,8 @@ def test_the_world_of_shapes_is_evaluated_with_its_verifier(tmp_path):
     result = CliRunner().invoke(
         evaluate.main,
         [
-            *(
-                "--protocol",
-                "shapes",
-                "--solvers",
-                "dpmpp:2",
-                "--nfe",
-                "20",
-                "--schedules",
-                "discrete",
-                "--number",
-                "4",
-            ),
+            *("--protocol", "shapes", "--solvers", "dpmpp:2", "--nfe", "20", "--schedules", "discrete"),
+            *("--number", "4", "--validation-number", "4"),
             *("--outdir", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")),
         ],
     )
