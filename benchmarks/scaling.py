@@ -44,7 +44,9 @@ def said(*command: object) -> str:
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        raise InputError(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr[-500:]}")
+        raise InputError(
+            f"{' '.join(map(str, command))} ended with {done.returncode}: {(done.stdout + done.stderr)[-1000:]}"
+        )
     return done.stdout
 
 

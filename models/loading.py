@@ -159,7 +159,8 @@ def require_size(network: ModelMixin, source: str | Path) -> tuple[int, int]:
     usable = isinstance(sides, list | tuple) and len(sides) == 2
     if not usable or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
         raise InputError(
-            f"{source}: the network's sample_size is {size!r}; it must be one or two numbers from 1 to {LARGEST_SIDE}"
+            f"{source}: in the network's config.json sample_size is {size!r}; it must be one or two numbers from 1 to "
+            f"{LARGEST_SIDE}"
         )
     return sides[0], sides[1]
 

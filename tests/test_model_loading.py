@@ -577,7 +577,7 @@ def test_damaged_component_weights_are_named(copy, part, damage):
         ("unet/config.json", {"layers_per_block": 2**31}, "far more than"),
         ("unet/config.json", {"block_out_channels": [2**12, 2**12]}, "its files hold"),
         ("unet/config.json", {"act_fn": 3}, "no readable UNet2DConditionModel"),
-        ("unet/config.json", {"sample_size": "large"}, "sample_size is 'large'"),
+        ("unet/config.json", {"sample_size": "large"}, "config.json sample_size is 'large'"),
         ("vae/config.json", {"norm_num_groups": 0}, "no readable AutoencoderKL"),
         ("text_encoder/config.json", {"num_hidden_layers": 2**31}, "no readable CLIPTextModel"),
         ("text_encoder/config.json", {"hidden_act": 3}, "no readable CLIPTextModel"),

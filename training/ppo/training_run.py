@@ -224,7 +224,8 @@ class TrainingRun:
         """Score and draw what the tuned solver will stand beside."""
         solver = self.start.solver
         self.watch.classical = best_classical(self.judge, self.watch, solver, self._denoiser)
-        drawn = {REFERENCE: reference_images(self.judge, solver, self._denoiser)}
+        shown = self.config.logging.preview_prompts
+        drawn = {REFERENCE: reference_images(self.judge, solver, self._denoiser) if shown else None}
         if self.watch.classical is not None:
             name, scores = self.watch.classical
             drawn[CLASSICAL] = scores.previews

@@ -557,6 +557,13 @@ def test_a_process_that_dies_ends_the_other_in_a_line_and_another_number_goes_on
     assert load_checkpoint(step_path(folder.checkpoints, step + 1))["step"] == step + 1
 
 
+def test_a_run_without_previews_draws_none(config: Path, tmp_path: Path):
+    overrides = [f"run.output_root={tmp_path}", "ppo.steps=1", "logging.preview_prompts=0"]
+    result = launch("--config", config, "--override", *overrides)
+    assert result.exit_code == 0, result.output
+    assert not list(only_run(tmp_path).samples.iterdir())
+
+
 def test_processes_whose_policies_move_apart_end_before_a_checkpoint(config: Path, tmp_path: Path, monkeypatch):
     def gathered(run: training_run.TrainingRun, numbers: torch.Tensor) -> torch.Tensor:
         return torch.stack([numbers, numbers + 1e-9 if numbers.is_floating_point() else numbers])
