@@ -20,6 +20,7 @@ with atheris.instrument_imports(include=["training.pickled_predictor", "training
     from training.snapshot import load_snapshot
 with atheris.instrument_imports(include=["training.runs.configuration", "training.ppo.config", "yaml", "omegaconf"]):
     from training.ppo.config import load_config
+import models.pipelines  # noqa: F401  which the readers load when they need it: longer than an input may take
 from errors import InputError
 
 READERS = {"snapshot": ("network-snapshot-000001.pkl", load_snapshot), "config": ("config.yaml", load_config)}
