@@ -22,7 +22,7 @@ from models.shapes import train_flow
 from models.shapes.scenes import captions
 from models.shapes.tokenizer import build_tokenizer
 from models.shapes.train_autoencoder import build_autoencoder
-from models.shapes.train_flow import build_network, build_parts, save_flow_pipeline, taught_velocity
+from models.shapes.train_flow import build_network, build_parts, save_flow_pipeline, taught
 from models.shapes.training_loop import TrainingOptions
 from scripts.export_diffusers import main as export
 from solvers import SAMPLERS
@@ -75,16 +75,39 @@ def test_the_text_encoder_of_the_first_model_is_taken_over():
     torch.testing.assert_close(state, first.text_encoders[0].module.state_dict(), rtol=0, atol=0)
 
 
-def test_the_teacher_s_velocity_leads_from_its_estimate_where_it_knows_the_noise_level():
-    first, prompts = load_denoiser(FIRST, device="cpu", dtype=torch.float32), list(captions("heldout", 3, 0))
-    levels = torch.tensor([0.2, 2.0, 0.999, 1.001]) * torch.tensor([1, 1, first.sigma_max, first.sigma_max])
+def test_the_teacher_s_velocity_leads_to_its_estimate():
+    first, prompts = load_denoiser(FIRST, device="cpu", dtype=torch.float32), list(captions("heldout", 2, 0))
+    clean, *noise = torch.randn(3, 2, 4, 16, 16)
+    levels = torch.tensor([0.2, 2.0])
     sigma = levels / (1 + levels)
-    noisy, otherwise = torch.randn(2, 4, 4, 16, 16)
-    taught = taught_velocity(first, noisy, sigma, [*prompts, ""], otherwise)
-    torch.testing.assert_close(taught[3], otherwise[3], rtol=0, atol=0)
+    noisy, velocity = taught(first, clean, sigma, prompts, torch.stack(noise))
     for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(noisy[row], torch.lerp(clean[row], noise[0][row], sigma[row]), rtol=1e-4, atol=1e-4)
         estimate = conditioned(first, first.encode([prompt], 1.0))(noisy[[row]] * (1 + levels[row]), levels[row])
-        torch.testing.assert_close(noisy[[row]] - sigma[row] * taught[[row]], estimate, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(noisy[[row]] - sigma[row] * velocity[[row]], estimate, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", [10.0, 40.0])
+def test_the_teacher_leads_to_the_mean_of_the_images_where_the_noise_is_more_than_it_knows(level):
+    """Of normal images the best estimate is linear in x: what the taught velocities average to, at every level."""
+
+    class OfNormalImages:
+        sigma_max = 10.0
+
+        def encode(self, captions: list[str], guidance: float) -> None:
+            return None
+
+        def denoise(self, x: Tensor, sigma: Tensor, conditioning: None) -> Tensor:
+            assert (sigma <= self.sigma_max).all()
+            return (x / (1 + sigma.view(-1, 1, 1, 1) ** 2)).float()
+
+    clean, *noise = torch.randn(3, 400_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    sigma = torch.full((400_000,), level / (1 + level))
+    noisy, velocity = taught(OfNormalImages(), clean, sigma, [], torch.stack(noise))
+    assert noisy.var() == pytest.approx((1 + level**2) / (1 + level) ** 2, rel=0.01)
+    estimate = noisy - sigma.view(-1, 1, 1, 1) * velocity
+    slope = (estimate * noisy).mean() / noisy.square().mean()
+    assert slope == pytest.approx((1 + level) / (1 + level**2), rel=0.05)
 
 
 class KnowsTheImages(nn.Module):
@@ -101,10 +124,17 @@ class KnowsTheImages(nn.Module):
         return ((noisy - self.clean) / (timestep / 1000).view(-1, 1, 1, 1),)
 
 
+def of_scenes(
+    teacher: object, clean: Tensor, sigma: Tensor, captions: list[str], noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Without a teacher: the velocity from a scene to its noise."""
+    return torch.lerp(clean, noise[0], sigma.view(-1, 1, 1, 1)), noise[0] - clean
+
+
 def test_the_loss_is_that_of_the_velocity(tmp_path, monkeypatch):
     clean = torch.randn(4, 16, 16)
     monkeypatch.setattr(train_flow, "build_network", lambda: KnowsTheImages(clean))
-    monkeypatch.setattr(train_flow, "taught_velocity", lambda teacher, noisy, sigma, told, otherwise: otherwise)
+    monkeypatch.setattr(train_flow, "taught", of_scenes)
     monkeypatch.setattr(train_flow, "fit", lambda model, loss, options: found.append(loss(0)["loss"]))
     found: list[Tensor] = []
     options = TrainingOptions(1, 1.0, tmp_path / "flow.pt")

@@ -44,6 +44,7 @@ from models.shapes.train_diffusion import (
 from models.shapes.training_loop import TrainingOptions, TrainingRun, fit, step_generator, training_command
 
 SHIFT = 3.0  # of the noise levels, towards noise, where what stands where is decided
+LARGEST_SIGMA = 1 - 1e-4  # of training; at 1 the level in the teacher's terms is infinite
 ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -82,24 +83,32 @@ def build_parts(tokenizer: CLIPTokenizer, world: Path) -> nn.ModuleDict:
 
 
 @torch.no_grad()
-def taught_velocity(teacher: Denoiser, noisy: Tensor, sigma: Tensor, captions: list[str], otherwise: Tensor) -> Tensor:
-    """What another model of the same latents takes for the flow's velocity.
+def taught(
+    teacher: Denoiser, clean: Tensor, sigma: Tensor, captions: list[str], noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Noisy images of the flow, and what another model of the same latents takes for the velocity there.
 
-    With x = (1 - sigma) x0 + sigma n, its own noise level is sigma / (1 - sigma), and the velocity (x - D) / sigma with
-    its estimate D of x0.
+    With x = (1 - sigma) x0 + sigma n, that model's noise level is sigma / (1 - sigma), and the velocity (x - D) / sigma
+    with its estimate D of x0. Where there is more noise than it knows, it gives its estimate before the rest of the
+    noise is added: the mean of these is the estimate that is wanted.
 
     Args:
         teacher: that model.
-        noisy: x [N, C, H, W].
+        clean: x0 [N, C, H, W].
         sigma: [N], in (0, 1).
         captions: N of them.
-        otherwise: [N, C, H, W], the answer where there is more noise than the teacher knows.
+        noise: [2, N, C, H, W], standard normal.
+
+    Returns:
+        x and the velocities, both [N, C, H, W].
     """
-    level = (sigma / (1 - sigma)).double()
-    known = level.clamp(teacher.sigma_min, teacher.sigma_max)
     sigma = sigma.view(-1, 1, 1, 1)
-    estimate = teacher.denoise(noisy / (1 - sigma), known, teacher.encode(captions, 1.0))
-    return torch.where((level <= teacher.sigma_max).view(-1, 1, 1, 1), (noisy - estimate) / sigma, otherwise)
+    level = sigma / (1 - sigma)
+    known = level.clamp(max=teacher.sigma_max)
+    seen = clean + known * noise[0]
+    noisy = (1 - sigma) * (seen + (level**2 - known**2).sqrt() * noise[1])
+    estimate = teacher.denoise(seen, known.flatten().double(), teacher.encode(captions, 1.0))
+    return noisy, (noisy - estimate) / sigma
 
 
 def train(
@@ -136,6 +145,7 @@ def train(
     model["network"].set_attn_processor(SharedTokenAttention(T5_TOKENS))
     for encoder in ENCODERS:
         model[encoder].set_attn_implementation("eager")
+    least = teacher.sigma_min / (1 + teacher.sigma_min)
     network: Callable = torch.compile(model["network"]) if compiled else model["network"]
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -144,16 +154,16 @@ def train(
         dropped = torch.rand(batch, generator=generator) < TEXT_DROPPED
         text = torch.where(dropped[:, None], empty, tokens[rows]).to(device)
         told = ["" if without else captions[row] for row, without in zip(rows.tolist(), dropped.tolist(), strict=True)]
-        noise = torch.randn(batch, *latents.shape[1:], generator=generator).to(device)
-        sigma = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).to(device)  # evenly spread
-        clean = latents[rows].to(device)
-        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
+        noise = torch.randn(2, batch, *latents.shape[1:], generator=generator).to(device)
+        # Evenly spread, from the least noise that the teacher knows: below it divides its errors by next to nothing.
+        share = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        sigma = torch.lerp(share.new_tensor(least), share.new_tensor(LARGEST_SIGMA), share).to(device)
         # On a CPU the fused attention's backward pass takes longer than all else together.
         with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            noisy, target = taught(teacher, latents[rows].to(device), sigma, told, noise)
             read = [model[encoder](text, output_hidden_states=True) for encoder in ENCODERS]
             conditioning = joint_text(read, 2 * TEXT_WIDTH, blank_tokens=1)
             velocity = network(noisy, timestep=1000 * sigma, **conditioning, return_dict=False)[0]
-            target = taught_velocity(teacher, noisy, sigma, told, noise - clean)
         return {"loss": functional.mse_loss(velocity.float(), target)}
 
     return fit(model, loss, options)
@@ -167,7 +177,7 @@ def main(run: TrainingRun, world: Path, compiled: bool) -> None:
     autoencoder = load_module(AutoencoderKL, world / "vae").to(run.device)
     rendered = cached_scenes(run.scratch, "train", run.images, run.seed)
     latents = cached_latents(run.scratch, autoencoder, torch.from_numpy(rendered.images))
-    options = TrainingOptions(run.steps, run.learning_rate, run.scratch / "flow.pt")
+    options = TrainingOptions(run.steps, run.learning_rate, run.scratch / "flow.pt", muon=True)
     averaged = train(
         rendered.captions,
         latents,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class TrainingOptions:
     steps: optimiser steps. learning_rate: its peak. warmup_steps: linear rise from 0. decay_share: of the steps, at
     the end. averaging_decay: of the exponential moving average of the weights.
     checkpoint_interval, log_interval: steps. checkpoint: the file to write and to resume from.
+    muon: move the matrices of transformer blocks by Muon (arXiv 2502.16982), all else by AdamW, as without it.
     """
 
     steps: int
@@ -43,6 +45,7 @@ class TrainingOptions:
     max_gradient_norm: float = 1.0
     checkpoint_interval: int = 250
     log_interval: int = 50
+    muon: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,22 @@ def learning_rate_factor(step: int, options: TrainingOptions) -> float:
     return min(warm, left, 1.0)
 
 
+def make_optimizers(model: nn.Module, options: TrainingOptions) -> list[torch.optim.Optimizer]:
+    """What moves the parameters; learning rates are those of AdamW for all (Muon's steps are made as long as its)."""
+    blocks = [
+        weight
+        for name, weight in model.named_parameters()
+        if options.muon and weight.ndim == 2 and (".layers." in name or ".transformer_blocks." in name)
+    ]
+    taken = {id(weight) for weight in blocks}
+    others = [weight for weight in model.parameters() if id(weight) not in taken]
+    settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, foreach=True, **settings)]
+    if blocks:
+        optimizers.append(torch.optim.Muon(blocks, adjust_lr_fn="match_rms_adamw", **settings))
+    return optimizers
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The random numbers of one step: they depend on seed and step alone, so that a resumed run repeats an
     uninterrupted one.
@@ -123,22 +142,21 @@ def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: Tra
         The module that holds the averaged weights.
     """
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.averaging_decay), use_buffers=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True
-    )
-    first = _resume(options.checkpoint, model, averaged, optimizer)
+    optimizers = make_optimizers(model, options)
+    first = _resume(options.checkpoint, model, averaged, optimizers)
     log = options.checkpoint.with_suffix(".jsonl")
     start = time.monotonic()
     for step in tqdm(
         range(first, options.steps), initial=first, total=options.steps, desc=options.checkpoint.stem, mininterval=10
     ):
-        for group in optimizer.param_groups:
+        for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = options.learning_rate * learning_rate_factor(step, options)
         terms = loss(step)
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
         # A young average would remember the random start: let its memory grow with the run.
         averaged.multi_avg_fn = get_ema_multi_avg_fn(min(options.averaging_decay, (1 + step) / (10 + step)))
         averaged.update_parameters(model)
@@ -148,7 +166,7 @@ def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: Tra
             with log.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
         if (step + 1) % options.checkpoint_interval == 0 or step + 1 == options.steps:
-            _save(options.checkpoint, model, averaged, optimizer, step + 1)
+            _save(options.checkpoint, model, averaged, optimizers, step + 1)
     return averaged.module
 
 
@@ -160,23 +178,26 @@ def read_scratch(file: Path) -> Any:
         raise InputError(f"{file}: cannot be read ({first_line(error)}); remove it, and it is made anew") from error
 
 
-def _save(file: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _save(
+    file: Path, model: nn.Module, averaged: nn.Module, optimizers: list[torch.optim.Optimizer], step: int
+) -> None:
     state = {
         "step": step,
         "model": model.state_dict(),
         "averaged": averaged.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
     with replacing(file) as temporary:
         torch.save(state, temporary)
 
 
-def _resume(file: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(file: Path, model: nn.Module, averaged: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
     """The step to go on from; 0 where there is no checkpoint."""
     if not file.exists():
         return 0
     state = read_scratch(file)
     model.load_state_dict(state["model"])
     averaged.load_state_dict(state["averaged"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return state["step"]
