@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from errors import InputError, first_line
@@ -115,6 +114,8 @@ class FlowMatching(FlowTime):
         image_tokens: what the transformer reads of an image; a dynamic shift grows with them. Raises `InputError` for
         another kind of scheduler, and for numbers that are none.
         """
+        from diffusers import FlowMatchEulerDiscreteScheduler  # seconds to import; most commands need none of it
+
         kind = config.get("_class_name", "scheduler of no named class")
         if not str(kind).startswith("FlowMatch") or config.get("invert_sigmas"):
             raise InputError(f"{source}: this {kind} is no flow matching from noise at level 1 to images at 0.")
