@@ -60,7 +60,7 @@ from training.measuring.report import Report
 from training.ppo.panels import judges_of, true_images
 from training.ppo.rewards import find_reward_files
 from training.ppo.scene import Scene
-from training.runs.command_line import Finite, require_processes, takes_model_options
+from training.runs.command_line import EITHER_DASH, Finite, require_processes, takes_model_options
 from training.runs.fabric import fabric_of
 from training.solver import (
     CLASSICAL,
@@ -115,7 +115,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     return protocol
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES, context_settings=EITHER_DASH)
 @click.option(
     "--protocol",
     is_eager=True,
@@ -129,7 +129,9 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     is_flag=True,
     help="Say what it would cost, and which files are missing and how to fetch them; draw nothing.",
 )
-@click.option("--model", default="shapes", show_default=True, help="Registered name, pipeline folder or single file.")
+@click.option(
+    "--model", "--model_path", default="shapes", show_default=True, help="Registered name, pipeline folder or file."
+)
 @click.option(
     "--solvers",
     default=",".join(["epd", *CLASSICAL]),

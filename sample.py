@@ -21,7 +21,7 @@ from models.options import ModelOptions
 from models.prompts import parse_seeds, read_prompts
 from models.registry import check_assets, traits_of
 from training.image_folder import LOG_NAME, SHEET_NAME, ImageRequest, draw, unused_folder
-from training.runs.command_line import Finite, require_one_process, takes_model_options
+from training.runs.command_line import EITHER_DASH, Finite, require_one_process, takes_model_options
 from training.solver import (
     CLASSICAL,
     Schedule,
@@ -44,7 +44,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES, context_settings=EITHER_DASH)
 @click.option(
     "--predictor_path",
     help="EPD table: a .pkl or .json, a run or export folder, an experiment's number, or OWNER/NAME on the Hub.",
@@ -62,7 +62,9 @@ Examples:
     type=Finite(min=0),
     help="Guidance scale, a choice: what is best differs by model and by solver. [the predictor's, or the model's own]",
 )
-@click.option("--model_path", help="Registered name, pipeline folder or single file. [what the predictor was made for]")
+@click.option(
+    "--model_path", "--model", help="Registered name, pipeline folder or single file. [what the predictor was made for]"
+)
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at once.")
 @click.option(
     "--outdir",
@@ -158,7 +160,8 @@ def main(
     outdir = unused_folder(outdir)
     click.get_current_context().with_resource(only_writer(outdir))
     records = draw(request, denoiser, outdir, sheet=grid, note=click.echo)
-    click.echo(f"wrote {len(records)} images and {LOG_NAME}{f' and {SHEET_NAME}' if grid else ''} to {outdir}")
+    number = f"{len(records)} image{'s' if len(records) > 1 else ''}"
+    click.echo(f"wrote {number}{f', {SHEET_NAME}' if grid else ''} and {LOG_NAME} to {outdir}")
 
 
 def _classical(name: str | None, num_steps: int | None, schedule: Schedule | None, *, afs: bool) -> Solver:

@@ -36,7 +36,7 @@ from training.distillation_run import (
     untrained_table,
     write_start,
 )
-from training.runs.command_line import Finite, Parts, require_one_process, takes_model_options
+from training.runs.command_line import EITHER_DASH, Finite, Parts, require_one_process, takes_model_options
 from training.snapshot import find_run
 from training.solver import MODEL_OF_DATASET, USUAL_RHO
 from training.starts import needs_grid
@@ -52,9 +52,11 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES, context_settings=EITHER_DASH)
 @click.option("--dataset_name", help="The model's world: shapes, ms_coco (Stable Diffusion 1.5), or a name of yours.")
-@click.option("--model_path", help="Registered name, pipeline folder or file. [what dataset_name stands for]")
+@click.option(
+    "--model_path", "--model", help="Registered name, pipeline folder or file. [what dataset_name stands for]"
+)
 @click.option(
     "--prompt-file",
     help="A .txt (one a line) or .csv (column `text`); none of an unconditional model. [the model's usual ones]",
@@ -87,7 +89,7 @@ Examples:
     help="Directions scale by 1 +- this.",
 )
 @click.option("--scale_time", type=Finite(0, 1, max_open=True), default=0.0, show_default=True, help="Times likewise.")
-@click.option("--guidance_rate", type=Finite(0), help="Guidance scale; 1 for none. [the model's own]")
+@click.option("--guidance_rate", "--guidance", type=Finite(0), help="Guidance scale; 1 for none. [the model's own]")
 @click.option("--schedule_type", type=click.Choice(list(SCHEDULES)), default="discrete", show_default=True)
 @click.option("--schedule_rho", type=Finite(0, min_open=True), help="Exponent of the grid. [7 polynomial, otherwise 1]")
 @click.option(

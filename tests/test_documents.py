@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import textwrap
 from importlib import import_module
 from pathlib import Path
@@ -168,3 +170,28 @@ def test_the_citation_is_well_formed() -> None:
     cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(cited)
     assert all(reference["url"].startswith("https://arxiv.org/abs/") for reference in cited["references"])
+
+
+@pytest.mark.parametrize(
+    ("module", "typed", "name"),
+    [
+        ("sample", "--model", "model_path"),
+        ("sample", "--num_steps", "num_steps"),
+        ("sample", "--predictor-path", "predictor_path"),
+        ("train", "--model", "model_path"),
+        ("train", "--num-steps", "num_steps"),
+        ("train", "--guidance", "guidance_rate"),
+        ("evaluate", "--model_path", "model"),
+        ("evaluate", "--reference_steps", "reference_steps"),
+    ],
+)
+def test_an_option_of_one_command_is_typed_alike_in_the_others(module: str, typed: str, name: str) -> None:
+    assert import_module(module).main.make_context(module, [typed, "5"]).params[name] in (5, "5")
+
+
+@pytest.mark.parametrize("module", ["sample", "train", "scripts.show_solver", "scripts.export_diffusers"])
+def test_a_command_that_may_need_no_model_starts_without_diffusers(module: str) -> None:
+    code = f"import sys, {module}; print({{'diffusers', 'transformers', 'scipy'}} & sys.modules.keys())"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True).stdout == "set()\n"
+    )

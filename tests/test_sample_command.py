@@ -86,6 +86,7 @@ def test_a_predictor_is_replayed_exactly(pipeline, predictor, tmp_path):
     latents = latents_by_hand(
         denoiser, ["a dog"], [5], lambda d, x, levels: epd_sampler(d, x, levels, TABLE, afs=True), sigmas, 3.0
     )
+    assert f"wrote 1 image and images.jsonl to {tmp_path}" in result.output
     (image,) = pixels(tmp_path).values()
     np.testing.assert_array_equal(image, to_pixels(denoiser.decode(latents))[0])
 

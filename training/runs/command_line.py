@@ -17,6 +17,9 @@ from training.parameters import named_parts
 
 Result = TypeVar("Result")
 
+EITHER_DASH = {"token_normalize_func": lambda name: name.replace("_", "-")}
+"""Context settings of a click command whose options may be typed with `_` or `-`; some have the public code's names."""
+
 LAUNCHERS = {"WORLD_SIZE": "torchrun", "SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 """Where those that start a command several times write how many times."""
 
