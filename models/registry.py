@@ -144,13 +144,15 @@ def _denoiser(
     path, model = _found(spec), REGISTERED.get(spec)
     own_name = path.stem if path.is_file() else Path(spec).resolve().name
     family, parts = _load_path(path, dtype, options, loaded_on)
-    words = {"unknown_words": model.unknown_words} if model and model.unknown_words else {}
+    taught = model and model.unknown_words
+    words = {"unknown_words": taught, "captions": model.prompts} if taught else {}
     return family(spec if model else own_name, parts, device=device, dtype=dtype, **words)
 
 
 class Traits(NamedTuple):
     """What is known of a model before it is loaded; see `Denoiser`. half: the half precision that it is used in."""
 
+    backend: str
     takes_prompts: bool
     guidance: Guidance
     half: torch.dtype = torch.float16
@@ -160,11 +162,11 @@ def traits_of(spec: str) -> Traits:
     """What the files of a model say of it, without loading it; `InputError` where they are not there."""
     path = _found(spec)
     if path.is_file():
-        return Traits(takes_prompts=True, guidance=Guidance(GuidanceKind.CLASSIFIER_FREE, USUAL_GUIDANCE_SCALE))
+        return Traits("ldm", True, Guidance(GuidanceKind.CLASSIFIER_FREE, USUAL_GUIDANCE_SCALE))
     from models.pipelines import contents_of  # with diffusers, which takes seconds to import
 
     family = contents_of(path).family
-    return Traits(family.takes_prompts, family.guidance_of(path), family.half)
+    return Traits(family.backend, family.takes_prompts, family.guidance_of(path), family.half)
 
 
 def default_guidance_scale(spec: str) -> float:

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
     end_at_once_on_signals()
 
+import shlex
 from pathlib import Path
 
 import click
@@ -64,7 +65,8 @@ def exported_files(run: Path) -> dict[str, bytes]:
     """
     folder = next((place for place in (run, run / "export" / DIFFUSERS) if (place / NEEDED[-1]).is_file()), None)
     if folder is None:
-        raise InputError(f"{run}: has no export yet:  python -m training.ppo.export_epd_predictor {run} --best")
+        typed = shlex.quote(str(run))
+        raise InputError(f"{run}: has no export yet:  python -m training.ppo.export_epd_predictor {typed} --best")
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder}: {', '.join(missing)} missing; export it anew")

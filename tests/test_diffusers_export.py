@@ -23,8 +23,9 @@ from models.registry import pipeline_of
 from scripts.export_diffusers import main
 from tests.hub import running_hub
 from tests.test_diffusers_scheduler import CPU, OPTIONAL, PROMPTS, SEEDS, SIGMAS, played, with_columns
+from tests.tiny_families import save_tiny_family
 from tests.tiny_pipeline import save_tiny_pipeline
-from training.diffusers_export import SOLVER_FILE, write_diffusers
+from training.diffusers_export import SOLVER_FILE, lines_for_diffusers, write_diffusers
 from training.snapshot import save_snapshot
 from training.solver import Schedule, classical_solver, load_solver
 
@@ -105,6 +106,22 @@ def test_the_model_cards_code_runs_in_a_folder_of_its_own(tmp_path: Path, model:
     assert (folder / "image.png").stat().st_size > 0
     ours = solver.latents(denoiser, PROMPTS, SEEDS, dtype=torch.float64)
     torch.testing.assert_close(torch.load(folder / "latents.pt").double(), ours, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "called"), [("dit", "class_labels=[0], "), ("ddpm", "")])
+def test_the_card_of_a_model_without_prompts_calls_it_with_what_it_takes(
+    tmp_path: Path, family: str, called: str
+) -> None:
+    denoiser = load_denoiser(save_tiny_family(family, tmp_path / family), device=CPU, dtype=torch.float32)
+    metadata = {"schedule_type": "polynomial", "schedule_rho": 5.0}
+    solver = load_solver(save_snapshot(tmp_path / "solver", with_columns(2), metadata))
+    write_diffusers(tmp_path / "one", solver, denoiser, str(tmp_path / family))
+    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "one" / "README.md").read_text(), re.DOTALL)
+    assert f"pipe({called}**pipe.scheduler.pipeline_arguments())" in code
+    shown = lines_for_diffusers(str(tmp_path / "one"), str(tmp_path / family), family)
+    run_code(f"{code}\nimport os; os.remove('image.png')\n{shown}", tmp_path / "one", HF_HUB_OFFLINE="1")
+    assert (tmp_path / "one" / "image.png").stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from errors import InputError
 from files import write_atomically
 from models.asset_table import HUB_ID
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, GuidanceKind
 from training.networks import Plain
 from training.snapshot import snapshot_json
 from training.solver import Solver
@@ -28,7 +28,9 @@ PIPELINES = {
     "sdxl": "EPDStableDiffusionXLPipeline",
     "sd3": "EPDStableDiffusion3Pipeline",
 }
-PROMPT = "a large red star on a white background"
+# What a pipeline is called with, as code: a prompt, but for these, by the name of their backend.
+PROMPT = '"a large red star on a white background"'
+SUBJECTS = {"dit": "class_labels=[0]", "ddpm": ""}
 REPOSITORY = "OWNER/NAME"
 SOLVER_FILE = "network-snapshot-000000.json"
 
@@ -84,7 +86,7 @@ solver = "."
 pipe = DiffusionPipeline.from_pretrained(
     "{base}", custom_pipeline=solver, trust_remote_code=True, torch_dtype=torch.float32)
 pipe.load_solver(solver)
-pipe("{prompt}").images[0].save("image.png")
+pipe({prompt}).images[0].save("image.png")
 ```
 
 One point after the other, in any pipeline that takes a scheduler (image to image, control nets); from the Hub after
@@ -103,7 +105,7 @@ from scheduling_epd import EPDScheduler
 
 pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
 pipe.scheduler = EPDScheduler.from_pretrained(".")
-images = pipe("{prompt}", **pipe.scheduler.pipeline_arguments()).images
+images = pipe({arguments}).images
 images[0].save("image.png")
 ```
 """
@@ -125,7 +127,8 @@ def scheduler_of(solver: Solver, denoiser: Denoiser) -> EPDScheduler:
     try:
         return EPDScheduler(
             sigmas=settled.sigmas.tolist(),
-            guidance_scale=settled.guidance_scale,
+            # The pipelines of models without guidance take no such argument.
+            guidance_scale=None if denoiser.guidance is GuidanceKind.NONE else settled.guidance_scale,
             afs=settled.afs,
             **columns,
             **denoiser.scheduler_config,
@@ -171,6 +174,22 @@ def write_diffusers(
     return [folder / name for name in texts]
 
 
+def lines_for_diffusers(folder: str, base: str, backend: str) -> str:
+    """Python that draws an image by an export that lies in `folder`; see `write_diffusers` for the others."""
+    import_pipeline = "from diffusers import DiffusionPipeline\n"
+    if backend in PIPELINES:
+        return (
+            f'{import_pipeline}pipe = DiffusionPipeline.from_pretrained(\n    "{base}", custom_pipeline="{folder}", '
+            f'trust_remote_code=True)\npipe.load_solver("{folder}")\npipe("...").images[0].save("image.png")'
+        )
+    return (
+        f'import sys; sys.path.append("{folder}")\n{import_pipeline}from scheduling_epd import EPDScheduler\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")\n'
+        f'pipe.scheduler = EPDScheduler.from_pretrained("{folder}")\n'
+        f'pipe({_arguments(SUBJECTS.get(backend, repr("...")))}).images[0].save("image.png")'
+    )
+
+
 def card_on_hub(card: str, repository: str) -> str:
     """The model card of a folder as it is to be read in the repository OWNER/NAME of a hub."""
     return card.replace('solver = "."', f'solver = "{repository}"').replace(REPOSITORY, repository)
@@ -182,10 +201,16 @@ def _metadata(solver: Solver, base: str) -> dict[str, Plain]:
     return said | ({"model_path": base} if said.get("model_path") and HUB_ID.fullmatch(base) else {})
 
 
+def _arguments(subject: str) -> str:
+    """What a stock pipeline with the scheduler is called with, as code."""
+    return ", ".join(filter(None, (subject, "**pipe.scheduler.pipeline_arguments()")))
+
+
 def _card(solver: Solver, base: str, backend: str, measured: str) -> str:
     """The model card, Markdown; `solver` is settled."""
     cost, scales = solver.evaluations, solver.table.guidance
     by_evaluation = scales is not None and f"a scale for each evaluation, {scales.min():g} to {scales.max():g}"
+    arguments = _arguments(SUBJECTS.get(backend, PROMPT))
     use = (_USE_PIPELINE if backend in PIPELINES else "") + (_WITHOUT_T5 if backend == "sd3" else "") + _USE_SCHEDULER
     return _CARD.format(
         base_model=f"base_model: {base}\n" if HUB_ID.fullmatch(base) else "",
@@ -199,7 +224,7 @@ def _card(solver: Solver, base: str, backend: str, measured: str) -> str:
         rows=cost.rows,
         guidance=by_evaluation or f"{solver.guidance_scale:g}",
         sigmas=", ".join(f"{level:.4g}" for level in solver.sigmas.tolist()),
-        use=use.format(base=base, prompt=PROMPT, repository=REPOSITORY),
+        use=use.format(base=base, prompt=PROMPT, arguments=arguments, repository=REPOSITORY),
         measured=measured,
     )
 

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import pairwise
@@ -152,7 +153,7 @@ def find_snapshot(source: str | Path | int, root: str | Path = "exps") -> Path:
         newest = _newest_snapshot(folder)
         if newest is not None:
             return newest
-    remedy = f"; export it first:  python -m training.ppo.export_epd_predictor {run}"
+    remedy = f"; export it first:  python -m training.ppo.export_epd_predictor {shlex.quote(str(run))}"
     raise InputError(
         f"{run}: holds no network-snapshot-*.pkl or .json, neither itself nor in its folder export/"
         f"{remedy if (run / 'checkpoints').is_dir() else ''}"

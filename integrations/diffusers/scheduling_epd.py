@@ -283,12 +283,18 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         return self.add_noise(sample, noise, timestep)
 
     def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        generator: object = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """From the network's answer at one evaluation to the latents of the next, in the dtype of `sample`.
 
         sample: [B, ...]; with `points_at_once` between an interval's start and its end [B·K, ...], row b·K + k for
-        point k of sample b. The arithmetic is in float32 at least.
+        point k of sample b. The arithmetic is in float32 at least. generator: some pipelines hand one on; nothing is
+        drawn.
         """
         index = self._enter(timestep)
         interval, stage = divmod(index, self.order)

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ def train(job: Launch) -> None:
 
 def _conclude(run: TrainingRun, folder: RunFolder, ending: str) -> None:
     """Write the report; say how the run ended, where its time went, and what can be done next."""
-    steps = run.config.ppo.steps
+    steps, typed = run.config.ppo.steps, shlex.quote(str(folder.path))
     click.echo(f"{ending} after step {run.step} of {steps}: {folder.path}")
     spent = seconds_by_phase(read_metrics(folder.metrics))
     whole = sum(spent.values())
@@ -242,10 +243,10 @@ def _conclude(run: TrainingRun, folder: RunFolder, ending: str) -> None:
     try:
         click.echo(f"report: {write_report(folder)}")
     except InputError as error:  # the run is whole without it
-        click.echo(f"no report: {error}; to write it later: python -m training.ppo.report {folder.path}")
+        click.echo(f"no report: {error}; to write it later: python -m training.ppo.report {typed}")
     if run.step < steps:
-        click.echo(f"go on: python -m training.ppo.launch --resume {folder.path}")
-    click.echo(f"export: python -m training.ppo.export_epd_predictor {folder.path}")
+        click.echo(f"go on: python -m training.ppo.launch --resume {typed}")
+    click.echo(f"export: python -m training.ppo.export_epd_predictor {typed}")
 
 
 @contextmanager

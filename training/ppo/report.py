@@ -8,6 +8,7 @@ if __name__ == "__main__":
     end_at_once_on_signals()
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 from errors import InputError, shows_input_errors
 from files import write_atomically
 from models.pictures import opened_picture
-from models.registry import SHAPES_WORLD, is_unconditional, pipeline_of
+from models.registry import SHAPES_WORLD, is_unconditional, pipeline_of, traits_of
+from training.diffusers_export import lines_for_diffusers
 from training.measuring.page import StripRow, commands, figure, folded, page, strip, verdict
 from training.parameters import GRID
 from training.ppo.checkpoint import Numbers, load_checkpoint, table_from_plain, table_to_plain
@@ -214,32 +216,31 @@ def _duration(seconds: float) -> str:
 def _next(folder: RunFolder, evaluations: Sequence[Row], config: Config, parallel: int) -> str:
     """What can be done with the run now, to be copied."""
     best = " --best" if evaluations and evaluations[-1]["heldout/best_step"] else ""
-    run, model = folder.path, model_spec(config)
+    model = model_spec(config)
+    run, typed = folder.path, shlex.quote(str(folder.path))
     asked, prompts = ' --prompt "..."', "" if model in SHAPES_WORLD else " --prompt-file PROMPTS.csv"
     if is_unconditional(model):
         asked, prompts = "", f" --reward {config.reward.weights_path}"
     exported = f"{run}/export/{DIFFUSERS}"
     wanted = {
-        "Export the solver": f"python -m training.ppo.export_epd_predictor {run}{best}",
-        "Draw by it": f"python sample.py --predictor_path {run}{asked} --seeds 0-3 --grid",
+        "Export the solver": f"python -m training.ppo.export_epd_predictor {typed}{best}",
+        "Draw by it": f"python sample.py --predictor_path {typed}{asked} --seeds 0-3 --grid",
         "Measure it beside classical solvers, on prompts that the run never saw": f"python evaluate.py --model {model} "
-        f"--solvers epd,ddim,dpmpp,ipndm --predictor_path {run} --nfe {parallel}{prompts}",
+        f"--solvers epd,ddim,dpmpp,ipndm --predictor_path {typed} --nfe {parallel}{prompts}",
         f"Use it in diffusers, without this repository ({exported}/README.md says more)": (
-            f"from diffusers import DiffusionPipeline\n"
-            f'pipe = DiffusionPipeline.from_pretrained(\n    "{_pipeline(model)}", custom_pipeline="{exported}", '
-            f'trust_remote_code=True)\npipe.load_solver("{exported}")\npipe("...").images[0].save("image.png")'
+            lines_for_diffusers(exported, *_pipeline(model))
         ),
-        "Show it to others": f"python -m scripts.push_to_hub {run} --repo OWNER/NAME",
+        "Show it to others": f"python -m scripts.push_to_hub {typed} --repo OWNER/NAME",
     }
     return f"<h2>What next</h2>{commands(wanted)}"
 
 
-def _pipeline(model: str | None) -> str:
-    """What diffusers loads the model by; a stand-in where nothing says it."""
+def _pipeline(model: str | None) -> tuple[str, str]:
+    """What diffusers loads the model by, and its backend; stand-ins where nothing says it."""
     try:
-        return "MODEL" if model is None else pipeline_of(model)
+        return ("MODEL", "ldm") if model is None else (pipeline_of(model), traits_of(model).backend)
     except InputError:
-        return "MODEL"
+        return "MODEL", "ldm"
 
 
 def _rewards(steps: Sequence[Row], evaluations: Sequence[Row], group_size: int, batch_size: int) -> str:

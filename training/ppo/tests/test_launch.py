@@ -655,12 +655,13 @@ def test_a_report_that_cannot_be_written_does_not_make_a_finished_run_fail(
         raise InputError(f"{folder.report}: cannot be written (No space left on device)")
 
     monkeypatch.setattr("training.ppo.launch.write_report", refuse)
-    result = launch("--config", config, "--override", f"run.output_root={tmp_path}", "ppo.steps=1")
+    root = tmp_path / "my runs"
+    result = launch("--config", config, "--override", f"run.output_root={root}", "ppo.steps=1")
     assert result.exit_code == 0, result.output
-    folder = only_run(tmp_path)
+    folder = only_run(root)
     assert step_path(folder.checkpoints, 1).exists()
-    assert f"to write it later: python -m training.ppo.report {folder.path}" in result.output
-    assert f"export: python -m training.ppo.export_epd_predictor {folder.path}" in result.output
+    assert f"to write it later: python -m training.ppo.report '{folder.path}'" in result.output
+    assert f"export: python -m training.ppo.export_epd_predictor '{folder.path}'" in result.output
 
 
 def test_rewards_that_are_not_finite_stop_the_run_with_one_message(config: Path, tmp_path: Path):

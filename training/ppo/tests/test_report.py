@@ -176,6 +176,13 @@ def test_the_next_commands_are_there_to_copy(reported):
     assert f'custom_pipeline="{folder.path}/export/diffusers"' in page.text
 
 
+def test_commands_can_be_copied_where_a_folder_has_spaces(tmp_path: Path, start):
+    folder = make_run(tmp_path / "my runs", start)
+    text = read(folder).text
+    assert f"sample.py --predictor_path '{folder.path}' --prompt" in text
+    assert f"python -m training.ppo.export_epd_predictor '{folder.path}' --best" in text
+
+
 def test_diagnostics_are_folded_at_the_end(reported):
     content = reported[0].report.read_text()
     folded = content.index("<details>")
