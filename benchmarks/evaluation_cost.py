@@ -72,7 +72,8 @@ class Cost:
             operations += now * self.row + prompts * len(settled) * (self.decoding + self.text)
         hours = operations / (SHARE * PEAK) / 3600
         yield f"in all {rows:,.0f} network rows, {operations / 1e12:,.0f} TFLOP (judges not counted)"
-        yield f"{hours:,.3g} GPU hours at {SHARE:.0%} of the peak of {PEAK_OF}; {hours / devices:,.3g} on {devices}"
+        each = f"; {hours / devices:,.3g} on each of {devices}" if devices > 1 else ""
+        yield f"{hours:,.3g} GPU hours at {SHARE:.0%} of the peak of {PEAK_OF}{each}"
         numbers = math.prod(self.denoiser.latent_shape)
         latents = count * numbers * torch.promote_types(self.denoiser.dtype, torch.float32).itemsize
         height, width = self.denoiser.image_size

@@ -104,8 +104,10 @@ class LatentDiffusion(Backbone):
         device: torch.device,
         dtype: torch.dtype,
         unknown_words: Callable[[str], list[str]] | None = None,
+        captions: str = "",
     ) -> None:
         """`unknown_words` names the words of a prompt that the model was never taught; None where it takes any.
+        captions: the file of those it was taught.
 
         Raises `InputError` where the device has too little memory.
         """
@@ -126,7 +128,7 @@ class LatentDiffusion(Backbone):
         self.image_size = (height, width)
         widest = self.vae.config.block_out_channels[:2][-1]  # channels that the decoder has at the images' full size
         self._decodable = max(1, (2**31 - 1) // (widest * height * width))
-        self._unknown_words = unknown_words
+        self._unknown_words, self._captions = unknown_words, captions
         self._texts: RecentTensors[Text] = RecentTensors(CACHED_BYTES)
         self._texts_at_once = TEXTS_AT_ONCE if device.type == "cuda" and not parts.options.text_on_cpu else 1
 
@@ -199,7 +201,8 @@ class LatentDiffusion(Backbone):
         # Two encoders often have one tokenizer.
         faults = list(dict.fromkeys(filter(None, (encoder.fault(prompt) for encoder in self.text_encoders))))
         if self._unknown_words is not None and (words := self._unknown_words(prompt)):
-            faults.append(f"words the model does not know: {', '.join(words)}")
+            taught = f"; captions that it reads are in {self._captions}" if self._captions else ""
+            faults.append(f"words the model does not know: {', '.join(words)}{taught}")
         return faults
 
     @torch.no_grad()

@@ -124,8 +124,9 @@ class Costs:
 
     def _update(self, config: Config) -> list[str]:
         passes, minibatch = config.ppo.ppo_epochs, config.ppo.minibatch_size
+        plural = "s" if self.updates > 1 else ""
         return {
-            "ppo": [f"{self.updates} updates a step: passes {passes}, minibatches of {minibatch} images"],
+            "ppo": [f"{self.updates} update{plural} a step: passes {passes}, minibatches of {minibatch} images"],
             "cma_es": [],
             "reward_gradient": ["every network row again, and backwards, for the gradient: about four times the work"],
         }[config.search.method]
