@@ -280,3 +280,13 @@ def test_a_figure_shows_points_where_the_sampler_asks():
     discs = solver_figure(("x", sigmas, table)).axes[0].collections[-1]
     assert discs.get_offsets()[:, 0].tolist() == pytest.approx([4.0, 2.0])
     assert discs.get_sizes()[1] == pytest.approx(3 * discs.get_sizes()[0])
+
+
+def test_a_figure_writes_out_what_a_solver_recalls():
+    none = torch.zeros(2, 0, dtype=torch.float64)
+    history = torch.tensor([[0.0, 0.0], [-0.381, 0.0]], dtype=torch.float64)
+    drawn = solver_figure(
+        ("x", torch.tensor([9.0, 3.0, 1.0], dtype=torch.float64), EPDTable(none, none, history=history))
+    )
+    [entry] = drawn.axes[-1].texts
+    assert (entry.get_text(), entry.get_position()) == ("-0.38", (0, 1))

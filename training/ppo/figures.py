@@ -87,14 +87,19 @@ def solver_figure(solver: Drawn, beside: Drawn | None = None) -> Figure:
     panels = rows[-1].subplots(1, len(histories), squeeze=False)[0] if histories else []
     for axes, (name, entries) in zip(panels, histories.items(), strict=True):
         reach = max(float(entries.abs().max()), 1e-6)
-        image = axes.imshow(entries.tolist(), cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+        axes.imshow(entries.tolist(), cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+        for row, column in entries.nonzero().tolist():
+            entry = float(entries[row, column])
+            colour = "white" if abs(entry) > 0.6 * reach else INK
+            axes.text(
+                column, row, f"{entry:.2g}", ha="center", va="center", fontsize=min(8, 100 / len(entries)), color=colour
+            )
         axes.set_title(name.replace("_", " "), fontsize=9, color=INK)
         axes.set_xlabel("of interval", fontsize=9)
         axes.set_ylabel("in interval", fontsize=9)
         ticks = range(len(entries))
         axes.set_xticks(ticks, [tick + 1 for tick in ticks], fontsize=8)
         axes.set_yticks(ticks, [tick + 1 for tick in ticks], fontsize=8)
-        rows[-1].colorbar(image, ax=axes, shrink=0.8)
     return figure
 
 
