@@ -341,7 +341,7 @@ def test_words_the_model_was_not_taught_are_named(folder):
     taught = {"unknown_words": unknown_words, "captions": "known.csv"}
     denoiser = family("taught", parts, device=torch.device("cpu"), dtype=torch.float32, **taught)
     denoiser.validate_prompts(["red box"])
-    with pytest.raises(InputError, match="mauve, sofa; captions that it reads are in known.csv"):
+    with pytest.raises(InputError, match=r"mauve, sofa; captions that it reads are in known\.csv"):
         denoiser.validate_prompts(["mauve sofa"])
 
 

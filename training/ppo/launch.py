@@ -157,7 +157,7 @@ def resumed_job(source: Path, overrides: Sequence[str]) -> Launch:
     if state["step"] >= config.ppo.steps:
         raise InputError(
             f"{folder.path}: complete, {state['step']} of {config.ppo.steps} steps; for more of them: "
-            f"--override ppo.steps={2 * config.ppo.steps}"
+            f"--override ppo.steps={2 * state['step']}"
         )
     refuse(list(path_faults(config)), config)
     return Launch(start, folder, state)

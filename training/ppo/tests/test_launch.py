@@ -374,6 +374,8 @@ def test_a_best_checkpoint_that_cannot_be_read_does_not_stop_a_resume(finished: 
 
 def test_resume_refuses(finished: RunFolder, config: Path, tmp_path: Path):
     assert "complete, 4 of 4 steps" in launch("--resume", finished.path).output
+    fewer = launch("--resume", finished.path, "--override", "ppo.steps=1").output
+    assert "for more of them: --override ppo.steps=8" in fewer
     assert "by --override only" in launch("--resume", finished.path, "--config", config).output
     assert "no folder of a run" in launch("--resume", tmp_path).output
     reshaped = launch("--resume", finished.path, "--override", "model.num_points=3", "ppo.steps=9")
