@@ -4,6 +4,10 @@
 # Makes .venv, tunes a solver of four network evaluations along a reward's gradient, exports the result, replays it, and
 # measures it on held-out prompts beside its start and the classical solvers, each at its best schedule and guidance.
 cd "$(dirname "${BASH_SOURCE[0]}")"
+if [[ " $* " == *" --help "* ]]; then
+    sed -n '2,5s/^# //p' quickstart.sh
+    exit
+fi
 source scripts/make_environment.sh
 make_environment ""
 

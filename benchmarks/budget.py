@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from errors import shows_input_errors
+from errors import InputError, shows_input_errors
 from models.backbone import Backbone, Pipeline
 from models.denoiser import Denoiser
 from models.loading import described, quiet_and_repeatable, read_json
@@ -253,6 +253,8 @@ def _rows(budget: Budget, memory: float) -> str:
 def main(model: str, height: int | None, width: int | None, without_t5: bool) -> None:
     """Print what a model needs and on what it fits, from its configurations alone. The memories are estimates."""
     folder = CONFIGURATIONS / model if model in KNOWN else Path(model)
+    if not folder.is_dir():
+        raise InputError(f"--model {model}: there is no such folder; give a pipeline's, or one of {', '.join(KNOWN)}")
     options = ModelOptions(height=height, width=width, without_t5=without_t5)
     models = [loaded(folder, options, dtype) for dtype in TYPES]
     for line in report(models[0][0], [budget_of(*one) for one in models]):

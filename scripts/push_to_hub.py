@@ -66,7 +66,10 @@ def exported_files(run: Path) -> dict[str, bytes]:
     folder = next((place for place in (run, run / "export" / DIFFUSERS) if (place / NEEDED[-1]).is_file()), None)
     if folder is None:
         typed = shlex.quote(str(run))
-        raise InputError(f"{run}: has no export yet:  python -m training.ppo.export_epd_predictor {typed} --best")
+        raise InputError(
+            f"{run}: has no export yet:  python -m training.ppo.export_epd_predictor {typed} --best\n"
+            f"Of a solver's file:  python -m scripts.export_diffusers {typed} --outdir FOLDER --base OWNER/NAME"
+        )
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder}: {', '.join(missing)} missing; export it anew")

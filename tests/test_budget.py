@@ -107,3 +107,5 @@ def test_the_command_says_what_fits(tmp_path, monkeypatch):
     assert "does not fit" not in some
     refused = CliRunner().invoke(budget.main, ["--model", str(tmp_path)])
     assert (refused.exit_code, "no diffusers pipeline" in refused.output) == (2, True)
+    absent = CliRunner().invoke(budget.main, ["--model", "shape"]).output
+    assert "--model shape: there is no such folder; give a pipeline's, or one of sd15" in absent

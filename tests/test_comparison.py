@@ -15,7 +15,7 @@ from PIL import Image
 
 from errors import InputError
 from solvers import EPDTable
-from training.measuring.comparison import Baseline, Comparison, Entry, SetDistance, parse_baseline
+from training.measuring.comparison import TOTAL, Baseline, Comparison, Entry, SetDistance, parse_baseline
 from training.measuring.distances import frechet, gaussian_of, paired_frechet_values
 from training.measuring.evaluation import Measured, Store, key_of
 from training.measuring.evaluation_page import evaluation_page
@@ -249,6 +249,13 @@ def test_the_difference_table_says_what_was_compared_with_what(report):
     assert lines["epd-00003", "4"][5].strip().endswith("better (ddim, logsnr g2.5)")
     assert lines["heun", "4"][3].strip() == "itself"
     assert ("ddim", "8") not in lines  # the only classical solver at 8
+
+
+def test_what_two_baselines_say_alike_is_one_table(report, entries, tmp_path):
+    plain = Comparison(entries[1:], FRECHET, Store(tmp_path / "kept", pytest.fail), seed=5)
+    differences = plain.differences([Baseline("classical", None), Baseline("classical", TOTAL)])
+    text = replace(report, comparison=plain, differences=differences).markdown()
+    assert text.count("## Paired differences to") == text.count("to classical and classical@total\n") == 1
 
 
 def test_everything_is_written(report, tmp_path):

@@ -143,6 +143,16 @@ def test_a_command_runs_as_it_stands(
     assert result.exit_code == 0 or ("--dry-run" in words and "missing" in result.output), result.output
 
 
+def test_the_quickstart_says_what_it_does_and_does_nothing(tmp_path: Path) -> None:
+    for file in ("quickstart.sh", "scripts/make_environment.sh"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / file, tmp_path / file)
+    told = subprocess.run(["bash", "quickstart.sh", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=9)
+    assert told.stdout.startswith("From a fresh clone to a tuned solver")
+    assert told.stdout.endswith("each at its best schedule and guidance.\n")
+    assert not (tmp_path / ".venv").exists()
+
+
 def test_every_other_command_is_run_by_what_is_named() -> None:
     written = {module for module, _ in written_out()}
     shown = {(module, module in SHORTENED and not OPEN.search(options)) for _, module, options in commands()}

@@ -164,7 +164,7 @@ def test_files_that_are_no_archives_or_hold_code_are_refused(tmp_path):
     for name in ("text", "code"):
         with pytest.raises(InputError, match="no readable statistics file"):
             RealImages.load(tmp_path / f"{name}.npz")
-    with pytest.raises(InputError, match="no such statistics file"):
+    with pytest.raises(InputError, match=r"no such statistics file; make it:  .* --out .*\.npz"):
         RealImages.load(tmp_path / "none.npz")
 
 

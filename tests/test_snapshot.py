@@ -661,6 +661,8 @@ def test_find_says_what_it_looked_for(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match=r"export it first:  python -m training\.ppo\.export_epd_predictor .*run$"):
         find_snapshot(tmp_path / "run")
+    with pytest.raises(InputError, match=rf"there are: none in {tmp_path / 'run'}: start commands in the checkout"):
+        find_snapshot(3, root=tmp_path / "run")
     (tmp_path / "my run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match=r"training\.ppo\.export_epd_predictor '.*my run'$"):  # as it is to be typed
         find_snapshot(tmp_path / "my run")

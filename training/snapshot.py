@@ -201,7 +201,8 @@ def find_run(source: str | Path | int, root: str | Path = "exps") -> Path:
     if not runs:
         known = sorted(run.name for run in root.glob("[0-9][0-9][0-9][0-9][0-9]-*") if run.is_dir())
         raise InputError(
-            f"experiment {number}: no folder {root}/{number:05d}-*; there are: {', '.join(known) or 'none'}"
+            f"experiment {number}: no folder {root}/{number:05d}-*; there are: "
+            f"{', '.join(known) or f'none in {root.absolute()}: start commands in the checkout'}"
         )
     if len(runs) > 1:
         names = ", ".join(run.name for run in runs)

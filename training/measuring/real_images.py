@@ -298,7 +298,7 @@ class RealImages:
             with np.load(path, allow_pickle=False) as file:
                 content = dict(file)
         except FileNotFoundError:
-            raise InputError(f"{path}: there is no such statistics file; make it:  {MAKE}") from None
+            raise InputError(f"{path}: there is no such statistics file; make it:  {MAKE} --out {path}") from None
         except Exception as error:  # damaged archives raise many kinds
             raise InputError(f"{path} is no readable statistics file: {first_line(error)}; make it:  {MAKE}") from None
         prefix = "features_"

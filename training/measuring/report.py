@@ -182,7 +182,11 @@ class Report:
                 for row in rows
             ]
             headings = ["solver", "parallel NFE", *(metric_of(name).heading for name in self.comparison.metrics)]
-            tables[f"Paired differences to {baseline}"] = Cells(headings, lines)
+            title, cells = f"Paired differences to {baseline}", Cells(headings, lines)
+            # Solvers without parallel points have as many evaluations in all: one table says both.
+            twin = next((before for before, others in tables.items() if others == cells), None)
+            tables.pop(twin, None)
+            tables[title if twin is None else f"{twin} and {baseline}"] = cells
         return tables
 
     def csv(self) -> str:
