@@ -60,7 +60,7 @@ from training.measuring.report import Report
 from training.ppo.panels import judges_of, true_images
 from training.ppo.rewards import find_reward_files
 from training.ppo.scene import Scene
-from training.runs.command_line import EITHER_DASH, Finite, require_processes, takes_model_options
+from training.runs.command_line import EitherDash, Finite, require_processes, takes_model_options
 from training.runs.fabric import fabric_of
 from training.solver import (
     CLASSICAL,
@@ -115,7 +115,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     return protocol
 
 
-@click.command(epilog=EXAMPLES, context_settings=EITHER_DASH)
+@click.command(epilog=EXAMPLES, cls=EitherDash)
 @click.option(
     "--protocol",
     is_eager=True,

@@ -21,7 +21,7 @@ from models.options import ModelOptions
 from models.prompts import parse_seeds, read_prompts
 from models.registry import check_assets, traits_of
 from training.image_folder import LOG_NAME, SHEET_NAME, ImageRequest, draw, unused_folder
-from training.runs.command_line import EITHER_DASH, Finite, require_one_process, takes_model_options
+from training.runs.command_line import EitherDash, Finite, require_one_process, takes_model_options
 from training.solver import (
     CLASSICAL,
     Schedule,
@@ -44,7 +44,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings=EITHER_DASH)
+@click.command(epilog=EXAMPLES, cls=EitherDash)
 @click.option(
     "--predictor_path",
     help="EPD table: a .pkl or .json, a run or export folder, an experiment's number, or OWNER/NAME on the Hub.",

@@ -36,7 +36,7 @@ from training.distillation_run import (
     untrained_table,
     write_start,
 )
-from training.runs.command_line import EITHER_DASH, Finite, Parts, require_one_process, takes_model_options
+from training.runs.command_line import EitherDash, Finite, Parts, require_one_process, takes_model_options
 from training.snapshot import find_run
 from training.solver import MODEL_OF_DATASET, USUAL_RHO
 from training.starts import needs_grid
@@ -52,7 +52,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings=EITHER_DASH)
+@click.command(epilog=EXAMPLES, cls=EitherDash)
 @click.option("--dataset_name", help="The model's world: shapes, ms_coco (Stable Diffusion 1.5), or a name of yours.")
 @click.option(
     "--model_path", "--model", help="Registered name, pipeline folder or file. [what dataset_name stands for]"

@@ -196,7 +196,8 @@ def test_the_citation_is_well_formed() -> None:
     ],
 )
 def test_an_option_of_one_command_is_typed_alike_in_the_others(module: str, typed: str, name: str) -> None:
-    assert import_module(module).main.make_context(module, [typed, "5"]).params[name] in (5, "5")
+    for words in ([typed, "5"], [f"{typed}=5"]):
+        assert import_module(module).main.make_context(module, words).params[name] in (5, "5")
 
 
 @pytest.mark.parametrize("module", ["sample", "train", "scripts.show_solver", "scripts.export_diffusers"])

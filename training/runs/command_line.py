@@ -17,9 +17,6 @@ from training.parameters import named_parts
 
 Result = TypeVar("Result")
 
-EITHER_DASH = {"token_normalize_func": lambda name: name.replace("_", "-")}
-"""Context settings of a click command whose options may be typed with `_` or `-`; some have the public code's names."""
-
 LAUNCHERS = {"WORLD_SIZE": "torchrun", "SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 """Where those that start a command several times write how many times."""
 
@@ -93,6 +90,17 @@ class Parts(click.ParamType):
             return ",".join(named_parts(value))
         except InputError as error:
             self.fail(str(error), param, context)
+
+
+class EitherDash(click.Command):
+    """A command whose options may be typed with `_` or `-`; some have the public code's names."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Spell each option as it was declared."""
+        declared = {name.replace("_", "-"): name for parameter in self.params for name in parameter.opts}
+        words = [word.partition("=") for word in args]
+        spelled = [declared.get(name.replace("_", "-"), name) + equals + value for name, equals, value in words]
+        return super().parse_args(context, spelled)
 
 
 class SeveralPairs(click.Command):
