@@ -347,8 +347,9 @@ def studied(world: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -
     modules = tmp_path_factory.mktemp("modules")
     # The true command, but for the arm that is to fail.
     (modules / "often.py").write_text(
-        "import sys\nfrom training.ppo.launch import main\n"
-        "sys.exit('no more memory') if 'logging.panel=null' in sys.argv else main()\n"
+        "import sys\n"
+        "if 'logging.panel=null' in sys.argv:\n    sys.exit('no more memory')\n"
+        "from training.ppo.launch import main\nmain()\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning_runs, "COMMAND", "often")
