@@ -148,7 +148,8 @@ def test_the_layout_is_the_mean_of_each_cell():
     assert torch.allclose(layout_of(latents)[1, 2, 3, 0], latents[1, 2, 12:, :4].mean())
 
 
-def test_the_text_encoder_learns_from_captions_alone_which_object_stands_where(tmp_path):
+def test_the_text_encoder_learns_from_captions_alone_which_object_stands_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_diffusion, "LAYOUT_BATCH", 16)  # of two captions
     # Two captions of the same words: only their order tells which half is bright.
     objects = ("a large red star", "a small blue ring")
     captions = [f"{first} left of {second} on a white background" for first, second in (objects, objects[::-1])]
