@@ -68,7 +68,8 @@ def get_schedule(
                       timesteps. Needs `denoiser`
         flowmatch     the model's own σ(t) at uniform t; ρ plays no part. Needs `denoiser`
 
-    The last two span the model's own range; sigma_min and sigma_max must be that range.
+    The last two end at the model's own sigma_min, and begin at its own sigma_max, or below it, at a time below 1: where
+    evaluations are few, the first is better not spent on a level at which an image is all noise.
     Raises ValueError for an unknown type, a bad number of steps, range or rho, a missing denoiser or another's range,
     and for a rho whose powers float64 cannot hold or tell apart.
     """
@@ -143,12 +144,26 @@ def _model_grid(
 ) -> Tensor:
     if denoiser is None:
         raise ValueError(f"the {schedule_type} schedule follows a model's own time: it needs a denoiser")
-    time = _power_interpolation(u, 1.0, denoiser.time_min, rho if MODEL_TIMES[schedule_type] else 1.0)
-    sigmas = denoiser.sigma_of_time(time)
-    for name, given, own in (("sigma_max", sigma_max, sigmas[0]), ("sigma_min", sigma_min, sigmas[-1])):
-        if not math.isclose(given, own, rel_tol=_RANGE_TOLERANCE):
+    least, most = denoiser.sigma_of_time(torch.tensor([denoiser.time_min, 1.0], dtype=torch.float64)).tolist()
+    whole = math.isclose(sigma_max, most, rel_tol=_RANGE_TOLERANCE)
+    for name, given, own, right in (
+        ("sigma_max", sigma_max, most, whole or sigma_max < most),
+        ("sigma_min", sigma_min, least, math.isclose(sigma_min, least, rel_tol=_RANGE_TOLERANCE)),
+    ):
+        if not right:
             raise ValueError(f"the {schedule_type} schedule has the model's own {name} = {own:.6g}; got {given:.6g}")
-    return sigmas
+    first = 1.0 if whole else _time_of_sigma(denoiser, sigma_max)
+    time = _power_interpolation(u, first, denoiser.time_min, rho if MODEL_TIMES[schedule_type] else 1.0)
+    return denoiser.sigma_of_time(time)
+
+
+def _time_of_sigma(denoiser: HasModelTime, sigma: float) -> float:
+    """The time in [time_min, 1] at which the model's noise level is `sigma`, by bisection."""
+    low, high = denoiser.time_min, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        below = denoiser.sigma_of_time(torch.tensor([middle], dtype=torch.float64)).item() < sigma
+        low, high = (middle, high) if below else (low, middle)
+    return high
 
 
 _FORMULAS: dict[str, Callable[[Tensor, float, float, float], Tensor]] = {

@@ -93,6 +93,11 @@ Examples:
 @click.option("--schedule_type", type=click.Choice(list(SCHEDULES)), default="discrete", show_default=True)
 @click.option("--schedule_rho", type=Finite(0, min_open=True), help="Exponent of the grid. [7 polynomial, otherwise 1]")
 @click.option(
+    "--sigma_max",
+    type=Finite(0, min_open=True),
+    help="Noise level to begin at, with --init-only. [the model's largest]",
+)
+@click.option(
     "--trajectories",
     type=click.IntRange(2, 10**9),
     default=128,

@@ -43,7 +43,7 @@ def levels_of(solver: Solver) -> tuple[Tensor, str]:
         return solver.sigmas, "its own noise levels"
     if solver.schedule is None:
         raise InputError(f"{solver.where}: does not say its schedule_type")
-    name, rho = solver.schedule
+    name, rho, _ = solver.schedule
     if name == FLOW_MATCHING:
         least, shift = solver.sigma_range[0] or USUAL_FLOW.time_min, solver.flow_shift
         clock = USUAL_FLOW if shift is None else FlowTime(shift, least)

@@ -166,6 +166,19 @@ def test_rho_bends_discrete_time_towards_its_small_end() -> None:
     torch.testing.assert_close(bent[[0, -1]], even[[0, -1]])
 
 
+@pytest.mark.parametrize(("rho", "first"), [(1.0, 5.0), (2.0, 1.0), (1.0, 14.61)])
+def test_a_schedule_of_the_model_s_time_begins_below_its_largest_level_where_told(rho: float, first: float) -> None:
+    """Its times are still even in the rho-th root, from that of the first level on."""
+    model = DiscreteModel()
+    levels = get_schedule("discrete", 6, DISCRETE_RANGE[0], first, rho=rho, denoiser=model)
+    assert levels[0].item() == pytest.approx(first, rel=1e-9)
+    assert levels[-1].item() == pytest.approx(DISCRETE_RANGE[0], rel=1e-6)
+    times = torch.linspace(model.time_min, 1, 100_001, dtype=torch.float64)
+    found = times[torch.searchsorted(model.sigma_of_time(times), levels).clamp_max(100_000)]
+    gaps = (found ** (1 / rho)).diff()
+    torch.testing.assert_close(gaps, gaps.mean().expand(5), rtol=1e-3, atol=0)
+
+
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +201,10 @@ def test_rho_bends_discrete_time_towards_its_small_end() -> None:
         (
             lambda: get_schedule("discrete", 5, 0.002, DISCRETE_RANGE[1], denoiser=DiscreteModel()),
             r"discrete schedule has the model's own sigma_min = 0.0291672; got 0.002",
+        ),
+        (
+            lambda: get_schedule("discrete", 5, DISCRETE_RANGE[0], 14.62, denoiser=DiscreteModel()),
+            r"discrete schedule has the model's own sigma_max = 14.6146; got 14.62",
         ),
     ],
 )

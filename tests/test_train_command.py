@@ -20,11 +20,12 @@ import scripts.image_statistics
 import scripts.push_to_hub
 import train
 from files import only_writer
-from models.registry import default_guidance_scale
+from models.registry import default_guidance_scale, load_denoiser
 from tests.tiny_families import save_tiny_family
 from tests.tiny_pipeline import save_tiny_pipeline
 from training.distillation import Refinement
 from training.snapshot import find_snapshot, load_snapshot
+from training.solver import classical_solver, load_solver, parse_schedule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -323,6 +324,7 @@ def test_bad_input_is_refused_in_a_line(workplace, arguments, message):
         ),
         (("--init-only", "--train", "grid"), "--train grid: --init-only trains nothing"),
         (("--init-only", "--start", "search"), "--start search"),
+        (("--sigma_max", 5), "--sigma_max 5: a teacher begins at the model's own"),
         (("--start", "dpm2"), "--start dpm2 needs --num_points 1, not 2"),
     ],
 )
@@ -426,12 +428,25 @@ def test_how_the_model_was_loaded_is_kept_and_older_files_do_not_say_it(pipeline
     told = json.loads(file.read_text())
     (folder / "network-snapshot-000000.json").unlink()
     assert "height=32 contradicts" in refusal(run("--resume", folder, "--height", 32))
-    new = ("lora", "vae", "height", "width", "negative_prompt", "without_t5")
+    new = ("lora", "vae", "height", "width", "negative_prompt", "without_t5", "sigma_max")
     older = {key: told[key] for key in told if key not in new}
     file.write_text(json.dumps(older))
     result = run("--resume", folder)
     assert result.exit_code == 0, result.output
     assert "model_options" not in load_snapshot(folder / "network-snapshot-000000.pkl")[1]
+
+
+def test_a_start_plays_the_classical_solver_from_the_noise_level_that_it_is_told_to_begin_at(pipeline, workplace):
+    asked = ("--start", "dpmpp:2", "--num_points", 0, "--sigma_max", 5, "--guidance", 2)
+    result = run("--dataset_name", "tiny", "--model_path", pipeline, "--num_steps", 4, "--init-only", *asked)
+    assert result.exit_code == 0, result.output
+    denoiser = load_denoiser(pipeline, device="cpu", dtype=torch.float32)
+    start = load_solver("0").on(denoiser)
+    classical = classical_solver("dpmpp:2", 4, parse_schedule("discrete@5")).guided(2.0).on(denoiser)
+    assert start.sigmas[0].item() == classical.sigmas[0].item() == pytest.approx(5)
+    torch.testing.assert_close(*(one.latents(denoiser, ["a dog"], [0]) for one in (start, classical)))
+    whole = classical_solver("dpmpp:2", 4, parse_schedule("discrete")).guided(2.0).on(denoiser)
+    assert not torch.allclose(*(one.latents(denoiser, ["a dog"], [0]) for one in (start, whole)), atol=0.1)
 
 
 def test_a_start_is_guided_as_its_model_usually_is(workplace):

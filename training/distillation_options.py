@@ -46,7 +46,8 @@ class Options:
     dataset_name: the model's world. model_path: folder, file or registered name, None for what dataset_name stands for.
     num_steps: grid points. num_points: K. sampler_tea, M: the teacher, and its extra steps in each interval. afs,
     scale_dir, scale_time: the student's, 0 or the bound of a scale. guidance_rate: None for the model's own.
-    schedule_type, schedule_rho: of the grid, at first. trajectories: how many the teacher is followed on; a quarter of
+    schedule_type, schedule_rho: of the grid, at first. sigma_max: the noise level that it begins at, None for the
+    model's largest, as where a teacher is followed. trajectories: how many the teacher is followed on; a quarter of
     them is held out. batch: trajectories an update. batch_gpu: trajectories at once on the device. total_kimg:
     thousands of trajectories that all updates together see. lr, coslr: Adam's step size, and whether it decays. target:
     what the last states are compared as. prompt_file: None with init_only, and of an unconditional model. init_only:
@@ -86,6 +87,7 @@ class Options:
     width: int | None = None
     negative_prompt: str | None = None
     without_t5: bool = False
+    sigma_max: float | None = None
 
     @property
     def model(self) -> str:
@@ -125,7 +127,7 @@ class Options:
         student's. Raises InputError where the schedule does not suit the model.
         """
         points = (self.num_steps - 1) * (extra_steps + 1) + 1
-        return Schedule(self.schedule_type, self.schedule_rho).sigmas(points, denoiser)
+        return Schedule(self.schedule_type, self.schedule_rho, self.sigma_max).sigmas(points, denoiser)
 
     @property
     def updates(self) -> int:
@@ -163,6 +165,7 @@ class Options:
             **({MODEL_OPTIONS: changes} if (changes := self.model_options.changes()) else {}),
             **({"learned": list(self.learned)} if self.learned else {}),
             **known,
+            **({} if self.sigma_max is None else {"sigma_max": self.sigma_max}),
         }
 
     def evaluations(self) -> dict[str, int]:
@@ -196,6 +199,11 @@ def settled(told: Mapping[str, Any]) -> dict[str, str | None]:
             raise InputError(f"--start {SEARCH} is found from the teacher's trajectories: leave --init-only out")
         check_start(start, points)
         return {"start": start, "train": None}
+    if told["sigma_max"] is not None:
+        raise InputError(
+            f"--sigma_max {told['sigma_max']:g}: a teacher begins at the model's own; give it with --init-only, and "
+            "tune by a reward from there"
+        )
     usual = ["positions", "weights", *bounded] if points else ["history", GRID]
     learned = _able(named_parts(told["train"]) if told["train"] else usual, told)
     _check_learned(learned, told, bounded)

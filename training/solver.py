@@ -92,15 +92,22 @@ IPNDM = "ipndm"
 
 
 class Schedule(NamedTuple):
-    """A schedule of noise levels by name, with its exponent (1 where it has none)."""
+    """A schedule of noise levels by name, with its exponent (1 where it has none).
+
+    `first` is the noise level that it begins at, where that is not the model's largest.
+    """
 
     schedule_type: str
     rho: float
+    first: float | None = None
 
     def __str__(self) -> str:
-        """As it is written on the command line: `discrete`, or `discrete:2` where the exponent is not the usual one."""
+        """As it is written on the command line: `discrete`, `discrete:2` where the exponent is not the usual one, and
+        `discrete@5` where it begins at that noise level.
+        """
         usual = self.rho == USUAL_RHO.get(self.schedule_type, 1.0)
-        return self.schedule_type if usual else f"{self.schedule_type}:{self.rho:g}"
+        named = self.schedule_type if usual else f"{self.schedule_type}:{self.rho:g}"
+        return named if self.first is None else f"{named}@{self.first:g}"
 
     @property
     def is_model_time(self) -> bool:
@@ -115,11 +122,14 @@ class Schedule(NamedTuple):
     ) -> Tensor:
         """Noise levels, float64 [num_steps]; least and largest are the model's where `sigma_range` is silent.
 
+        Where the schedule has a `first` of its own, that is the largest.
         Raises InputError where the schedule does not suit the model.
         """
         low, high = (
             usual if told is None else told
-            for told, usual in zip(sigma_range, (denoiser.sigma_min, denoiser.sigma_max), strict=True)
+            for told, usual in zip(
+                (sigma_range[0], self.first or sigma_range[1]), (denoiser.sigma_min, denoiser.sigma_max), strict=True
+            )
         )
         try:
             return get_schedule(self.schedule_type, num_steps, low, high, rho=self.rho, denoiser=denoiser)
@@ -613,18 +623,23 @@ def parse_classical(name: str) -> tuple[str, int | None]:
 
 
 def parse_schedule(text: str) -> Schedule:
-    """A schedule as people write it, `discrete` or `polynomial:5`. Raises InputError for another text."""
-    name, colon, exponent = text.strip().partition(":")
+    """A schedule as people write it, `discrete`, `polynomial:5`, `discrete@5`. Raises InputError for another text."""
+    spaced, at, level = text.strip().partition("@")
+    name, colon, exponent = spaced.partition(":")
     if name not in SCHEDULES:
         raise InputError(f"unknown schedule {text!r}; known are {', '.join(SCHEDULES)}")
-    if not colon:
-        return Schedule(name, USUAL_RHO.get(name, 1.0))
-    if name not in USUAL_RHO:
+    if colon and name not in USUAL_RHO:
         raise InputError(f"schedule {text!r}: {name} has no exponent rho; write {name}")
+    rho = _positive(exponent, text, "rho", f"{name}:2") if colon else USUAL_RHO.get(name, 1.0)
+    return Schedule(name, rho, _positive(level, text, "the first noise level", f"{spaced}@5") if at else None)
+
+
+def _positive(written: str, text: str, what: str, example: str) -> float:
+    """A number of the schedule `text`. Raises InputError where it is none that is positive and finite."""
     try:
-        rho = float(exponent)
+        number = float(written)
     except ValueError:
-        raise InputError(f"schedule {text!r}: rho is {exponent!r}; write a number, {name}:2") from None
-    if not 0 < rho < float("inf"):
-        raise InputError(f"schedule {text!r}: rho is {exponent}; it must be positive and finite")
-    return Schedule(name, rho)
+        raise InputError(f"schedule {text!r}: {what} is {written!r}; write a number, {example}") from None
+    if not 0 < number < float("inf"):
+        raise InputError(f"schedule {text!r}: {what} is {written}; it must be positive and finite")
+    return number

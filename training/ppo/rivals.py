@@ -19,6 +19,9 @@ CLASSICAL = ("ddim", "dpmpp:2", "ipndm")
 """Those that are tables, which the run's own sampler plays."""
 SCHEDULES = ("discrete", "polynomial:5")
 """Tried for each, beside the start's own."""
+LOWER = ("discrete", 1 / 3)
+"""Tried, too: this schedule from this share of the model's largest noise level on. Of few evaluations it spends none on
+a level at which an image is all noise."""
 GUIDANCES = (1.0, 2 / 3, 1 / 2)
 """Tried for each, in shares of the start's; a start without guidance (1) has rivals without."""
 CHOSEN_ON = 16
@@ -67,7 +70,9 @@ def _solvers(
     start: Solver, denoiser: Denoiser, evaluations: int, names: tuple[str, ...] = CLASSICAL
 ) -> Iterator[Solver]:
     own = [] if start.schedule is None else [start.schedule]
-    schedules: dict[Schedule, None] = dict.fromkeys([*map(parse_schedule, SCHEDULES), *own])
+    name, share = LOWER
+    lower = parse_schedule(name)._replace(first=share * denoiser.sigma_max)
+    schedules: dict[Schedule, None] = dict.fromkeys([*map(parse_schedule, SCHEDULES), lower, *own])
     for solver in classical_solvers(names, [evaluations], list(schedules), note=lambda line: None):
         try:
             yield solver.on(denoiser)

@@ -53,6 +53,16 @@ def test_the_best_classical_solver_is_the_best_of_those_tried(monkeypatch: pytes
     torch.testing.assert_close(scores.previews, tried[name][:2], rtol=0, atol=1e-5)
 
 
+def test_a_schedule_that_begins_lower_is_tried_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ())
+    monkeypatch.setattr("training.ppo.rivals.LOWER", ("logsnr", 1 / 4))
+    name, scores = best_classical(judge_of(START), HeldoutWatch(brightness()), START, DENOISER)
+    label, schedule, guidance = name.split(", ")
+    assert schedule == f"logsnr@{DENOISER.sigma_max / 4:g}"
+    images = drawn(classical_solver(label, 7, Schedule("logsnr", 1.0, DENOISER.sigma_max / 4)), float(guidance[9:]))
+    torch.testing.assert_close(scores.previews, images[:2], rtol=0, atol=1e-5)
+
+
 def test_rivals_of_a_start_without_guidance_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ("logsnr",))
     start = dataclasses.replace(START, guidance_scale=1.0)
