@@ -440,6 +440,7 @@ def test_a_start_plays_the_classical_solver_from_the_noise_level_that_it_is_told
     asked = ("--start", "dpmpp:2", "--num_points", 0, "--sigma_max", 5, "--guidance", 2)
     result = run("--dataset_name", "tiny", "--model_path", pipeline, "--num_steps", 4, "--init-only", *asked)
     assert result.exit_code == 0, result.output
+    assert "-discrete-from5" in result.output
     denoiser = load_denoiser(pipeline, device="cpu", dtype=torch.float32)
     start = load_solver("0").on(denoiser)
     classical = classical_solver("dpmpp:2", 4, parse_schedule("discrete@5")).guided(2.0).on(denoiser)

@@ -118,7 +118,7 @@ class Options:
         teacher = (self.start.replace(":", ""),) if self.init_only else (self.sampler_tea, self.M)
         parts = (self.dataset_name, self.num_steps, self.nfe, self.sampler_stu, *teacher)
         named = "-".join(map(str, (*parts, schedule.get(self.schedule_type, self.schedule_type))))
-        return named + ("-afs" if self.afs else "")
+        return named + ("" if self.sigma_max is None else f"-from{self.sigma_max:g}") + ("-afs" if self.afs else "")
 
     def sigmas(self, denoiser: Denoiser, extra_steps: int = 0) -> Tensor:
         """The student's noise levels with so many more in each interval, float64; with `M` more they are the teacher's.

@@ -169,7 +169,7 @@ def train(
     return fit(model, loss, options)
 
 
-@training_command(output="src/shapes_flow", steps=40_000, images=80_000, batch=64, learning_rate=1e-3, seed=1)
+@training_command(output="src/shapes_flow", steps=10_000, images=80_000, batch=64, learning_rate=2e-3, seed=1)
 @click.option("--world", type=click.Path(path_type=Path), default=Path("src/shapes"), help="Folder of the first model.")
 @click.option("--compile", "compiled", is_flag=True, help="Let torch.compile make the network's code.")
 def main(run: TrainingRun, world: Path, compiled: bool) -> None:
