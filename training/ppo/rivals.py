@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from heapq import nlargest
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ LOWER = ("discrete", 1 / 3)
 a level at which an image is all noise."""
 GUIDANCES = (1.0, 2 / 3, 1 / 2)
 """Tried for each, in shares of the start's; a start without guidance (1) has rivals without."""
-CHOSEN_ON = 16
-"""Held-out prompts that the best of them is chosen on."""
+CHOSEN_ON, FINALISTS = 16, 3
+"""Held-out prompts that all of them are tried on, and how many of them, the best there, on all prompts."""
 REFERENCE, REFERENCE_STEPS = "dpmpp:2", 50
 
 
@@ -35,8 +36,9 @@ def best_classical(
     """The classical solver with the best reward, in words, and its scores on all held-out prompts.
 
     It takes as many evaluations in all as the start. Each has the schedule that is best at the start's guidance (the
-    mean of its scales, where it has several), and there the best of `GUIDANCES`. None where no such solver suits the
-    model, or the start leaves its first evaluation out (AFS), which none of them does.
+    mean of its scales, where it has several), and there the best of `GUIDANCES`: on some prompts, and the best few of
+    these on all. None where no such solver suits the model, or the start leaves its first evaluation out (AFS), which
+    none of them does.
     """
     solvers = [] if start.afs else list(_solvers(start, denoiser, start.evaluations.total))
     if not solvers:
@@ -52,8 +54,9 @@ def best_classical(
         by_name.setdefault(solver.label, []).append(solver)
     scheduled = [max(group, key=lambda solver: mean_reward(solver, own)) for group in by_name.values()]
     tried = [(solver, share * own) for solver in scheduled for share in (GUIDANCES if own != 1 else (1.0,))]
-    best, guidance = max(tried, key=lambda one: mean_reward(*one))
-    scores = judge.judge_once(*_numbers(best, guidance, start))
+    finalists = nlargest(FINALISTS, tried, key=lambda one: mean_reward(*one))
+    on_all = [(judge.judge_once(*_numbers(*finalist, start)), *finalist) for finalist in finalists]
+    scores, best, guidance = max(on_all, key=lambda one: watch.mean_reward(one[0]))
     return f"{best.label}, {best.grid_name}, guidance {guidance:.3g}", scores
 
 

@@ -8,7 +8,7 @@ import torch
 import schedules
 from errors import InputError
 from solvers import EPDTable
-from training.ppo.heldout import HeldoutJudge, HeldoutWatch
+from training.ppo.heldout import HeldoutJudge, HeldoutScores, HeldoutWatch
 from training.ppo.rivals import CLASSICAL, best_classical, reference_images
 from training.ppo.rl_runner import RLRunner
 from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
@@ -51,6 +51,27 @@ def test_the_best_classical_solver_is_the_best_of_those_tried(monkeypatch: pytes
     assert len({round(reward.mean().item(), 6) for reward in rewards.values()}) > 1
     torch.testing.assert_close(scores.parts["brightness"], rewards[name], rtol=0, atol=1e-5)
     torch.testing.assert_close(scores.previews, tried[name][:2], rtol=0, atol=1e-5)
+
+
+def test_the_best_few_are_compared_on_all_prompts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ("logsnr",))
+    monkeypatch.setattr("training.ppo.rivals.CHOSEN_ON", 1)
+    monkeypatch.setattr("training.ppo.rivals.GUIDANCES", (1.0,))
+
+    class Turned(HeldoutWatch):
+        """The second prompt's reward counts ten times."""
+
+        def _combined(self, scores: HeldoutScores) -> torch.Tensor:
+            return super()._combined(scores) * torch.tensor([1.0, 10, 1, 1, 1])[: len(scores.parts["brightness"])]
+
+    rewards = {
+        label: Brightness().score(drawn(classical_solver(label, 7, Schedule("logsnr", 1.0))), PROMPTS[:5])
+        for label in CLASSICAL
+    }
+    best = max(rewards, key=lambda label: (rewards[label].sum() + 9 * rewards[label][1]).item())
+    assert best != max(rewards, key=lambda label: rewards[label][0])
+    name, _ = best_classical(judge_of(START), Turned(brightness()), START, DENOISER)
+    assert name == f"{best}, logsnr, guidance 2"
 
 
 def test_a_schedule_that_begins_lower_is_tried_too(monkeypatch: pytest.MonkeyPatch):
