@@ -51,7 +51,11 @@ Examples:
 )
 @click.option("--solver", help=f"epd (needs a predictor), {', '.join(CLASSICAL)}; an order after a colon: dpmpp:2.")
 @click.option("--num-steps", type=click.IntRange(min=2), help="Grid points of a classical solver (intervals + 1).")
-@click.option("--schedule", help=f"Grid, NAME or NAME:RHO. [classical solvers: {USUAL_SCHEDULE}; epd: the predictor's]")
+@click.option(
+    "--schedule",
+    help=f"Grid, NAME, NAME:RHO, or either with @LEVEL for the noise level that it begins at. [classical solvers: "
+    f"{USUAL_SCHEDULE}; epd: the predictor's]",
+)
 @click.option("--afs", is_flag=True, help="Classical solvers: estimate the first evaluation instead of making it.")
 @click.option("--prompt", "prompts", multiple=True, help="What to draw; may be repeated.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A .txt (one a line) or .csv (column `text`).")
