@@ -143,8 +143,8 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     "--schedules",
     default=",".join(TRIED_SCHEDULES),
     show_default=True,
-    help="Tried for every classical solver, NAME or NAME:RHO, with @LEVEL from a lower noise level (discrete@5 suits few "
-    "evaluations); each metric is reported at the best.",
+    help="Tried for every classical solver, NAME or NAME:RHO, with @LEVEL from a lower noise level (discrete@5 suits "
+    "few evaluations); each metric is reported at the best.",
 )
 @click.option(
     "--guidances",
