@@ -199,9 +199,9 @@ def settled(told: Mapping[str, Any]) -> dict[str, str | None]:
             raise InputError(f"--start {SEARCH} is found from the teacher's trajectories: leave --init-only out")
         check_start(start, points)
         return {"start": start, "train": None}
-    if told["sigma_max"] is not None:
+    if (first := told.get("sigma_max")) is not None:
         raise InputError(
-            f"--sigma_max {told['sigma_max']:g}: a teacher begins at the model's own; give it with --init-only, and "
+            f"--sigma_max {first:g}: a teacher begins at the model's own; give it with --init-only, and "
             "tune by a reward from there"
         )
     usual = ["positions", "weights", *bounded] if points else ["history", GRID]
