@@ -28,7 +28,7 @@ from training.runs.configuration import config_hash
 from training.runs.configuration import to_plain as config_to_plain
 from training.runs.run_folder import MetricsLog, RunFolder
 from training.snapshot import find_snapshot, load_snapshot, save_snapshot
-from training.solver import NETWORK_DTYPE, load_solver
+from training.solver import NETWORK_DTYPE, Schedule, load_solver
 
 CPU = torch.device("cpu")
 
@@ -200,7 +200,7 @@ def test_export_says_the_settings_it_was_tuned_for_not_those_of_the_start(config
     paths = write_export(RunFolder(tmp_path), read_export(tmp_path / "policy-step000001.pt", CPU), manifest=False)
     exported = load_solver(paths[0])
     assert exported.guidance_scale == 4.5
-    assert exported.schedule == ("polynomial", 7.0)
+    assert exported.schedule == Schedule("polynomial", 7.0)
 
 
 def test_export_says_the_half_precision_that_it_was_tuned_in(config: Path, tmp_path: Path):
