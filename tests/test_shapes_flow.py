@@ -18,12 +18,13 @@ import sample
 import train
 from models import fingerprints, load_denoiser, registry
 from models.generate import conditioned
+from models.latent_diffusion import LatentDiffusion
 from models.shapes import train_flow
 from models.shapes.scenes import captions
 from models.shapes.tokenizer import build_tokenizer
 from models.shapes.train_autoencoder import build_autoencoder
 from models.shapes.train_flow import build_network, build_parts, save_flow_pipeline, taught
-from models.shapes.training_loop import TrainingOptions
+from models.shapes.training_loop import TrainingOptions, make_optimizers
 from scripts.export_diffusers import main as export
 from solvers import SAMPLERS
 from training.ppo.config import METHODS
@@ -128,6 +129,9 @@ def of_scenes(
     teacher: object, clean: Tensor, sigma: Tensor, captions: list[str], noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Without a teacher: the velocity from a scene to its noise."""
+    assert isinstance(teacher, LatentDiffusion)
+    assert teacher.sigma_min / (1 + teacher.sigma_min) <= sigma.min() < 0.2
+    assert 0.8 < sigma.max() < 1
     return torch.lerp(clean, noise[0], sigma.view(-1, 1, 1, 1)), noise[0] - clean
 
 
@@ -139,9 +143,30 @@ def test_the_loss_is_that_of_the_velocity(tmp_path, monkeypatch):
     found: list[Tensor] = []
     options = TrainingOptions(1, 1.0, tmp_path / "flow.pt")
     for latents in (clean.expand(2, -1, -1, -1), torch.randn(2, 4, 16, 16)):
-        train_flow.train(PROMPTS, latents, options, batch=8, seed=0, device="cpu", world=FIRST)
+        train_flow.train(PROMPTS, latents, options, batch=64, seed=0, device="cpu", world=FIRST)
     assert found[0] < 1e-6
     assert found[1] > 1
+
+
+def test_muon_moves_the_matrices_of_blocks_and_adamw_all_else(tmp_path):
+    parts = build_parts(build_tokenizer(), FIRST)
+    for muon, kinds in ((True, ["AdamW", "Muon"]), (False, ["AdamW"])):
+        found = make_optimizers(parts, TrainingOptions(1, 1.0, tmp_path / "flow.pt", muon=muon))
+        moved = [id(weight) for one in found for group in one.param_groups for weight in group["params"]]
+        assert [type(one).__name__ for one in found] == kinds
+        assert sorted(moved) == sorted(map(id, parts.parameters()))
+        block = parts["network"].transformer_blocks[0].attn.to_q
+        inside = {id(weight) for group in found[-1].param_groups for weight in group["params"]}
+        assert (id(block.weight) in inside, id(block.bias) in inside) == (True, not muon)
+        assert (id(parts["network"].proj_out.weight) in inside) == (not muon)
+
+
+def test_a_checkpoint_of_another_optimiser_is_named(tmp_path):
+    torch.save({"step": 1, "model": {}, "averaged": {}, "optimizer": {}}, tmp_path / "flow.pt")
+    said = ("--images", "8", "--scratch", str(tmp_path), "--steps", "2", "--output", str(tmp_path / "model"))
+    result = CliRunner().invoke(train_flow.main, said)
+    assert (result.exit_code, result.exception.__class__) == (2, SystemExit), result.output
+    assert f"{tmp_path / 'flow.pt'}: an earlier version wrote it" in result.output
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):

@@ -196,6 +196,8 @@ def _resume(file: Path, model: nn.Module, averaged: nn.Module, optimizers: list[
     if not file.exists():
         return 0
     state = read_scratch(file)
+    if len(state.get("optimizers", ())) != len(optimizers):
+        raise InputError(f"{file}: an earlier version wrote it, with another optimiser; remove it, and train anew")
     model.load_state_dict(state["model"])
     averaged.load_state_dict(state["averaged"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

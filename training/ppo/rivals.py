@@ -22,7 +22,7 @@ SCHEDULES = ("discrete", "polynomial:5")
 """Tried for each, beside the start's own."""
 LOWER = ("discrete", 1 / 3)
 """Tried, too: this schedule from this share of the model's largest noise level on. Of few evaluations it spends none on
-a level at which an image is all noise."""
+a level at which an image is all noise. Not with flow matching, whose levels end at 1."""
 GUIDANCES = (1.0, 2 / 3, 1 / 2)
 """Tried for each, in shares of the start's; a start without guidance (1) has rivals without."""
 CHOSEN_ON, FINALISTS = 16, 3
@@ -74,8 +74,8 @@ def _solvers(
 ) -> Iterator[Solver]:
     own = [] if start.schedule is None else [start.schedule]
     name, share = LOWER
-    lower = parse_schedule(name)._replace(first=share * denoiser.sigma_max)
-    schedules: dict[Schedule, None] = dict.fromkeys([*map(parse_schedule, SCHEDULES), lower, *own])
+    lower = [parse_schedule(name)._replace(first=share * denoiser.sigma_max)] if denoiser.sigma_max > 1 else []
+    schedules: dict[Schedule, None] = dict.fromkeys([*map(parse_schedule, SCHEDULES), *lower, *own])
     for solver in classical_solvers(names, [evaluations], list(schedules), note=lambda line: None):
         try:
             yield solver.on(denoiser)

@@ -8,6 +8,7 @@ import torch
 import schedules
 from errors import InputError
 from solvers import EPDTable
+from training.ppo import rivals
 from training.ppo.heldout import HeldoutJudge, HeldoutScores, HeldoutWatch
 from training.ppo.rivals import CLASSICAL, best_classical, reference_images
 from training.ppo.rl_runner import RLRunner
@@ -82,6 +83,15 @@ def test_a_schedule_that_begins_lower_is_tried_too(monkeypatch: pytest.MonkeyPat
     assert schedule == f"logsnr@{DENOISER.sigma_max / 4:g}"
     images = drawn(classical_solver(label, 7, Schedule("logsnr", 1.0, DENOISER.sigma_max / 4)), float(guidance[9:]))
     torch.testing.assert_close(scores.previews, images[:2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("largest", "firsts"), [(None, {None, DENOISER.sigma_max / 4}), (1.0, {None})])
+def test_flow_matching_has_no_rival_that_begins_lower(monkeypatch: pytest.MonkeyPatch, largest: float | None, firsts):
+    monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ("logsnr",))
+    monkeypatch.setattr("training.ppo.rivals.LOWER", ("logsnr", 1 / 4))
+    if largest is not None:
+        monkeypatch.setattr(GaussianDenoiser, "sigma_max", largest)
+    assert {solver.schedule.first for solver in rivals._solvers(START, GaussianDenoiser(), 6)} == firsts
 
 
 def test_rivals_of_a_start_without_guidance_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
