@@ -17,6 +17,7 @@ import evaluate
 import sample
 import train
 from models import fingerprints, load_denoiser, registry
+from models.denoiser import Conditioning
 from models.generate import conditioned
 from models.latent_diffusion import LatentDiffusion
 from models.shapes import train_flow
@@ -81,7 +82,7 @@ def test_the_teacher_s_velocity_leads_to_its_estimate():
     clean, *noise = torch.randn(3, 2, 4, 16, 16)
     levels = torch.tensor([0.2, 2.0])
     sigma = levels / (1 + levels)
-    noisy, velocity = taught(first, clean, sigma, prompts, torch.stack(noise))
+    noisy, velocity = taught(first, clean, sigma, first.encode(prompts, 1.0), torch.stack(noise))
     for row, prompt in enumerate(prompts):
         torch.testing.assert_close(noisy[row], torch.lerp(clean[row], noise[0][row], sigma[row]), rtol=1e-4, atol=1e-4)
         estimate = conditioned(first, first.encode([prompt], 1.0))(noisy[[row]] * (1 + levels[row]), levels[row])
@@ -95,16 +96,13 @@ def test_the_teacher_leads_to_the_mean_of_the_images_where_the_noise_is_more_tha
     class OfNormalImages:
         sigma_max = 10.0
 
-        def encode(self, captions: list[str], guidance: float) -> None:
-            return None
-
         def denoise(self, x: Tensor, sigma: Tensor, conditioning: None) -> Tensor:
             assert (sigma <= self.sigma_max).all()
             return (x / (1 + sigma.view(-1, 1, 1, 1) ** 2)).float()
 
     clean, *noise = torch.randn(3, 400_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     sigma = torch.full((400_000,), level / (1 + level))
-    noisy, velocity = taught(OfNormalImages(), clean, sigma, [], torch.stack(noise))
+    noisy, velocity = taught(OfNormalImages(), clean, sigma, None, torch.stack(noise))
     assert noisy.var() == pytest.approx((1 + level**2) / (1 + level) ** 2, rel=0.01)
     estimate = noisy - sigma.view(-1, 1, 1, 1) * velocity
     slope = (estimate * noisy).mean() / noisy.square().mean()
@@ -126,10 +124,15 @@ class KnowsTheImages(nn.Module):
 
 
 def of_scenes(
-    teacher: object, clean: Tensor, sigma: Tensor, captions: list[str], noise: Tensor
+    teacher: object, clean: Tensor, sigma: Tensor, conditioning: Conditioning, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Without a teacher: the velocity from a scene to its noise."""
     assert isinstance(teacher, LatentDiffusion)
+    known = teacher.encode([*PROMPTS, ""], 1.0).text["encoder_hidden_states"]
+    read = conditioning.text["encoder_hidden_states"]
+    distances = torch.cdist(read.float().flatten(1), known.flatten(1)) / known[0].norm()
+    assert distances.amin(1).max() < 0.02  # in half precision
+    assert set(distances.argmin(1).tolist()) == set(range(len(known)))
     assert teacher.sigma_min / (1 + teacher.sigma_min) <= sigma.min() < 0.2
     assert 0.8 < sigma.max() < 1
     return torch.lerp(clean, noise[0], sigma.view(-1, 1, 1, 1)), noise[0] - clean
