@@ -1,0 +1,112 @@
+"""Whether a solver of its own for each prompt would pay: what the best choice by prompt gains on other noise.
+
+    python -m benchmarks.per_prompt
+
+Every prompt is drawn from several noises by one solver at several schedules and guidance scales. The pair of both that
+is best for each prompt is guessed by half of its noises and scored on the other half, and the other way round; beside
+it the one pair that is best for all prompts, chosen in the same way. What the first is ahead is what a table
+conditioned on the prompt could learn of these choices, had it seen the very prompts. Last the best pair for each image,
+which is no choice that can be made: it has seen the image.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from interrupts import end_at_once_on_signals
+
+    end_at_once_on_signals()
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import shows_input_errors
+from models.denoiser import Denoiser
+from models.generate import decode
+from models.prompts import first_prompts
+from models.randomness import generator_of
+from models.registry import load_denoiser
+from training.measuring.statistics import bootstrap_indices, mean_interval
+from training.ppo.rewards import Reward, load_reward
+from training.solver import Schedule, Solver, classical_solvers
+
+WORLD, REWARD = "shapes", "weights/shapes_reward.pt"
+PROMPTS = Path("src/prompts/shapes_heldout.csv")
+SCHEDULES = [Schedule("discrete", 1.0, first) for first in (None, 7.0, 5.0)]
+GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
+BATCH = 32
+
+
+class Choice(NamedTuple):
+    """Scores [prompts] of what was chosen; `agreement` is how far a prompt's halves agree on its own likings.
+
+    Of the variance of what a half shows of them, the share that the other half shows too.
+    """
+
+    for_all: Tensor
+    by_prompt: Tensor
+    by_image: Tensor
+    agreement: float
+
+
+def chosen(scores: Tensor) -> Choice:
+    """The choices by scores [options, prompts, noises], an even number of noises: by one half, scored on the other.
+
+    What a half shows of a prompt's likings is shrunk by the agreement, the best linear guess of what they are.
+    """
+    halves = scores.unflatten(-1, (2, -1)).mean(-1)  # [options, prompts, 2]
+    for_all = halves.mean(1, keepdim=True)
+    likings = halves - for_all
+    likings = likings - likings.mean(0)
+    agreement = (likings.prod(-1).mean() / likings.square().mean()).clamp_min(0)
+
+    def score(guessed: Tensor) -> Tensor:
+        best = guessed.argmax(0, keepdim=True).expand(1, *halves.shape[1:])
+        return halves.flip(-1).gather(0, best)[0].mean(-1)
+
+    return Choice(score(for_all), score(for_all + agreement * likings), scores.amax(0).mean(-1), agreement.item())
+
+
+@torch.no_grad()
+def reward_scores(
+    denoiser: Denoiser, reward: Reward, solvers: Sequence[Solver], prompts: Sequence[str], noises: int
+) -> Tensor:
+    """What the reward says of every solver's images, float64 [solvers, prompts, noises]; all from the same noises."""
+    told = [prompt for prompt in prompts for _ in range(noises)]
+    parts = [slice(start, start + BATCH) for start in range(0, len(told), BATCH)]
+
+    def scored(solver: Solver, part: slice) -> Tensor:
+        latents = solver.latents(denoiser, told[part], range(len(told))[part])
+        return reward.score(decode(denoiser, latents).images, told[part]).double().cpu()
+
+    rows = [torch.cat([scored(solver, part) for part in parts]) for solver in tqdm(solvers, desc="solvers")]
+    return torch.stack(rows).unflatten(1, (len(prompts), noises))
+
+
+@click.command(epilog="Example:  OMP_NUM_THREADS=1 python -m benchmarks.per_prompt --nfe 4")
+@click.option("--nfe", type=click.IntRange(min=1), default=3, show_default=True, help="Evaluations.")
+@click.option("--number", type=click.IntRange(min=2), default=48, show_default=True, help="Prompts.")
+@click.option("--pairs", type=click.IntRange(min=1), default=4, show_default=True, help="Of noises, for each prompt.")
+@shows_input_errors
+def main(nfe: int, number: int, pairs: int) -> None:
+    """Print what each choice scores, and its paired difference to the one choice for all prompts."""
+    denoiser = load_denoiser(WORLD, device="cpu", dtype=torch.float32)
+    reward = load_reward(REWARD, device="cpu", batch_size=BATCH)
+    classical = classical_solvers(["dpmpp:2"], [nfe], SCHEDULES, note=click.echo)
+    solvers = [solver.guided(scale).on(denoiser) for solver in classical for scale in GUIDANCES]
+    choices = chosen(reward_scores(denoiser, reward, solvers, first_prompts(PROMPTS, number), 2 * pairs))
+    indices = bootstrap_indices(number, generator_of(0))
+    click.echo(f"agreement  {choices.agreement:.2f}")
+    for name in ("for_all", "by_prompt", "by_image"):
+        scores = getattr(choices, name)
+        gain = mean_interval(scores - choices.for_all, indices)
+        click.echo(f"{name:<10} {scores.mean():.4f}  {gain.estimate:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]")
+
+
+if __name__ == "__main__":
+    main()

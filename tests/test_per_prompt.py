@@ -1,0 +1,19 @@
+"""The study of choices by prompt, on scores of which it is known whether prompts have likings of their own."""
+
+import pytest
+import torch
+
+from benchmarks.per_prompt import chosen
+
+
+@pytest.mark.parametrize("liking", [0.0, 0.3])
+def test_a_choice_by_prompt_gains_where_prompts_differ_and_there_alone(liking):
+    generator = torch.Generator().manual_seed(0)
+    options = 0.1 * torch.randn(6, 1, 1, generator=generator)
+    likings = liking * torch.randn(6, 400, 1, generator=generator)
+    noise = torch.randn(6, 400, 8, generator=generator)
+    choice = chosen((options + likings + noise).double())
+    assert choice.agreement == pytest.approx(liking**2 / (liking**2 + 1 / 4), abs=0.06)
+    gain = (choice.by_prompt - choice.for_all).mean()
+    assert gain > 0.06 if liking else abs(gain) < 0.02
+    assert choice.by_image.mean() > choice.by_prompt.mean()
