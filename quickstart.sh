@@ -26,7 +26,7 @@ python sample.py --predictor_path "$run" --seeds 0-3 --grid --outdir "$run/sampl
 
 echo "== 4/4  measuring it on held-out prompts"
 python evaluate.py --model shapes --solvers epd,ddim,dpmpp:2 --nfe 4 --schedules polynomial:4,discrete,discrete@7 \
-    --guidances 1.5,2,3 --validation-number 24 --reference-steps 50 --number 64 \
+    --guidances 1.5,2,3 --validation-number 24 --reference-steps 20 --number 64 \
     --predictor_path 0 --predictor_path "$run" --baseline epd-00000 --outdir "$run/evaluation"
 
 echo
