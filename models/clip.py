@@ -353,7 +353,7 @@ def save_open_clip_checkpoint(model: CLIPModel, path: Path | str, dtype: torch.d
 # Inputs and features
 
 
-def preprocess(images: Tensor, image_size: int) -> Tensor:
+def preprocess(images: Tensor, image_size: int, *, whole: bool = False) -> Tensor:
     """Bring images to CLIP's input: shortest side to `image_size`, centre crop, CLIP's mean and deviation per channel.
 
     The resize is Pillow's bicubic with antialiasing, less its rounding to 8 bits, on the images' device. An image that
@@ -362,6 +362,7 @@ def preprocess(images: Tensor, image_size: int) -> Tensor:
     Args:
         images: [N, 3, H, W], RGB in [0, 1].
         image_size: side of the result in pixels.
+        whole: nothing is cropped: the longest side to `image_size`, and black bars beside the rest, as HPS has them.
 
     Returns:
         [N, 3, image_size, image_size], float32.
@@ -371,7 +372,8 @@ def preprocess(images: Tensor, image_size: int) -> Tensor:
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [N, 3, H, W], not {list(images.shape)}")
-    images = _centre_crop(_resize(images.float(), image_size), image_size)
+    images = images.float()
+    images = _padded(images, image_size) if whole else _centre_crop(_resize(images, image_size), image_size)
     mean, std = (to_device(torch.tensor(part), images.device)[:, None, None] for part in (IMAGE_MEAN, IMAGE_STD))
     return (images - mean) / std
 
@@ -386,6 +388,14 @@ def _resize(images: Tensor, shortest: int) -> Tensor:
     for size in ((height, new_width), (new_height, new_width)):
         images = functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
     return images
+
+
+def _padded(images: Tensor, longest: int) -> Tensor:
+    height, width = (round(side * longest / max(images.shape[-2:])) for side in images.shape[-2:])
+    # Not clipped: HPS resizes floating-point numbers.
+    images = functional.interpolate(images, (height, width), mode="bicubic", antialias=True)
+    top, left = (longest - height) // 2, (longest - width) // 2
+    return functional.pad(images, (left, longest - width - left, top, longest - height - top))
 
 
 def _centre_crop(images: Tensor, size: int) -> Tensor:

@@ -260,6 +260,22 @@ def test_resizing_is_pillows_bicubic(size):
     np.testing.assert_allclose(restored.permute(1, 2, 0).numpy(), expected, atol=1.6 / 255)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (20, 20), (90, 61), (61, 90), (40, 15)])
+def test_a_whole_image_is_padded_as_hps_does(size):
+    """By Pillow's bicubic of floating-point numbers, which clips none, with zeros on both sides."""
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).round()
+    height, width = (round(side * 32 / max(size)) for side in size)
+    expected = np.zeros((3, 32, 32), dtype=np.float32)
+    for channel, plane in zip(expected, images[0].numpy(), strict=True):
+        top, left = (32 - height) // 2, (32 - width) // 2
+        channel[top : top + height, left : left + width] = Image.fromarray(plane).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
+    pixels = clip.preprocess(images, 32, whole=True)[0]
+    restored = pixels * torch.tensor(clip.IMAGE_STD)[:, None, None] + torch.tensor(clip.IMAGE_MEAN)[:, None, None]
+    torch.testing.assert_close(restored, torch.from_numpy(expected), rtol=0, atol=1e-5)
+
+
 def test_images_of_another_layout_are_refused():
     with pytest.raises(ValueError, match=r"\[N, 3, H, W\]"):
         clip.preprocess(torch.rand(2, 32, 32, 3), 32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ class Scoring(TypedDict, total=False):
 
 class BatchedScorer:
     """A frozen network that looks at images; what it answers is differentiable in them."""
+
+    sees_whole: ClassVar[bool] = False
+    """Whether it is shown all of an image that is not square; see `clip.preprocess`."""
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class BatchedScorer:
             return None
 
     def _answer(self, images: Tensor, rows: slice, ask: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        pixels = clip.preprocess(images.to(self.device, non_blocking=True), self._image_size)
+        pixels = clip.preprocess(images.to(self.device, non_blocking=True), self._image_size, whole=self.sees_whole)
         with self.autocast():
             return ask(pixels, rows).float()
 

@@ -69,6 +69,8 @@ def check_tokenizer(weights: Path, folder: Path) -> None:
 class RewardHPS(FeatureScorer):
     """Scores how well an image answers its prompt: the cosine similarity of CLIP's image and text features."""
 
+    sees_whole = True
+
     def __init__(
         self,
         weights_path: str | Path,

@@ -122,14 +122,16 @@ def test_memory_that_does_not_suffice_for_one_image_is_a_clear_error(path, image
         reward.score(images, PROMPTS)
 
 
-def test_large_images_are_resized_as_preprocessing_does(path):
+def test_large_images_are_seen_whole(path):
     images = torch.rand(2, 3, 80, 64, dtype=torch.float64)
     reward = RewardHPS(path)
-    pixels = clip.preprocess(images, 32)
+    pixels = clip.preprocess(images, 32, whole=True)
     with torch.no_grad():
         expected = clip.image_features(reward.model, pixels)
     assert torch.equal(reward.image_features(images), expected)
     assert reward.image_features(images).shape == (2, 24)
+    images[:, :, :8] = 0  # what a crop would leave out
+    assert not torch.equal(reward.image_features(images), expected)
 
 
 def test_each_text_is_embedded_once(path, images):
