@@ -47,13 +47,22 @@ class Contents:
     modules: Mapping[str, type[nn.Module]]
     tokenizers: Mapping[str, type[PreTrainedTokenizerBase]]
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether all lies in the pipeline's own folder, as the first DDPMs (google/ddpm-*) were published."""
+        return len(self.modules) == 1 and (self.folder / "config.json").is_file()
+
+    def below(self, part: str) -> str:
+        """What stands before the names of a component's files."""
+        return "" if self.is_flat else f"{part}/"
+
     def without_weights(self, forms_read: int | None = None) -> list[str]:
         """The components that have no weights in a form that is read here, or in the first few of the `forms`."""
         return [
             part
             for part, kind in self.modules.items()
             if not any(
-                (self.folder / part / name).is_file()
+                (self.folder / f"{self.below(part)}{name}").is_file()
                 for form in forms(kind)[:forms_read]
                 for name in (str(form), form.index)
             )
@@ -61,21 +70,28 @@ class Contents:
 
     def files(self) -> list[str]:
         """Patterns of the files that are wanted of a hub, of the weights those in the best form."""
-        return [
+        wanted = [
             *self.configs(),
             GENERATION_CONFIG,  # few have one: the guidance that a model is used at
             *self.weights(0),
             *(f"{part}/*" for part in self.tokenizers),
         ]
+        # Whether it is flat is not known before.
+        return wanted if len(self.modules) > 1 else [*wanted, *(name.rpartition("/")[2] for name in wanted)]
 
     def weights(self, form: int) -> list[str]:
         """Patterns of one of the `forms` of the weights, for the components that have none of a better form."""
         better = self.without_weights(form)
-        return [f"{part}/{name}" for part in better for name in forms(self.modules[part])[form].patterns]
+        return [f"{self.below(part)}{name}" for part in better for name in forms(self.modules[part])[form].patterns]
 
     def configs(self) -> list[str]:
         """The files that say what the components are."""
-        return [INDEX, *(f"{part}/config.json" for part in self.modules), SCHEDULER]
+        return [INDEX, *(f"{self.below(part)}config.json" for part in self.modules), self.scheduler]
+
+    @property
+    def scheduler(self) -> str:
+        """The file that says the noise schedule."""
+        return SCHEDULER.rpartition("/")[2] if self.is_flat else SCHEDULER
 
 
 class Form(NamedTuple):
@@ -133,7 +149,7 @@ def check_pipeline_folder(folder: Path, options: ModelOptions = AS_IT_IS) -> Con
     """What a pipeline's folder holds; `InputError` where it is none that is known, or lacks components or files."""
     contents = contents_of(folder, options)
     parts = (*contents.modules, *contents.tokenizers, SCHEDULER.partition("/")[0])
-    missing = [part for part in parts if not (folder / part).is_dir()]
+    missing = [part for part in parts if not (folder / contents.below(part)).is_dir()]
     if missing:
         raise InputError(
             f"{folder} holds a {contents.index['_class_name']} that cannot be used here: "
@@ -141,7 +157,8 @@ def check_pipeline_folder(folder: Path, options: ModelOptions = AS_IT_IS) -> Con
         )
     lacking = [str(folder / name) for name in contents.configs() if not (folder / name).is_file()]
     lacking += [
-        f"{folder / part / ' or '.join(map(str, forms(contents.modules[part])))}" for part in contents.without_weights()
+        f"{folder / contents.below(part) / ' or '.join(map(str, forms(contents.modules[part])))}"
+        for part in contents.without_weights()
     ]
     if lacking:
         raise InputError(f"{folder} cannot be used, files are missing: {', '.join(lacking)}.")
@@ -160,7 +177,7 @@ def load_folder(
     for the memory, or cannot do what the options say.
     """
     contents = check_pipeline_folder(folder, options)
-    weights = {part: weights_in(folder / part) for part in contents.modules}
+    weights = {part: weights_in(folder / contents.below(part)) for part in contents.modules}
     if device != META:
         stored = [weight for part in weights.values() for weight in part.values()]
         # What is stored in the type that is wanted stays mapped from its file.
@@ -168,15 +185,15 @@ def load_folder(
         check_memory(f"Model {folder.name}", converted, torch.device("cpu"))
     with quiet_and_repeatable():
         modules = {
-            part: load_module(kind, folder / part, weights[part], dtype, device)
+            part: load_module(kind, folder / contents.below(part), weights[part], dtype, device)
             for part, kind in contents.modules.items()
         }
         pipeline = Pipeline(
             source=folder,
             modules=with_additions(modules, options, contents.index["_class_name"], dtype, device),
             tokenizers={part: load_tokenizer(folder / part, kind) for part, kind in contents.tokenizers.items()},
-            scheduler=read_json(folder / SCHEDULER),
-            scheduler_file=folder / SCHEDULER,
+            scheduler=read_json(folder / contents.scheduler),
+            scheduler_file=folder / contents.scheduler,
             index=contents.index,
             options=options,
         )

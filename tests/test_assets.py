@@ -25,6 +25,7 @@ from models.digests import record_of
 from models.pipelines import load_folder
 from models.registry import REGISTERED, SOURCE
 from tests.hub import Hub, running_hub
+from tests.tiny_families import save_flat_ddpm
 from tests.tiny_pipeline import modules_of, save_tiny_pipeline
 from training.networks import near_euler_table
 from training.snapshot import load_snapshot, save_snapshot
@@ -309,6 +310,19 @@ def test_a_hubs_pipeline_is_fetched_with_weights_that_load(pipeline_hub, other):
     for found, expected in zip(modules_of(fetched), modules_of(whole), strict=True):
         weights = expected.state_dict()
         assert all(torch.equal(tensor, weights[name]) for name, tensor in found.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
+def test_a_hubs_flat_ddpm_is_fetched(pipeline_hub, name):
+    shutil.rmtree(pipeline_hub)
+    save_flat_ddpm(pipeline_hub)
+    renamed(pipeline_hub, ".", name)
+    (pipeline_hub / "images").mkdir()
+    (pipeline_hub / "images" / "one.png").touch()
+    folder = assets.fetch_pipeline("someone/model", lambda line: None)
+    wanted = {"model_index.json", "config.json", "scheduler_config.json", name}
+    assert {file.relative_to(folder).as_posix() for file in folder.rglob("*")} == wanted
+    load_folder(folder)
 
 
 def test_of_two_variants_the_wide_one_is_fetched_and_read(pipeline_hub):

@@ -32,7 +32,7 @@ from models.registry import check_assets, traits_of
 from schedules import get_schedule
 from solvers import SAMPLERS, EPDTable, classical_table, epd_sampler
 from tests.test_latent_diffusion import WaitsForTheDevice
-from tests.tiny_families import save_tiny_family, stock_pipeline
+from tests.tiny_families import save_flat_ddpm, save_tiny_family, stock_pipeline
 from tests.tiny_pipeline import TOKEN_LIMIT, modules_of, save_tiny_pipeline
 from training.solver import Solver, classical_solver, parse_schedule
 
@@ -245,6 +245,16 @@ def test_a_trajectory_of_a_pixel_ddpm_is_that_of_the_stock_pipeline(prediction_t
     torch.testing.assert_close(ours, z, **CLOSE)
     assert (ours.abs().max() <= 1.0) == clipped
     torch.testing.assert_close(denoiser.decode(ours), (z / 2 + 0.5).clamp(0, 1), **CLOSE)
+
+
+def test_a_ddpm_may_lie_flat_as_the_first_ones_do(tmp_path):
+    flat, whole = save_flat_ddpm(tmp_path / "flat"), save_tiny_family("ddpm", tmp_path / "whole")
+    assert "mid_block.attentions.0.proj_attn.weight" in load_file(flat / "diffusion_pytorch_model.safetensors")
+    assert check_assets(str(flat)).image_size == (8, 8)
+    ours, expected = (load(folder, options=AS_IT_IS).network.state_dict() for folder in (flat, whole))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    (flat / "scheduler_config.json").unlink()
+    refused(flat, r"files are missing: \S+flat/scheduler_config\.json\.$")
 
 
 def test_an_unconditional_model_takes_neither_prompts_nor_guidance(tmp_path):

@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
 )
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -33,6 +34,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from models.pixel_diffusion import NEWER_ATTENTION
 from tests.ddpm.tiny_ddpm import SCHEDULER, tiny_network
 from tests.tiny_pipeline import TOKEN_LIMIT, VOCABULARY, tiny_tokenizer, tiny_unet
 
@@ -203,6 +205,21 @@ def save_tiny_family(name: str, folder: Path, **options: object) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         PIPELINES[name](**options).save_pretrained(folder)
+    return folder
+
+
+def save_flat_ddpm(folder: Path) -> Path:
+    """A DDPM as google/ddpm-* lie on the hub: all in one folder, its attention under the names of that time."""
+    save_tiny_family("ddpm", folder)
+    for part in ("unet", "scheduler"):
+        for file in (folder / part).iterdir():
+            file.rename(folder / file.name)
+        (folder / part).rmdir()
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    for older, newer in NEWER_ATTENTION.items():
+        state = {name.replace(f".{newer}.", f".{older}."): tensor for name, tensor in state.items()}
+    save_file(state, file, metadata={"format": "pt"})
     return folder
 
 
