@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -156,6 +159,47 @@ def test_each_row_is_guided_at_its_own_scale(scales: list[float], one: float, ow
     expected = (0.5 if own else 1.0) * without + rows * (with_text - without)
     torch.testing.assert_close(found, expected)
     assert options[GUIDANCE] is scales
+
+
+class Guider:
+    """ComfyUI's, without what it does."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def set_conds(self, positive: Any, negative: Any) -> None: ...
+
+    def set_cfg(self, cfg: float) -> None:
+        self.cfg = cfg
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_model_that_is_told_its_guidance_is_not_guided_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool
+) -> None:
+    """Of ComfyUI there is as little as the nodes need."""
+    io = Mock(ComfyNode=object, NodeOutput=lambda *outputs: outputs)
+    for name, content in {
+        "comfy": {},
+        "comfy.samplers": {"KSAMPLER": object, "CFGGuider": Guider},
+        "comfy_api": {},
+        "comfy_api.latest": {"ComfyExtension": object, "io": io},
+        "folder_paths": {},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, Mock(**content))
+    sys.modules["comfy"].samplers = sys.modules["comfy.samplers"]
+    monkeypatch.delitem(sys.modules, "integrations.comfyui.nodes", raising=False)
+    nodes = importlib.import_module("integrations.comfyui.nodes")
+    monkeypatch.delitem(sys.modules, "integrations.comfyui.nodes")
+    model = Mock()
+    model.model.model_config.unet_config = {"guidance_embed": embedded}  # as ComfyUI says it of FLUX [dev], [schnell]
+    asked = (model, [], [], solver_in(tmp_path, TABLES["one point"], guidance_scale=3.5), 7.5)
+    if embedded:
+        with pytest.raises(ValueError, match="told its guidance: set the solver's scale with FluxGuidance"):
+            nodes.EPDGuiderNode.execute(*asked)
+    else:
+        (guider,) = nodes.EPDGuiderNode.execute(*asked)
+        assert (guider.model, guider.cfg) == (model, 3.5)
 
 
 # ---------------------------------------------------------------------------------------------------------- files

@@ -156,7 +156,12 @@ class EPDGuiderNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, positive: Any, negative: Any, solver: Solver, cfg: float) -> io.NodeOutput:
-        """Make it."""
+        """Make it. Refused where the network takes the scale as an input: it would be guided twice."""
+        if model.model.model_config.unet_config.get("guidance_embed"):
+            raise ValueError(
+                "this model (FLUX) is told its guidance: set the solver's scale with FluxGuidance, and sample with "
+                "BasicGuider; a solver with a scale for each evaluation cannot be played with it"
+            )
         guider = EPDGuider(model)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg if solver.guidance_scale is None else solver.guidance_scale)

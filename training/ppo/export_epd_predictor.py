@@ -150,7 +150,8 @@ def export_for_diffusers(folder: RunFolder, solver: Solver, export: Export, base
     heldout, config = _heldout(folder, export.step), export.start.config
     judges = {"reward": config.reward.weights_path, "panel": config.logging.panel}
     listed = ", ".join(f"{judge} {reward_name(path)}" for judge, path in judges.items() if path)
-    measured_on = f"{config.logging.eval_count} held-out prompts ({listed})"
+    chosen = ", which the step was chosen by" if export.checkpoint == best_path(folder.checkpoints) else ""
+    measured_on = f"{config.logging.eval_count} held-out prompts ({listed}){chosen}"
     return write_diffusers(folder.export / DIFFUSERS, solver, denoiser, named, heldout, measured_on)[0].parent
 
 
