@@ -50,7 +50,8 @@ class Contents:
     @property
     def is_flat(self) -> bool:
         """Whether all lies in the pipeline's own folder, as the first DDPMs (google/ddpm-*) were published."""
-        return len(self.modules) == 1 and (self.folder / "config.json").is_file()
+        (first, *others) = self.modules
+        return not (others or (self.folder / first).is_dir()) and (self.folder / "config.json").is_file()
 
     def below(self, part: str) -> str:
         """What stands before the names of a component's files."""
