@@ -105,6 +105,8 @@ def load_module(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             variant=variant_in(folder),
+            # Left to itself diffusers looks for the newer form first, and prints an error where it is not there.
+            use_safetensors=not any(file.suffix == SUFFIXES[1] for file in weight_files(folder)),
             **options,
         )
     except InputError:
@@ -128,12 +130,16 @@ def _variant(file: Path) -> str | None:
     return file.stem.partition(".")[2].partition("-")[0] or None
 
 
-def weights_in(folder: Path) -> dict[str, Tensor]:
-    """All tensors in a component's folder, mapped, each file held against its checksum, where it has one."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a component's weights that are read, all of one form."""
     variant = variant_in(folder)
     forms = ([file for file in sorted(folder.glob(f"*{suffix}")) if _variant(file) == variant] for suffix in SUFFIXES)
-    files = next((found for found in forms if found), [])
-    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
+    return next((found for found in forms if found), [])
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    """All tensors in a component's folder, mapped, each file held against its checksum, where it has one."""
+    return {name: tensor for file in weight_files(folder) for name, tensor in read_weights(file).items()}
 
 
 def described(kind: type[Module], folder: Path) -> Module:

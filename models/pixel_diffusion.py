@@ -23,13 +23,13 @@ from torch import Tensor
 
 from errors import InputError, first_line
 from files import replacing
+from models.asset_table import HUB_ID
 from models.checkpoints import read_state_dict
 from models.digests import record_weights
 from models.loading import check_keys, load_module, quiet_and_repeatable, read_json, require_size
 from models.noise_levels import NoiseLevels
 from models.skeletons import require_counts, skeleton
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 NEWER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLDER_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
@@ -323,6 +324,17 @@ def test_a_hubs_flat_ddpm_is_fetched(pipeline_hub, name):
     wanted = {"model_index.json", "config.json", "scheduler_config.json", name}
     assert {file.relative_to(folder).as_posix() for file in folder.rglob("*")} == wanted
     load_folder(folder)
+
+
+def test_older_weights_are_read_without_a_word(pipeline_hub, caplog):
+    for part, name in OLDER.items():
+        renamed(pipeline_hub, part, name)
+    diffusers.utils.logging.enable_propagation()
+    try:
+        load_folder(pipeline_hub)
+    finally:
+        diffusers.utils.logging.disable_propagation()
+    assert not caplog.messages
 
 
 def test_of_two_variants_the_wide_one_is_fetched_and_read(pipeline_hub):
