@@ -24,7 +24,7 @@ from models.shapes import train_flow
 from models.shapes.scenes import captions
 from models.shapes.tokenizer import build_tokenizer
 from models.shapes.train_autoencoder import build_autoencoder
-from models.shapes.train_flow import build_network, build_parts, save_flow_pipeline, taught
+from models.shapes.train_flow import build_network, build_parts, noise_levels, save_flow_pipeline, taught
 from models.shapes.training_loop import TrainingOptions, make_optimizers
 from scripts.export_diffusers import main as export
 from solvers import SAMPLERS
@@ -107,6 +107,13 @@ def test_the_teacher_leads_to_the_mean_of_the_images_where_the_noise_is_more_tha
     estimate = noisy - sigma.view(-1, 1, 1, 1) * velocity
     slope = (estimate * noisy).mean() / noisy.square().mean()
     assert slope == pytest.approx((1 + level) / (1 + level**2), rel=0.05)
+
+
+def test_noise_levels_are_logit_normal_but_for_a_quarter_that_is_even():
+    levels = noise_levels(100_000, 0.03, torch.Generator().manual_seed(0))
+    assert 0.03 <= levels.min() < levels.max() <= 1 - 1e-4
+    below = 0.75 * torch.special.ndtr(torch.logit(torch.tensor(0.8)) - 0.5) + 0.25 * (0.8 - 0.03) / 0.97
+    assert (levels < 0.8).float().mean() == pytest.approx(below.item(), abs=3e-3)
 
 
 class KnowsTheImages(nn.Module):

@@ -44,6 +44,7 @@ from models.shapes.train_diffusion import (
 from models.shapes.training_loop import TrainingOptions, TrainingRun, fit, step_generator, training_command
 
 SHIFT = 3.0  # of the noise levels, towards noise, where what stands where is decided
+LOGIT_MEAN = 0.5  # of the noise levels of training, 0.62
 LARGEST_SIGMA = 1 - 1e-4  # of training; at 1 the level in the teacher's terms is infinite
 ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -111,6 +112,18 @@ def taught(
     return noisy, (noisy - estimate) / sigma
 
 
+def noise_levels(number: int, least: float, generator: torch.Generator) -> Tensor:
+    """Noise levels [number] to train at, from `least`, below which a teacher's errors are divided by next to nothing.
+
+    Three of four lie about where shapes and their places are decided, logit-normal (arXiv 2403.03206, section 3.1);
+    the others are spread evenly, so that no level is forgotten.
+    """
+    share = (torch.arange(number) + torch.rand(number, generator=generator)) / number
+    even = torch.lerp(torch.tensor(least), torch.tensor(LARGEST_SIGMA), share)
+    shaped = torch.sigmoid(LOGIT_MEAN + torch.special.ndtri(share)).clamp(least, LARGEST_SIGMA)
+    return torch.where(torch.randperm(number, generator=generator) % 4 == 0, even, shaped)
+
+
 def train(
     captions: list[str],
     latents: Tensor,
@@ -155,9 +168,7 @@ def train(
         dropped = torch.rand(batch, generator=generator) < TEXT_DROPPED
         text = torch.where(dropped[:, None], empty, tokens[rows]).to(device)
         noise = torch.randn(2, batch, *latents.shape[1:], generator=generator).to(device)
-        # Evenly spread, from the least noise that the teacher knows: below it divides its errors by next to nothing.
-        share = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        sigma = torch.lerp(share.new_tensor(least), share.new_tensor(LARGEST_SIGMA), share).to(device)
+        sigma = noise_levels(batch, least, generator).to(device)
         # On a CPU the fused attention's backward pass takes longer than all else together.
         with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             with torch.no_grad():  # in one batch: `encode` reads caption by caption, which takes four times as long
