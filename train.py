@@ -22,7 +22,7 @@ from models import Denoiser, load_denoiser
 from models.devices import resolve_device
 from models.options import ModelOptions
 from models.prompts import read_prompts
-from models.registry import is_unconditional, usual_prompts
+from models.registry import REGISTERED, is_unconditional, usual_prompts
 from schedules import SCHEDULES
 from solvers import SAMPLERS
 from training.distillation import SEARCHED_POSITIONS
@@ -196,6 +196,9 @@ def _options(told: dict[str, object]) -> Options:
     if not re.fullmatch(r"\w+", name):
         raise InputError(f"--dataset_name {name!r}: use letters, digits and _ only, it becomes part of a folder's name")
     model = MODEL_OF_DATASET.get(name, name)
+    if told["init_only"] and told["model_path"] is None and not (model in REGISTERED or Path(model).exists()):
+        known = ", ".join([*MODEL_OF_DATASET, *REGISTERED])
+        raise InputError(f"--dataset_name {name!r} stands for no model; known are {known}, others need --model_path")
     prompt_file = told["prompt_file"] or usual_prompts(told["model_path"], model)
     if prompt_file is None and not told["init_only"] and not is_unconditional(told["model_path"] or model):
         raise InputError(f"--prompt-file is missing: {name} has no prompts of its own")

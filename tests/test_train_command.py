@@ -280,6 +280,7 @@ def test_an_untrained_table_is_finished_when_it_is_there(workplace):
     [
         ((), "--dataset_name is missing"),
         (("--dataset_name", "../x", "--init-only"), "letters, digits and _ only"),
+        (("--dataset_name", "nope", "--init-only"), "'nope' stands for no model; known are ms_coco, shapes, "),
         (("--dataset_name", "tiny"), "--prompt-file is missing"),
         (("--dataset_name", "tiny", "--prompt-file", "prompts.txt"), "tiny"),
         (("--dataset_name", "tiny", "--prompt-file", "missing.txt"), "no such prompt file"),
