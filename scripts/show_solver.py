@@ -8,6 +8,7 @@ if __name__ == "__main__":
     end_at_once_on_signals()
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ from torch import Tensor
 from errors import InputError, shows_input_errors
 from files import write_atomically
 from schedules import FlowTime, get_schedule
+from training.parameters import neutral_entries
 from training.ppo.figures import solver_figure
 from training.snapshot import private_parts
 from training.solver import FLOW_MATCHING, Solver, load_solver
@@ -92,9 +94,13 @@ def _numbers(row: Tensor) -> str:
 def main(solver: str, beside: str | None, output: Path | None, exps: Path) -> None:
     """Describe SOLVER (a file, a folder, or an experiment's number), and draw it. Needs no model."""
     drawn = []
-    for shown in (load_solver(source, exps) for source in (solver, beside) if source is not None):
+    solvers = [load_solver(source, exps) for source in (solver, beside) if source is not None]
+    for shown in solvers:
         sigmas, schedule = levels_of(shown)
-        drawn.append((shown.label, sigmas, shown.table))
+        table, scale = shown.table, shown.guidance_scale
+        if scale is not None and any(other.has_guidance_column for other in solvers):
+            table = replace(table, guidance=neutral_entries("guidance", table, scale))
+        drawn.append((shown.label, sigmas, table))
         click.echo(description(shown, sigmas, schedule) + "\n")
     if output is not None:
         picture = io.BytesIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,27 @@ def test_a_solver_is_described_and_drawn_without_its_model(tmp_path, own_grid):
     assert "guidance [2 2 2]" in result.output
     assert ("sigma  14.0000 to   5.0000" in result.output) == own_grid
     assert Image.open(tmp_path / "solver.png").size[0] > 500
+
+
+def test_beside_a_guidance_column_a_constant_guidance_is_drawn(tmp_path, monkeypatch):
+    figures = []
+
+    def drawn_figure(*drawn):
+        figures.append(solver_figure(*drawn))
+        return figures[-1]
+
+    monkeypatch.setattr(show_solver, "solver_figure", drawn_figure)
+    column = save_snapshot(tmp_path / "column", full_table(2.0), METADATA | {"guidance_rate": None})
+    constant = save_snapshot(tmp_path / "constant", replace(full_table(), guidance=None), METADATA)
+    for one, other in ((column, constant), (constant, column), (constant, constant)):
+        result = run(show_solver.main, one, "--beside", other, "--output", tmp_path / "solver.png")
+        assert result.exit_code == 0, result.output
+    heights = [
+        [[bar.get_height() for bar in bars] for axes in figure.axes for bars in axes.containers] for figure in figures
+    ]
+    assert heights == [[[2.0] * 3] * 3 + [[3.0] * 3] * 3, [[3.0] * 3] * 3 + [[2.0] * 3] * 3, []]
+    colours = [bars[0].get_facecolor() for bars in figures[0].axes[1].containers]
+    assert [alpha for *_, alpha in colours] == [1, 1, 1, 0, 0, 0]  # hollow
 
 
 def test_a_figure_shows_points_where_the_sampler_asks():

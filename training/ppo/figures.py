@@ -60,17 +60,18 @@ def solver_figure(solver: Drawn, beside: Drawn | None = None) -> Figure:
     """A solver on the axis of noise levels: where it asks the network, with what weight and guidance, and its history.
 
     From above: ticks at the noise levels and discs at the points (area: weight; an interval without points has its disc
-    where it starts); guidance of each evaluation, where the table has it; and the history as a matrix. `beside` is
-    drawn hollow.
+    where it starts); guidance of each evaluation, where a table has it; and the history as a matrix. `beside` is drawn
+    hollow, without its history.
     """
     table = solver[2]
     histories = {name: entries for name, entries in table.columns().items() if name.endswith("history")}
-    heights = [1.6, *([1.2] if table.guidance is not None else []), *([2.2] if histories else [])]
+    shown = [(solver, COLOURS[0], True), *([(beside, MUTED, False)] if beside else [])]
+    guidances = [(drawn.guidance, filled) for (*_, drawn), _, filled in shown if drawn.guidance is not None]
+    heights = [1.6, *([1.2] if guidances else []), *([2.2] if histories else [])]
     figure = Figure(figsize=(7.2, 0.6 + sum(heights)), layout="constrained")
     rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     levels = rows[0].subplots()
     _plain(levels)
-    shown = [(solver, COLOURS[0], True), *([(beside, MUTED, False)] if beside else [])]
     for row, ((_, sigmas, drawn), colour, filled) in enumerate(shown):
         levels.hlines(row, sigmas[-1], sigmas[0], color=GRID, linewidth=2, zorder=1)
         levels.scatter(sigmas.tolist(), [row] * len(sigmas), marker="|", s=160, color=colour, zorder=2)
@@ -82,8 +83,10 @@ def solver_figure(solver: Drawn, beside: Drawn | None = None) -> Figure:
     levels.set_xscale("log")
     levels.invert_xaxis()
     levels.set_xlabel("noise level sigma (|: grid; discs: evaluations, area: weight)")
-    if table.guidance is not None:
-        _draw_guidance(rows[1].subplots(), table.guidance)
+    if guidances:
+        axes = rows[1].subplots()
+        for guidance, filled in guidances:
+            _draw_guidance(axes, guidance, filled)
     panels = rows[-1].subplots(1, len(histories), squeeze=False)[0] if histories else []
     for axes, (name, entries) in zip(panels, histories.items(), strict=True):
         reach = max(float(entries.abs().max()), 1e-6)
@@ -111,20 +114,21 @@ def _points(sigmas: Tensor, table: EPDTable) -> tuple[list[float], list[float]]:
     return where.flatten().tolist(), table.weights.flatten().tolist()
 
 
-def _draw_guidance(axes: Axes, guidance: Tensor) -> None:
-    """Bars of the guidance scale [S, 1 + K], a group for each interval, its start first."""
+def _draw_guidance(axes: Axes, guidance: Tensor, filled: bool) -> None:
+    """Bars of the guidance scale [S, 1 + K], a group for each interval, its start first; hollow ones go unnamed."""
     _plain(axes)
     evaluations = guidance.shape[-1]
     for evaluation, colour in zip(range(evaluations), cycle(COLOURS), strict=False):
         offset = (evaluation - (evaluations - 1) / 2) * 0.8 / evaluations
         places = [interval + 1 + offset for interval in range(len(guidance))]
         label = "start" if evaluation == 0 else f"point {evaluation}"
-        axes.bar(places, guidance[:, evaluation].tolist(), width=0.7 / evaluations, color=colour, label=label)
+        look = {"color": colour, "label": label} if filled else {"facecolor": "none", "edgecolor": INK}
+        axes.bar(places, guidance[:, evaluation].tolist(), width=0.7 / evaluations, **look)
     axes.axhline(1, color=MUTED, linewidth=1, linestyle=":")
     axes.set_xlabel("interval")
     axes.set_ylabel("guidance")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if evaluations > 1:
+    if filled and evaluations > 1:
         axes.legend(frameon=False, fontsize=7, ncols=evaluations, loc="lower right", bbox_to_anchor=(1, 1))
 
 
