@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -446,9 +447,12 @@ def test_a_start_plays_the_classical_solver_from_the_noise_level_that_it_is_told
     start = load_solver("0").on(denoiser)
     classical = classical_solver("dpmpp:2", 4, parse_schedule("discrete@5")).guided(2.0).on(denoiser)
     assert start.sigmas[0].item() == classical.sigmas[0].item() == pytest.approx(5)
+    assert start.grid_name == classical.grid_name == "discrete@5"
     torch.testing.assert_close(*(one.latents(denoiser, ["a dog"], [0]) for one in (start, classical)))
     whole = classical_solver("dpmpp:2", 4, parse_schedule("discrete")).guided(2.0).on(denoiser)
     assert not torch.allclose(*(one.latents(denoiser, ["a dog"], [0]) for one in (start, whole)), atol=0.1)
+    stored = replace(start, sigmas=None, schedule=whole.schedule, sigma_range=(None, whole.sigmas[0].float().item()))
+    assert stored.on(denoiser).grid_name == "discrete"  # a model's largest level, which has been through float32
 
 
 def test_a_start_is_guided_as_its_model_usually_is(workplace):

@@ -77,8 +77,8 @@ def model_of(dataset: str | None, backend: str | None) -> str | None:
 RANGE_KEYS = frozenset({"sigma_min", "sigma_max", "flowmatch_mu", "flowmatch_shift"})
 """The keys of a snapshot that say the range of its schedule."""
 
-# The schedule of flow matching; how near a time must be to a model's first, as both have been through float32.
-FLOW_MATCHING, SAME_TIME = "flowmatch", 1e-4
+# The schedule of flow matching; how near a time or a level must be to a model's, as both have been through float32.
+FLOW_MATCHING, NEAR = "flowmatch", 1e-4
 LARGEST_MU = 50  # of a dynamic shift; FLUX.1 has 0.5 to 1.15
 
 MODEL_OPTIONS = "model_options"
@@ -237,12 +237,14 @@ class Solver:
                 f"{self.where}: was made for a model of the family {backend}, and {denoiser.name} is of the family "
                 f"{denoiser.backend}: choose a model of its family"
             )
-        sigmas, scale = self.sigmas, self.guidance_scale
+        sigmas, schedule, scale = self.sigmas, self.schedule, self.guidance_scale
         try:
             if self.afs:
                 check_afs(denoiser)
             if sigmas is None:
                 sigmas = self._scheduled(denoiser)
+                if not math.isclose(sigmas[0], denoiser.sigma_max, rel_tol=NEAR):
+                    schedule = schedule._replace(first=schedule.first or self.sigma_range[1])
         except InputError as error:
             raise InputError(f"{self.where}: {error}") from None
         if scale is None and not self.has_guidance_column:
@@ -250,7 +252,7 @@ class Solver:
             if self.origin is not None:
                 log.warning("%s: does not say its guidance; the model's own is taken: %g", self.where, scale)
         denoiser.check_guidance(self.table.guidance if self.has_guidance_column else scale)
-        return replace(self, sigmas=sigmas, guidance_scale=scale, guidance_kind=denoiser.guidance)
+        return replace(self, sigmas=sigmas, schedule=schedule, guidance_scale=scale, guidance_kind=denoiser.guidance)
 
     def _scheduled(self, denoiser: Denoiser) -> Tensor:
         """The noise levels that the schedule names."""
@@ -261,7 +263,7 @@ class Solver:
         if self.schedule.schedule_type == FLOW_MATCHING:
             if self.flow_shift is not None:
                 clock = FlowTime(self.flow_shift, denoiser.time_min)
-            if low is not None and math.isclose(low, clock.time_min, rel_tol=SAME_TIME):
+            if low is not None and math.isclose(low, clock.time_min, rel_tol=NEAR):
                 low = None  # the time of the least level, as schedulers of flow matching call it
         return self.schedule.sigmas(self.num_steps, clock, (low, high))
 
