@@ -9,9 +9,9 @@ learned, never a training reward, and how reward hacking is seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
-from itertools import permutations
+from itertools import groupby, permutations
 from math import gcd
 from typing import NamedTuple
 
@@ -40,7 +40,6 @@ from models.shapes.scenes import (
     signed_distance,
     stripes,
     turned,
-    wave,
 )
 
 BACKGROUND_DISTANCE = 22.0  # of a pixel's colour to the line between a background's tones: below it, it may be that one
@@ -56,7 +55,7 @@ SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius in pixels
 
 LIKELY_SHAPES = 3  # by their silhouettes: these are drawn
 CLOSE = 1.3  # times the smallest misfit: the drawings up to there are moved about
-REFINEMENTS = {"angle": np.radians(5), "radius": 0.4, "x": 0.4, "y": 0.4}  # radians and pixels
+REFINEMENTS = np.array([[0, 0, 0, np.radians(5)], [0, 0, 0.4, 0], [0.4, 0, 0, 0], [0, 0.4, 0, 0]])  # see `_distances`
 _ANGLE_STEP = np.radians(10)  # between the rotations that are tried
 _WAVE_ANGLES = np.arange(44) * np.pi / 44
 _WAVE_FREQUENCIES = np.arange(1 / 16, 1 / 8.4, 1 / 256)  # a pixel
@@ -98,47 +97,48 @@ class Verdict:
 
 
 class Background(NamedTuple):
-    """What lies behind the objects: the names of its colour and its pattern, its colours [64, 64, 3], how far the
-    image is from its tones [64, 64], both in 0..255, and where the objects are [64, 64].
+    """What lies behind the objects: the names of its colour and its pattern, its colours [64, 64, 3] in 0..255, and
+    where the objects are [64, 64].
     """
 
     name: str
     pattern: str
     pixels: np.ndarray
-    distance: np.ndarray
     foreground: np.ndarray
 
 
-def _tones(pixels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where the pixels [..., 3] stand between a background's tones, [...] from -0.3 to 1.3, and how far from there."""
-    first, second = np.array(BACKGROUNDS[name], dtype=float)
-    line = second - first
-    tones = np.clip((pixels - first) @ line / (line @ line), -0.3, 1.3)
-    return tones, np.linalg.norm(pixels - first - tones[..., None] * line, axis=-1)
+_TONES = np.array(list(BACKGROUNDS.values()), dtype=float)  # [5, 2, 3]
+_BLUR = ndimage.gaussian_filter1d(np.eye(IMAGE_SIZE), 4, axis=0)  # of one direction
+
+
+def _tones(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where pixels [3, P] stand between each background's tones, [5, P] from -0.3 to 1.3, and how far from there."""
+    first, line = _TONES[:, 0], _TONES[:, 1] - _TONES[:, 0]
+    along, length = line @ planes - (line * first).sum(axis=1)[:, None], (line**2).sum(axis=1)[:, None]
+    tones = np.clip(along / length, -0.3, 1.3)
+    squares = (planes**2).sum(axis=0) - 2 * first @ planes + (first**2).sum(axis=1)[:, None]
+    return tones, np.sqrt(np.maximum(squares - tones * (2 * along - tones * length), 0))
 
 
 def found_background(pixels: np.ndarray) -> Background:
     """The background of an image [64, 64, 3] in 0..255."""
-    candidates = {name: _tones(pixels, name) for name in BACKGROUNDS}
-    name = max(candidates, key=lambda name: float((candidates[name][1] < BACKGROUND_DISTANCE).mean()))
-    tones, distance = candidates[name]
-    foreground = distance > FOREGROUND_DISTANCE
+    tones, distances = _tones(np.ascontiguousarray(pixels.reshape(-1, 3).T))
+    best = (distances < BACKGROUND_DISTANCE).sum(axis=1).argmax()
+    tones, foreground = (one[best].reshape(pixels.shape[:2]) for one in (tones, distances > FOREGROUND_DISTANCE))
     clear = ~ndimage.binary_dilation(foreground, iterations=2)
-    first, second = np.array(BACKGROUNDS[name], dtype=float)
     # Behind the objects: the tones around them.
-    weight = ndimage.gaussian_filter(clear.astype(float), 4) + 1e-6
-    around = ndimage.gaussian_filter(np.where(clear, tones, 0.0), 4) / weight
-    filled = np.where(ndimage.binary_dilation(foreground), around, tones)
-    return Background(
-        name, found_pattern(tones, clear), first + filled[..., None] * (second - first), distance, foreground
-    )
+    weight, around = _BLUR @ np.stack([clear, np.where(clear, tones, 0.0)]) @ _BLUR.T
+    filled = np.where(ndimage.binary_dilation(foreground), around / (weight + 1e-6), tones)
+    behind = _TONES[best, 0] + filled[..., None] * (_TONES[best, 1] - _TONES[best, 0])
+    return Background(list(BACKGROUNDS)[best], found_pattern(tones, clear), behind, foreground)
 
 
 @cache
-def _waves() -> np.ndarray:
-    """Plane waves [angles * frequencies, 4096], complex64."""
-    angles, frequencies = np.meshgrid(_WAVE_ANGLES, _WAVE_FREQUENCIES, indexing="ij")
-    return np.exp(1j * wave(angles.ravel(), 1 / frequencies.ravel())).reshape(angles.size, -1).astype(np.complex64)
+def _waves() -> list[np.ndarray]:
+    """Plane waves along a row and down a column, complex64 [64, angles * frequencies] each; an image's are products."""
+    angles, frequencies = (grid.ravel() for grid in np.meshgrid(_WAVE_ANGLES, _WAVE_FREQUENCIES, indexing="ij"))
+    steps = 2j * np.pi * frequencies * np.stack([np.cos(angles), np.sin(angles)])
+    return [np.exp(step * np.arange(IMAGE_SIZE)[:, None]).astype(np.complex64) for step in steps]
 
 
 def found_pattern(tones: np.ndarray, clear: np.ndarray) -> str:
@@ -154,7 +154,9 @@ def found_pattern(tones: np.ndarray, clear: np.ndarray) -> str:
     field = np.zeros(clear.shape, dtype=np.float32)
     field[clear] = rest
     # Share of the variation that each wave explains: waves are nearly orthogonal over many pixels.
-    shares = 2 * np.abs(_waves() @ field.ravel()) ** 2 / (len(rest) * (rest**2).sum())
+    along, down = _waves()
+    rows = (field @ along.view(np.float32)).view(np.complex64)  # [64, angles * frequencies]
+    shares = 2 * np.abs(np.einsum("yw,yw->w", rows, down)) ** 2 / (len(rest) * (rest**2).sum())
     shares = shares.reshape(len(_WAVE_ANGLES), len(_WAVE_FREQUENCIES))
     crossing = np.roll(shares, len(_WAVE_ANGLES) // 2, axis=0)  # the wave at right angles
     pairs = np.where(np.minimum(shares, crossing) > CROSSING_SHARE * np.maximum(shares, crossing), shares + crossing, 0)
@@ -171,29 +173,26 @@ _TABLE_CELLS = 256  # from the middle of a table to its border: a pixel of a lar
 _TABLE_Y, _TABLE_X = (_TABLE_REACH / _TABLE_CELLS) * np.mgrid[
     -_TABLE_CELLS : _TABLE_CELLS + 1, -_TABLE_CELLS : _TABLE_CELLS + 1
 ]
-_SOLID = {shape: "circle" if shape == "ring" else shape for shape in SHAPES}  # without its hole
 
 
 @cache
-def _table(shape: str) -> np.ndarray:
-    """`signed_distance` [513, 513] over [-1.5, 1.5]^2, float32."""
-    return signed_distance(shape, _TABLE_X, _TABLE_Y).astype(np.float32)
+def _tables() -> np.ndarray:
+    """`signed_distance` of each shape over [-1.5, 1.5]^2, float32 [8, 513, 513]."""
+    return np.stack([signed_distance(shape, _TABLE_X, _TABLE_Y) for shape in SHAPES]).astype(np.float32)
 
 
-def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance in pixels of offsets in a shape's own frame: that of the nearest point of the table."""
-    scale = np.float32(_TABLE_CELLS / (_TABLE_REACH * radius))
-    column, row = (
-        np.clip(_TABLE_CELLS + 0.5 + scale * offset, 0, 2 * _TABLE_CELLS).astype(np.intp) for offset in (x, y)
-    )
-    return np.float32(radius) * _table(shape)[row, column]
-
-
-@cache
-def _area_and_centroid(shape: str) -> tuple[float, float, float]:
-    """Area and centroid (x, y) of a shape of radius 1."""
-    inside = _table(shape) <= 0
-    return inside.mean() * (2 * _TABLE_REACH) ** 2, _TABLE_X[inside].mean(), _TABLE_Y[inside].mean()
+def _distances(window: _Window, shapes: Sequence[int], places: np.ndarray) -> np.ndarray:
+    """Signed distances in pixels, float32 [N, P], to shapes (numbers [N]) at `places`, float64 [N, 4]: x, y, radius and
+    angle; they are those of the nearest points of the tables.
+    """
+    x, y, radius, angle = places.T
+    scale = (_TABLE_CELLS / (_TABLE_REACH * radius)).astype(np.float32)
+    right, down = scale * (np.cos(angle), np.sin(angle))
+    turns = np.array([[-down, right, down * x - right * y], [right, down, -right * x - down * y]])  # [2, 3, N]
+    offsets = turns.transpose(0, 2, 1) @ np.stack([window.x, window.y, np.ones_like(window.x)])  # [2, N, P]
+    row, column = np.clip(_TABLE_CELLS + 0.5 + offsets, 0, 2 * _TABLE_CELLS).astype(np.intp)
+    cells = (np.asarray(shapes)[:, None] * len(_TABLE_X) + row) * len(_TABLE_X) + column
+    return radius.astype(np.float32)[:, None] * _tables().take(cells)
 
 
 class _Window(NamedTuple):
@@ -209,16 +208,19 @@ class _Window(NamedTuple):
 
 
 def _window(pixels: np.ndarray, region: np.ndarray, background: Background) -> _Window:
-    others = ndimage.binary_dilation(background.foreground & ~region)
+    rows, columns = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
+    top, left = max(rows[0] - 3, 0), max(columns[0] - 3, 0)  # two pixels about the region, and their neighbours
+    near = np.s_[top : rows[-1] + 4, left : columns[-1] + 4]
+    pixels, region, empty = pixels[near], region[near], background.pixels[near]
+    others = ndimage.binary_dilation(background.foreground[near] & ~region)
     # Pixels at an object's edge count from about half coverage on, however much its colour differs from the background.
-    contrast = np.linalg.norm(pixels - background.pixels, axis=-1)
+    contrast = np.linalg.norm(pixels - empty, axis=-1)
     solid = ndimage.binary_fill_holes(region & (contrast > EDGE_SHARE * np.median(contrast[region])))
     rows, columns = np.nonzero(ndimage.binary_dilation(solid, iterations=2) & ~(others & ~solid))
-    behind = background.pixels[rows, columns]
-    inside = solid[rows, columns]
-    numbers = (columns + 0.5, rows + 0.5, pixels[rows, columns] - behind, behind)
+    behind = empty[rows, columns]
+    numbers = (left + columns + 0.5, top + rows + 0.5, pixels[rows, columns] - behind, behind)
     x, y, difference, behind = (array.astype(np.float32) for array in numbers)  # enough, and twice as fast
-    return _Window(x, y, inside, difference, behind)
+    return _Window(x, y, solid[rows, columns], difference, behind)
 
 
 @cache
@@ -227,23 +229,31 @@ def _evenly(number: int, end: float) -> np.ndarray:
     return (np.arange(number) * end / number).astype(np.float32)
 
 
-def _silhouettes(window: _Window, shape: str) -> list[tuple[float, Placement]]:
-    """How badly each rotation of a shape, with the area and the centroid of the region, covers it, and how it then
-    stands; the best one first.
+@cache
+def _rotations() -> list[np.ndarray]:
+    """What is laid upon a region, R shapes: numbers [R], without their holes [R], share of the table and centroid (x,
+    y) [3, R] of these, and rotations, float32 [R].
     """
-    area, centroid_x, centroid_y = _area_and_centroid(_SOLID[shape])
-    radius = float(np.sqrt(window.inside.sum() / area))
-    number = max(round(SYMMETRY[shape] / _ANGLE_STEP), 1)
-    angles = _evenly(number, SYMMETRY[shape])[:, None]  # [A, 1]
+    angles = [_evenly(max(round(SYMMETRY[shape] / _ANGLE_STEP), 1), SYMMETRY[shape]) for shape in SHAPES]
+    shapes = np.repeat(np.arange(len(SHAPES)), [len(some) for some in angles])
+    solid = np.where(shapes == SHAPES.index("ring"), SHAPES.index("circle"), shapes)
+    measures = [(inside.mean(), _TABLE_X[inside].mean(), _TABLE_Y[inside].mean()) for inside in _tables() <= 0]
+    return [shapes, solid, np.array(measures)[solid].T, np.concatenate(angles)]
+
+
+def _silhouettes(window: _Window) -> list[tuple[str, np.ndarray]]:
+    """The shapes that, with the region's area and centroid, cover it best, the best one first, and the places [2, 4] of
+    each in its two best rotations (a circle has one).
+    """
+    shapes, solid, (share, centroid_x, centroid_y), angles = _rotations()
+    radius = np.sqrt(window.inside.sum() / (share * (2 * _TABLE_REACH) ** 2))
     shift_x, shift_y = turned(radius * centroid_x, radius * centroid_y, -angles)
     x, y = window.x[window.inside].mean() - shift_x, window.y[window.inside].mean() - shift_y
-    own = turned(window.x - x, window.y - y, angles)  # [A, P] each
-    covered = np.clip(0.5 - _distance(_SOLID[shape], *own, radius), 0, 1)
-    misfits = ((covered - window.inside) ** 2).mean(axis=1)
-    return [
-        (float(misfits[row]), Placement(float(x[row, 0]), float(y[row, 0]), radius, float(angles[row, 0])))
-        for row in np.argsort(misfits)
-    ]
+    places = np.stack([x, y, radius, angles], axis=1)
+    misfits = ((np.clip(0.5 - _distances(window, solid, places), 0, 1) - window.inside) ** 2).mean(axis=1)
+    of_shapes = [np.flatnonzero(shapes == shape) for shape in range(len(SHAPES))]
+    ranked = sorted((rows[np.argsort(misfits[rows])[:2]] for rows in of_shapes), key=lambda rows: misfits[rows[0]])
+    return [(SHAPES[shapes[rows[0]]], places[rows]) for rows in ranked[:LIKELY_SHAPES]]
 
 
 def explain(pixels: np.ndarray, region: np.ndarray, background: Background) -> FoundObject:
@@ -255,76 +265,68 @@ def explain(pixels: np.ndarray, region: np.ndarray, background: Background) -> F
         background: of the same image.
     """
     window = _window(pixels, region, background)
-    silhouettes = {shape: _silhouettes(window, shape) for shape in SHAPES}
-    likely = sorted(SHAPES, key=lambda shape: silhouettes[shape][0][0])[:LIKELY_SHAPES]
-    drawn = [
-        min(
-            (found for _, place in silhouettes[shape][:2] for found in _drawings(window, shape, place, FILLS)),
-            key=_misfit,
-        )
-        for shape in likely
-    ]
-    close = CLOSE * min(found.misfit for found in drawn)
-    return min((_refined(window, found) for found in drawn if found.misfit <= close), key=_misfit)
+    tried = [(shape, fill, place) for shape, stands in _silhouettes(window) for place in stands for fill in FILLS]
+    tried = [one for one in tried if one[1] != "outlined" or one[0] not in NEVER_OUTLINED]
+    kinds, places = [one[:2] for one in tried], np.array([one[2] for one in tried])
+    misfits, colours = _fits(window, kinds, places)
+    best = [min(rows, key=misfits.__getitem__) for _, rows in groupby(range(len(kinds)), lambda row: kinds[row][0])]
+    close = [row for row in best if misfits[row] <= CLOSE * misfits[best].min()]
+    kinds, places, misfits, colours = [kinds[row] for row in close], places[close], misfits[close], colours[close]
+    # Rotation, radius and centre, one after the other, are let go where the misfit falls.
+    for step in np.concatenate([REFINEMENTS, REFINEMENTS / 2]):
+        moved = places[:, None] + np.stack([-step, step])  # [N, 2, 4]
+        fits = _fits(window, [kind for kind in kinds for _ in moved[0]], moved.reshape(-1, 4))
+        values = moved, *(array.reshape(-1, 2) for array in fits)
+        better = values[1] < misfits[:, None]
+        rows, ways = np.flatnonzero(better.any(axis=1)), better[better.any(axis=1)].argmax(axis=1)
+        places[rows], misfits[rows], colours[rows] = (array[rows, ways] for array in values)
+    best = misfits.argmin()
+    (shape, fill), place = kinds[best], Placement(*places[best].tolist())
+    size = "small" if place.radius < SIZE_BORDER else "large"
+    return FoundObject(SceneObject(size, fill, list(COLOURS)[colours[best]], shape), place, float(misfits[best]))
 
 
-def _refined(window: _Window, found: FoundObject) -> FoundObject:
-    """The drawing after its rotation, radius and centre, one after the other, were let go where the misfit falls."""
-    for name, step in [(name, step / scale) for scale in (1, 2) for name, step in REFINEMENTS.items()]:
-        for direction in (-step, step):
-            tried = replace(found.placement, **{name: getattr(found.placement, name) + direction})
-            [drawing] = _drawings(window, found.item.shape, tried, (found.item.fill,))
-            if drawing.misfit < found.misfit:
-                found = drawing
-                break
-    return found
-
-
-def _misfit(found: FoundObject) -> float:
-    return found.misfit
-
-
-def _brightnesses(window: _Window, shape: str, fill: str, placement: Placement) -> np.ndarray:
-    """Brightness [V, P] of the fill in every way that a caption leaves open: stripes turned and moved, light."""
-    across, down = window.x - placement.x, window.y - placement.y
+def _brightnesses(window: _Window, fill: str, symmetry: float, places: np.ndarray) -> np.ndarray:
+    """Brightness [N, V, P] of the fill in every way that a caption leaves open: stripes turned and moved, light."""
+    x, y, radius, angle = places.astype(np.float32).T[..., None, None]
+    across, down = window.x - x, window.y - y
     if fill == "shaded":
-        return shading(across, down, placement.radius, _evenly(12, 2 * np.pi)[:, None])
+        return shading(across, down, radius, _evenly(12, 2 * np.pi)[:, None])
     if fill == "striped":
-        turn = SYMMETRY[shape] or np.pi / 12
+        turn = symmetry or np.pi / 12
         turns = round(2 * np.pi / turn)
         turns //= gcd(turns, 2)  # half a turn moves stripes, as a phase does
-        angles = np.float32(placement.angle) + _evenly(turns, turns * turn)[:, None, None]
-        phases = _evenly(8, 2 * np.pi)[:, None]
-        return stripes(turned(across, down, angles)[1], phases).reshape(-1, len(across))
-    return np.ones((1, len(across)))
+        angles = angle[..., None] + _evenly(turns, turns * turn)[:, None, None]  # [N, T, 1, 1]
+        height = turned(across[:, None], down[:, None], angles)[1]
+        return stripes(height, _evenly(8, 2 * np.pi)[:, None]).reshape(len(places), -1, len(window.x))
+    return np.ones((1, 1, 1))
 
 
-def _drawings(window: _Window, shape: str, placement: Placement, fills: Sequence[str]) -> list[FoundObject]:
-    """A shape as it stands, in each of the fills, in the colour and the variant that bring it nearest to the window.
+def _fits(window: _Window, kinds: Sequence[tuple[str, str]], places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The misfits [N] of shapes in a fill (`kinds`) as they stand (`places`, see `_distances`), each in the colour and
+    the variant that bring it nearest to the window, and the numbers of these colours [N].
 
     A pixel is drawn as a c + (1 - v) b, with its coverage v, a = v * brightness, the colour c and the background b. To
     a pixel that differs from the background by d, the square differences sum up to A |c|^2 - 2 c.B + C, with A, B and C
     the sums of a^2, a (d + v b) and |d + v b|^2: no drawing is needed for each colour.
     """
-    size = "small" if placement.radius < SIZE_BORDER else "large"
-    own = turned(window.x - placement.x, window.y - placement.y, placement.angle)
-    distance = _distance(shape, *own, placement.radius)
-    found = []
-    for fill in fills:
-        if fill == "outlined" and shape in NEVER_OUTLINED:
-            continue
-        coverage = np.clip(0.5 - (outline(distance) if fill == "outlined" else distance), 0.0, 1.0)  # [P]
-        share = coverage * _brightnesses(window, shape, fill, placement)  # [V, P]
-        wanted = window.difference + coverage[:, None] * window.background  # [P, 3]
+    centres = places[:, :2].astype(np.float32)  # as the pixels' are
+    distance = _distances(window, [SHAPES.index(shape) for shape, _ in kinds], np.hstack([centres, places[:, 2:]]))
+    misfits, colours = np.empty(len(kinds)), np.empty(len(kinds), dtype=int)
+    alike = [(fill, SYMMETRY[shape] if fill == "striped" else 0.0) for shape, fill in kinds]  # in number of variants
+    for fill, symmetry in set(alike):
+        rows = [row for row, kind in enumerate(alike) if kind == (fill, symmetry)]
+        coverage = np.clip(0.5 - (outline(distance[rows]) if fill == "outlined" else distance[rows]), 0, 1)  # [N, P]
+        share = coverage[:, None] * _brightnesses(window, fill, symmetry, places[rows])  # [N, V, P]
+        wanted = window.difference + coverage[..., None] * window.background  # [N, P, 3]
         squares = (
-            (share**2).sum(axis=1)[:, None] * (PALETTE**2).sum(axis=1)
-            - 2 * share @ wanted @ PALETTE.T
-            + (wanted**2).sum()
-        )  # [V, 8]
-        best = np.unravel_index(squares.argmin(), squares.shape)
-        misfit = float(np.sqrt(max(squares[best], 0.0) / len(coverage)))
-        found.append(FoundObject(SceneObject(size, fill, list(COLOURS)[best[1]], shape), placement, misfit))
-    return found
+            (share**2).sum(axis=2)[..., None] * (PALETTE**2).sum(axis=1)
+            - share @ wanted @ (2 * PALETTE.T)
+            + (wanted.reshape(len(rows), -1) ** 2).sum(axis=1)[:, None, None]
+        ).reshape(len(rows), -1)  # [N, V * 8]
+        misfits[rows] = np.sqrt(np.maximum(squares.min(axis=1), 0) / len(window.x))
+        colours[rows] = squares.argmin(axis=1) % len(PALETTE)
+    return misfits, colours
 
 
 def find_objects(image: Tensor) -> tuple[Background, list[FoundObject]]:
@@ -339,12 +341,10 @@ def find_objects(image: Tensor) -> tuple[Background, list[FoundObject]]:
         )
     pixels = 255 * torch.nan_to_num(image.detach().double().cpu()).clamp(0, 1).movedim(0, -1).numpy()
     background = found_background(pixels)
-    labels, number = ndimage.label(background.foreground, structure=np.ones((3, 3)))
-    regions = [labels == index for index in range(1, number + 1)]
-    regions = sorted(
-        (region for region in regions if region.sum() >= SMALLEST_REGION), key=lambda region: -region.sum()
-    )
-    return background, [explain(pixels, region, background) for region in regions]
+    labels, _ = ndimage.label(background.foreground, structure=np.ones((3, 3)))
+    sizes = np.bincount(labels.ravel())
+    regions = sorted(np.flatnonzero(sizes[1:] >= SMALLEST_REGION) + 1, key=lambda label: -sizes[label])
+    return background, [explain(pixels, labels == label, background) for label in regions]
 
 
 def _object_parts(group: Group, found: FoundObject | None) -> dict[str, bool]:
