@@ -212,6 +212,7 @@ class HeldoutWatch:
         self._seed = seed
         self._start: HeldoutScores | None = None
         self._best: HeldoutScores | None = None
+        self._first: HeldoutScores | None = None
         self.best_step = 0
         self.classical: tuple[str, HeldoutScores] | None = None
         """The best classical solver beside it, in words, and its scores; set before the first evaluation."""
@@ -282,7 +283,9 @@ class HeldoutWatch:
         }
 
     def _combined(self, scores: HeldoutScores) -> Tensor:
-        return self._reward.combine(scores.parts)
+        """Before the first step in the units of what was seen first: in its own, whatever a mix scores has mean 0."""
+        self._first = self._first or scores
+        return self._reward.combine(scores.parts, self._first.parts)
 
     def _finite_rows(self, step: int, scores: HeldoutScores) -> Tensor:
         """Rows [N] where every score of this table and of the starting one, and what they come to, is finite."""

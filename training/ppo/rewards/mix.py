@@ -48,8 +48,8 @@ class WeightedMix:
 
     Mean and deviation are running ones, over every raw score handed to `observe` since the start of the run, so that
     the mix hardly depends on the batch and settles as the run goes on. They are part of a checkpoint (`state_dict`).
-    Until something was observed, each batch is standardised by itself. A single reward is only weighted, not
-    standardised.
+    Until something was observed, each batch is standardised by itself, or by what `combine` is told. A single reward is
+    only weighted, not standardised.
 
     A trainer calls `raw_scores`, logs them, gathers them over processes, `observe`s them and `combine`s them. To
     compare two tables, combine the raw scores of both with the same statistics: `score` and `combine` never change
@@ -99,13 +99,17 @@ class WeightedMix:
         for name, moments in self._moments.items():
             moments.add(raw[name])
 
-    def combine(self, raw: Mapping[str, Tensor]) -> Tensor:
-        """Mix raw scores, name -> [N], into [N] float32. A sample with a NaN in one part is NaN."""
+    def combine(self, raw: Mapping[str, Tensor], unseen: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Mix raw scores, name -> [N], into [N] float32. A sample with a NaN in one part is NaN.
+
+        unseen: raw scores whose mean and deviation serve while nothing was observed; None: those of `raw` itself.
+        """
+        unseen = raw if unseen is None else unseen
         if len(self._parts) == 1:
             (name, (_, weight)), *_ = self._parts.items()
             return weight * raw[name]
         return torch.stack(
-            [weight * self._standardised(name, raw[name]) for name, (_, weight) in self._parts.items()]
+            [weight * self._standardised(name, raw[name], unseen[name]) for name, (_, weight) in self._parts.items()]
         ).sum(0)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -132,9 +136,9 @@ class WeightedMix:
             for name, moments in state.items()
         }
 
-    def _standardised(self, name: str, scores: Tensor) -> Tensor:
+    def _standardised(self, name: str, scores: Tensor, unseen: Tensor) -> Tensor:
         moments = self._moments[name]
         if moments.count == 0:
             moments = RunningMoments()
-            moments.add(scores)
+            moments.add(unseen)
         return ((scores.double() - moments.mean) / moments.deviation).float()

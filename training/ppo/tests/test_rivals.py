@@ -10,6 +10,7 @@ from errors import InputError
 from solvers import EPDTable
 from training.ppo import rivals
 from training.ppo.heldout import HeldoutJudge, HeldoutScores, HeldoutWatch
+from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rivals import CLASSICAL, best_classical, reference_images
 from training.ppo.rl_runner import RLRunner
 from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
@@ -26,8 +27,8 @@ GUIDED = dataclasses.replace(
 SEEDS = range(7, 12)
 
 
-def judge_of(start: Solver) -> HeldoutJudge:
-    runner = RLRunner(DENOISER, start, brightness(), group_size=2, shared_noise=True, seed=0)
+def judge_of(start: Solver, reward: WeightedMix | None = None) -> HeldoutJudge:
+    runner = RLRunner(DENOISER, start, reward or brightness(), group_size=2, shared_noise=True, seed=0)
     return HeldoutJudge(runner, runner.reward, None, PROMPTS[:5], first_seed=7, preview_count=2)
 
 
@@ -52,6 +53,22 @@ def test_the_best_classical_solver_is_the_best_of_those_tried(monkeypatch: pytes
     assert len({round(reward.mean().item(), 6) for reward in rewards.values()}) > 1
     torch.testing.assert_close(scores.parts["brightness"], rewards[name], rtol=0, atol=1e-5)
     torch.testing.assert_close(scores.previews, tried[name][:2], rtol=0, atol=1e-5)
+
+
+def test_a_mix_of_rewards_tells_rivals_apart_before_the_first_step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ("logsnr", "polynomial:5"))
+    mix = WeightedMix({"light": (Brightness(), 1.0), "dark": (Brightness(), -3.0)})
+    alone, mixed = HeldoutWatch(WeightedMix({"dark": (Brightness(), -1.0)})), HeldoutWatch(mix)
+    judge = judge_of(START, mix)
+    expected, scores = best_classical(judge_of(START, alone._reward), alone, START, DENOISER)
+    name, found = best_classical(judge, mixed, START, DENOISER)
+    assert name == expected
+    assert torch.equal(found.parts["dark"], scores.parts["dark"])
+    mixed.classical = name, found
+    start = judge.judge(START.table, SIGMAS)
+    seen = mixed.observe(0, start)
+    difference = (start.parts["light"] - found.parts["light"]).mean().item()
+    assert seen["heldout/classical_difference"] * difference < 0  # the more light the worse
 
 
 def test_the_best_few_are_compared_on_all_prompts(monkeypatch: pytest.MonkeyPatch):
