@@ -19,7 +19,7 @@ from training.solver import Schedule, Solver, classical_solvers, parse_schedule
 CLASSICAL = ("ddim", "dpmpp:2", "ipndm")
 """Those that are tables, which the run's own sampler plays."""
 SCHEDULES = ("discrete", "polynomial:5")
-"""Tried for each, beside the start's own."""
+"""Tried for each, beside the start's own from where that begins."""
 LOWER = ("discrete", 1 / 3)
 """Tried, too: this schedule from this share of the model's largest noise level on. Of few evaluations it spends none on
 a level at which an image is all noise. Not with flow matching, whose levels end at 1."""

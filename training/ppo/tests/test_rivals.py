@@ -102,6 +102,20 @@ def test_a_schedule_that_begins_lower_is_tried_too(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(scores.previews, images[:2], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("largest", [None, DENOISER.sigma_max / 2])
+def test_the_starts_own_schedule_begins_where_the_start_does(monkeypatch: pytest.MonkeyPatch, largest: float | None):
+    monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ())
+    monkeypatch.setattr("training.ppo.rivals.LOWER", ("polynomial", 1))
+    start = dataclasses.replace(
+        START, schedule=Schedule("logsnr", 1.0), sigmas=None, sigma_range=(DENOISER.sigma_min, largest)
+    ).on(DENOISER)
+    own = [solver for solver in rivals._solvers(start, DENOISER, 2) if solver.schedule.schedule_type == "logsnr"]
+    assert len(own) == len(CLASSICAL)
+    for solver in own:
+        assert solver.schedule.first == largest
+        torch.testing.assert_close(solver.sigmas, start.sigmas, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(("largest", "firsts"), [(None, {None, DENOISER.sigma_max / 4}), (1.0, {None})])
 def test_flow_matching_has_no_rival_that_begins_lower(monkeypatch: pytest.MonkeyPatch, largest: float | None, firsts):
     monkeypatch.setattr("training.ppo.rivals.SCHEDULES", ("logsnr",))
