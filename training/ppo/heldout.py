@@ -35,6 +35,8 @@ HELDOUT_METRICS: Mapping[str, str] = {
     "heldout/reward_difference": "mean paired difference of the two, with a 95% bootstrap interval (_low, _high)",
     "heldout/classical": "mean training reward of the best classical solver at as many evaluations in all (`rivals`)",
     "heldout/classical_difference": "mean paired difference to that one, with a 95% bootstrap interval (_low, _high)",
+    "heldout/classical_panel": "mean score of that one by the judge that is not trained on",
+    "heldout/classical_panel_difference": "mean paired difference to that, with a 95% bootstrap interval (_low, _high)",
     "heldout/panel": "mean score by the judge that is not trained on",
     "heldout/panel_start": "the same of the starting table",
     "heldout/panel_difference": "mean paired difference of the two, with a 95% bootstrap interval (_low, _high)",
@@ -269,18 +271,20 @@ class HeldoutWatch:
             self.classical = (str(state["classical_name"]), _unpacked(state["classical"], names, number))
 
     def _beside_classical(self, scores: HeldoutScores, kept: Tensor) -> dict[str, float]:
-        """The metrics of the classical solver, over the `kept` images [N] for which it has a finite reward too."""
-        theirs = self._combined(self.classical[1])
-        both = kept & theirs.isfinite()
+        """The metrics of the classical solver, over the `kept` images [N] whose scores by it are finite too."""
+        classical = self.classical[1]
+        judged = {"classical": (self._combined(scores), self._combined(classical))}
+        if scores.panel is not None and classical.panel is not None:
+            judged["classical_panel"] = (scores.panel, classical.panel)
+        both = torch.stack([kept, *(theirs.isfinite() for _, theirs in judged.values())]).all(0)
         if both.sum() < 2:
             return {}
-        ours, theirs = self._combined(scores)[both], theirs[both]
-        indices = bootstrap_indices(len(ours), generator_of(self._seed))
-        difference = paired_difference_interval(ours, theirs, indices)
-        ends = {"": difference.estimate, "_low": difference.low, "_high": difference.high}
-        return {"heldout/classical": theirs.double().mean().item()} | {
-            f"heldout/classical_difference{end}": value for end, value in ends.items()
-        }
+        indices = bootstrap_indices(int(both.sum()), generator_of(self._seed))
+        metrics = {}
+        for judge, (ours, theirs) in judged.items():
+            difference = paired_difference_interval(ours[both], theirs[both], indices)
+            metrics |= {f"heldout/{judge}": theirs[both].double().mean().item()} | _ends(judge, difference)
+        return metrics
 
     def _combined(self, scores: HeldoutScores) -> Tensor:
         """Before the first step in the units of what was seen first: in its own, whatever a mix scores has mean 0."""
@@ -313,9 +317,12 @@ def _described(judge: str, ours: Tensor, theirs: Tensor, difference: Interval) -
     return {
         f"heldout/{judge}": ours.double().mean().item(),
         f"heldout/{judge}_start": theirs.double().mean().item(),
-        f"heldout/{judge}_difference": difference.estimate,
-        f"heldout/{judge}_difference_low": difference.low,
-        f"heldout/{judge}_difference_high": difference.high,
+    } | _ends(judge, difference)
+
+
+def _ends(judge: str, difference: Interval) -> dict[str, float]:
+    return {
+        f"heldout/{judge}_difference{end}": value for end, value in zip(("", "_low", "_high"), difference, strict=True)
     }
 
 

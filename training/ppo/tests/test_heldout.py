@@ -72,6 +72,21 @@ def test_the_classical_solver_beside_it_is_paired_and_outlives_a_checkpoint():
     assert {name.removesuffix("_low").removesuffix("_high") for name in metrics} <= HELDOUT_METRICS.keys()
 
 
+def test_the_panel_judges_the_classical_solver_too():
+    watch, base = started()
+    lost = base - 0.3
+    lost[3] = torch.nan
+    watch.classical = ("ddim, discrete", scores(base + 0.1, lost))
+    metrics = watch.observe(5, scores(base + 0.6, base + noise(1)))
+    assert metrics["heldout/classical_difference"] == pytest.approx(0.5, abs=1e-6)
+    assert metrics["heldout/classical_panel"] == pytest.approx((lost.nansum() / (COUNT - 1)).item(), abs=1e-6)
+    paired = (base + noise(1) - lost)[lost.isfinite()].mean().item()
+    assert metrics["heldout/classical_panel_difference"] == pytest.approx(paired, abs=1e-6)
+    assert (
+        metrics["heldout/classical_panel_difference_low"] < paired < metrics["heldout/classical_panel_difference_high"]
+    )
+
+
 def kept_judge(folder: Path, says: str = "", **settings) -> tuple[HeldoutJudge, list[int]]:
     """A run's judge, and the rows of the network's calls."""
     runner = source()
@@ -129,7 +144,7 @@ def test_differences_are_paired():
 
 def test_metrics_are_the_documented_ones():
     watch, base = started()
-    watch.classical = ("ddim, discrete", scores(base))
+    watch.classical = ("ddim, discrete", scores(base, base))
     named = {name.removesuffix("_low").removesuffix("_high") for name in watch.observe(1, scores(base, base))}
     assert named == HELDOUT_METRICS.keys()
     watch, base = started(panel=False)
