@@ -142,6 +142,7 @@ def _verdict(rows: Sequence[Row], evaluations: Sequence[Row], state: Mapping[str
         f"On {logging['eval_count'] - int(row['heldout/dropped'])} held-out prompts, after step {row['step']}, the "
         f"training reward is {row['heldout/reward']:.4f}, {row['heldout/reward_start']:.4f} at the start: "
         f"{_difference(row, 'reward')}.",
+        *_selected(row, evaluations),
         *_panel(row, logging["panel"]),
         *_classical(row, state["watch"], total),
         *cost,
@@ -150,6 +151,16 @@ def _verdict(rows: Sequence[Row], evaluations: Sequence[Row], state: Mapping[str
     listed = ", ".join(map(str, hacked))
     warning = f"<p class=warn>Suspected reward hacking at step {listed}: reward up, panel down.</p>" if hacked else ""
     return verdict(kind, headline, sentences) + warning
+
+
+def _selected(row: Row, evaluations: Sequence[Row]) -> Iterator[str]:
+    """What the choice of the step does to its numbers, where there was one."""
+    tuned = sum(seen["step"] > 0 for seen in evaluations)
+    if row["step"] == evaluations[-1]["heldout/best_step"] and tuned > 1:
+        yield (
+            f"That step is the best of {tuned} by these same prompts, which flatters it: the gain on others is likely "
+            f"smaller, and below stands how to measure it."
+        )
 
 
 def _headline(row: Row) -> tuple[str, str]:
@@ -196,6 +207,8 @@ def _classical(row: Row, watch: Mapping[str, Any], total: int) -> Iterator[str]:
             f"evaluations, reward {row['heldout/classical']:.4f}): {_compared(row, 'classical')}, "
             f"{_difference(row, 'classical')}."
         )
+    if "heldout/classical_panel_difference" in row:
+        yield f"To the panel: {_compared(row, 'classical_panel')}, {_difference(row, 'classical_panel')}."
 
 
 def _cost(rows: Sequence[Row], total: int) -> Iterator[str]:

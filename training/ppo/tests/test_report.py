@@ -132,6 +132,7 @@ def test_the_page_opens_with_a_verdict_in_words(reported):
     ):
         assert sentence in said
     assert "Suspected" not in said
+    assert "That step is the best" not in said  # of one there is no choice
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,16 @@ def test_a_verdict_goes_by_the_interval(tmp_path: Path, start, ends, headline):
     assert headline in read(folder).text
 
 
+@pytest.mark.parametrize(("best", "said"), [(2, True), (1, True), (0, False)])
+def test_a_step_that_was_chosen_among_several_is_said_to_be(tmp_path: Path, start, best: int, said: bool):
+    folder = make_run(tmp_path, start)
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    rows[1] |= heldout(1, hacked=False)
+    rows[2] |= {"heldout/best_step": best}
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ("That step is the best of 2 by these same prompts" in read(folder).text) == said
+
+
 def test_the_classical_solver_and_the_reference_stand_beside_it(tmp_path: Path, start):
     folder = make_run(tmp_path, start)
     path = step_path(folder.checkpoints, 2)
@@ -156,6 +167,8 @@ def test_the_classical_solver_and_the_reference_stand_beside_it(tmp_path: Path, 
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     rows[-1] |= {"heldout/classical": 0.71, "heldout/classical_difference": 0.01}
     rows[-1] |= {"heldout/classical_difference_low": -0.02, "heldout/classical_difference_high": 0.03}
+    panel = "heldout/classical_panel_difference"
+    rows[-1] |= {panel: -0.2, f"{panel}_low": -0.3, f"{panel}_high": -0.1}
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("classical", "reference"):
         for number in range(2):
@@ -164,6 +177,7 @@ def test_the_classical_solver_and_the_reference_stand_beside_it(tmp_path: Path, 
     page = read(folder)
     assert "Better than its start: reward +0.0200; not told from the best classical solver" in page.text
     assert "(ddim, discrete, 6 evaluations, reward 0.7100): not told apart, +0.0100" in page.text
+    assert "To the panel: worse, -0.2000, 95% interval [-0.3000, -0.1000]." in page.text
     labels = ["start", "tuned (step 2)", "best classical (ddim, discrete, 6 evaluations)", "reference (50 evaluations)"]
     assert page.captions == 2 * labels
 
