@@ -14,14 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from training.parameters import LEAST_SHARE
+
 MINIMUM_ALPHA = 1e-5
 """Floor of every Dirichlet concentration."""
 
 LOG_STD_BOUNDS = (-7.0, 2.0)
 """Bounds of the logarithm of every standard deviation."""
-
-LEAST_SHARE = 1e-12
-"""A drawn share is raised to this where a solver takes it: positions lie inside (0, 1), and grids descend."""
 
 
 @dataclass(frozen=True)
