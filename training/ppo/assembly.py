@@ -201,9 +201,21 @@ def start_from_snapshot(loaded: LoadedConfig) -> Start:
         own = default_guidance_scale(model_spec(config))
         config = replace(config, model=replace(config.model, guidance_type="cfg", guidance_rate=own))
         notes.append(f"guidance {own:g}, the model's own: neither {snapshot.where} nor the configuration names one")
+    notes += _idle(config)
     cold_start = _cold_start(snapshot.table, config)
     config = _with_population(config, cold_start.table)
     return Start(config, snapshot, _settled(snapshot, config, cold_start.table), (*notes, *cold_start.repairs))
+
+
+def _idle(config: Config) -> list[str]:
+    """A line for each term of PPO's loss that is asked of another search."""
+    method, ppo = config.search.method, config.ppo
+    asked = {"kl_coef": ppo.kl_coef, "entropy_coef": ppo.entropy_coef} if method != "ppo" else {}
+    return [
+        f"ppo.{key}={value:g} does nothing: search.method={method} has no such term"
+        for key, value in asked.items()
+        if value
+    ]
 
 
 def _settled(snapshot: Solver, config: Config, table: EPDTable) -> Solver:

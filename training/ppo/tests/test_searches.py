@@ -111,6 +111,16 @@ def test_bad_input_is_refused_in_a_line(config: Path, overrides: list[str], mess
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_term_of_the_loss_that_another_search_has_not_is_named(config: Path, method: str):
+    asked = ("ppo.kl_coef=0.1", "ppo.rollout_batch_size=8", f"search.method={method}")
+    result = launch("--config", config, "--dry-run", "--override", *asked)
+    assert result.exit_code == 0, result.output
+    said = f"note: ppo.kl_coef=0.1 does nothing: search.method={method} has no such term"
+    assert (said in result.output) == (method != "ppo")
+    assert "entropy_coef=0 does nothing" not in result.output
+
+
 def test_a_package_that_is_not_there_is_named(config: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "cma", None)
     monkeypatch.delitem(sys.modules, "training.ppo.search.cma_es", raising=False)
