@@ -130,7 +130,10 @@ def test_default_is_the_largest_step(folder: RunFolder):
 def test_the_export_for_diffusers_is_the_same_solver_with_what_was_measured(folder: RunFolder):
     measured = {"heldout/reward": 0.4, "heldout/reward_start": 0.3, "heldout/reward_difference": 0.1}
     measured |= {"heldout/reward_difference_low": 0.05, "heldout/reward_difference_high": 0.15}
-    MetricsLog(folder.metrics).append({"step": 4, **measured})
+    for step in (2, 4):
+        MetricsLog(folder.metrics).append({"step": step, **measured})
+    export(folder.path, "--best")
+    assert ", which the step was chosen by | start" in (folder.export / "diffusers" / "README.md").read_text()
     result = export(folder.path)
     assert result.output.splitlines()[-1] == str(folder.export / "diffusers")
     scheduler = EPDScheduler.from_pretrained(folder.export / "diffusers")
@@ -141,6 +144,7 @@ def test_the_export_for_diffusers_is_the_same_solver_with_what_was_measured(fold
     assert scheduler.config.sigmas == exported.on(denoiser).sigmas.tolist()
     card = (folder.export / "diffusers" / "README.md").read_text()
     assert "| reward | 0.3000 | 0.4000 | +0.1000 [+0.0500, +0.1500] |" in card
+    assert "chosen by" not in card
 
 
 def test_a_table_is_exported_though_its_model_is_not_at_hand(config: Path, folder: RunFolder, monkeypatch):
