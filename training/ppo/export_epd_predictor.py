@@ -8,6 +8,7 @@ if __name__ == "__main__":
     end_at_once_on_signals()
 
 import json
+import operator
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from training.ppo.assembly import Start, from_plain, guidance_scale, policy_of
 from training.ppo.checkpoint import largest_difference, load_checkpoint, require_equal, table_to_plain
 from training.ppo.config import SNAPSHOT_KEYS, build_config, model_options
 from training.ppo.reward_names import reward_name
-from training.runs.checkpoint import best_path, fitting, newest_checkpoint
+from training.runs.checkpoint import best_path, fitting, newest_checkpoint, step_path
 from training.runs.configuration import to_plain
 from training.runs.run_folder import RunFolder, read_metrics
 from training.snapshot import GRID, load_snapshot, private_parts, save_snapshot
@@ -191,12 +192,28 @@ def _chosen(folder: RunFolder, checkpoint: Path | None, *, best: bool) -> Path:
         return checkpoint
     if not best:
         return newest_checkpoint(folder.checkpoints)
-    if not best_path(folder.checkpoints).exists():
-        raise InputError(
-            f"{folder.path}: no evaluation has beaten the starting table on the held-out prompts (or "
-            f"logging.eval_interval is 0), so there is no best checkpoint: export the newest by leaving --best out"
-        )
-    return best_path(folder.checkpoints)
+    return _best(folder)
+
+
+def _best(folder: RunFolder) -> Path:
+    """The best checkpoint; that of its step, where a resume from an earlier step has put it aside."""
+    file = best_path(folder.checkpoints)
+    if file.exists():
+        return file
+    newest = newest_checkpoint(folder.checkpoints)
+    state = load_checkpoint(newest)
+    with fitting(newest):
+        step = operator.index((state["watch"] or {"best_step": 0})["best_step"])
+    numbered = step_path(folder.checkpoints, step)
+    if step and numbered.exists():
+        return numbered
+    why = (
+        f"the best checkpoint, of step {step}, was replaced by that of a later step before the run was resumed"
+        if step
+        else "no evaluation has beaten the starting table on the held-out prompts (or logging.eval_interval is 0), so "
+        "there is no best checkpoint"
+    )
+    raise InputError(f"{folder.path}: {why}: export the newest by leaving --best out")
 
 
 def _read_back(path: Path, export: Export) -> float | None:

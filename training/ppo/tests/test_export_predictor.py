@@ -315,6 +315,17 @@ def test_a_checkpoint_with_other_things_in_their_place_is_not_exported(
     assert not folder.export.exists()
 
 
+def test_a_best_checkpoint_that_a_resume_put_aside(config: Path, folder: RunFolder):
+    best_path(folder.checkpoints).unlink()
+    start = prepared(config)
+    for best_step in (2, 3):
+        state = state_of(start, moved(start, seed=4), 4) | {"watch": {"best_step": best_step}}
+        save_checkpoint(step_path(folder.checkpoints, 4), state)
+        result = export(folder.path, "--best", "--no-diffusers")
+        assert ("export-step000002.json" in result.output) == (best_step == 2)
+    assert "the best checkpoint, of step 3, was replaced by that of a later step" in result.output
+
+
 def test_nothing_to_export(folder: RunFolder, tmp_path: Path):
     assert "no folder of a run" in export(tmp_path / "none").output
     best_path(folder.checkpoints).unlink()
