@@ -161,7 +161,8 @@ def make_search(policy: SolverParameters, source: RLRunner, prompts: PromptStrea
         source.reward.require_gradient()
     except InputError as error:
         raise InputError(f"search.method=reward_gradient: {error}") from None
-    if "guidance" in policy.learned and (policy.table().guidance == 1).any():
+    doubles = source.denoiser.guidance.doubles
+    if doubles and "guidance" in policy.learned and (policy.table().guidance == 1).any():
         raise InputError(
             "search.method=reward_gradient: ppo.train names guidance, and the start has a scale of exactly 1, at which "
             "the network is not asked without the prompt and there is no gradient: start at another, or leave it out"

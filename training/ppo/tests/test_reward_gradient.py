@@ -11,6 +11,7 @@ import torch
 
 import schedules
 from errors import InputError
+from models.denoiser import GuidanceKind
 from solvers import EPDTable
 from training.parameters import GRID
 from training.ppo.cold_start import DRAWN, prepare_table
@@ -182,6 +183,14 @@ def test_too_wide_a_step_and_too_little_memory_are_told():
 def test_a_guidance_without_a_gradient_is_refused():
     with pytest.raises(InputError, match="the start has a scale of exactly 1"):
         a_search(("guidance",), scale=1.0)
+
+
+def test_a_guidance_that_the_network_is_told_has_a_gradient_everywhere():
+    told = GaussianDenoiser()
+    told.guidance = GuidanceKind.EMBEDDED
+    search = a_search(("guidance",), scale=1.0, denoiser=told)
+    search.step()
+    assert (search.policy.mean()[0].guidance != 1).all()
 
 
 class Flat(Brightness):
