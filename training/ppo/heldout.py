@@ -304,12 +304,16 @@ class HeldoutWatch:
         return kept
 
     def _keep_best(self, step: int, scores: HeldoutScores, panel: Interval | None) -> None:
-        """A table that the panel finds worse than the start is never the best, however high its reward."""
+        """A table that the panel finds worse than the start is never the best, however high its reward.
+
+        An image without a finite reward counts as the worst that either table has drawn.
+        """
         if self._best is None or (panel is not None and panel.high < 0):
             return
-        ours, best = self._combined(scores), self._combined(self._best)
-        both = ours.isfinite() & best.isfinite()
-        if bool(both.any()) and ours[both].mean() > best[both].mean():
+        both = torch.stack([self._combined(scores), self._combined(self._best)])
+        finite = both.isfinite()
+        ours, best = both.where(finite, both[finite].min()).mean(1)
+        if ours > best:
             self._best, self.best_step = scores, step
 
 

@@ -183,6 +183,14 @@ def test_images_without_finite_scores_are_left_out_and_counted():
         watch.observe(2, scores(torch.full_like(base, torch.nan), base))
 
 
+@pytest.mark.parametrize(("lost", "best_step"), [(1, 1), (20, 0)])
+def test_a_table_that_loses_images_is_no_better_for_it(lost: int, best_step: int):
+    watch, base = started()
+    reward = base + 0.2
+    reward[COUNT - lost :] = torch.nan  # 0.2 * 39 gained by the others, and 5 lost at most, or some 80
+    assert watch.observe(1, scores(reward, base))["heldout/best_step"] == best_step
+
+
 def test_scores_that_come_to_more_than_a_number_can_hold_are_left_out():
     parts = {"brightness": torch.linspace(0, 5, COUNT), "other": torch.linspace(0, 5, COUNT)}
     watch = HeldoutWatch(WeightedMix({name: (Brightness(), 1e300) for name in parts}))
