@@ -138,8 +138,10 @@ def _verdict(rows: Sequence[Row], evaluations: Sequence[Row], state: Mapping[str
         return verdict("open", "Nothing was measured.", [said, *cost])
     row, logging = _chosen(evaluations), state["config"]["logging"]
     kind, headline = _headline(row)
+    dropped = int(row["heldout/dropped"])
+    left_out = f" ({dropped} more have a score that is not finite, and are left out)" if dropped else ""
     sentences = [
-        f"On {logging['eval_count'] - int(row['heldout/dropped'])} held-out prompts, after step {row['step']}, the "
+        f"On {logging['eval_count'] - dropped} held-out prompts{left_out}, after step {row['step']}, the "
         f"training reward is {row['heldout/reward']:.4f}, {row['heldout/reward_start']:.4f} at the start: "
         f"{_difference(row, 'reward')}.",
         *_selected(row, evaluations),

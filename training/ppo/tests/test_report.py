@@ -155,9 +155,13 @@ def test_a_step_that_was_chosen_among_several_is_said_to_be(tmp_path: Path, star
     folder = make_run(tmp_path, start)
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     rows[1] |= heldout(1, hacked=False)
-    rows[2] |= {"heldout/best_step": best}
+    rows[2] |= {"heldout/best_step": best, "heldout/dropped": 2 if best == 2 else 0}
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert ("That step is the best of 2 by these same prompts" in read(folder).text) == said
+    text = read(folder).text
+    assert ("That step is the best of 2 by these same prompts" in text) == said
+    assert ("On 4 held-out prompts (2 more have a score that is not finite, and are left out), after" in text) == (
+        best == 2
+    )
 
 
 def test_the_classical_solver_and_the_reference_stand_beside_it(tmp_path: Path, start):
