@@ -75,23 +75,20 @@ def _words_unknown_to_shapes(prompt: str) -> list[str]:
     return unknown_words(prompt)
 
 
-SHAPES_WORLD = {
-    "shapes": "It is part of the repository:  git checkout -- src/shapes",
-    "shapes_flow": "Make it:  python -m models.shapes.train_flow",
-}
-"""The models that draw the shapes world, whose captions its verifier reads, and how each is come by."""
+SHAPES_WORLD = ("shapes", "shapes_flow")
+"""The models that draw the shapes world, whose captions its verifier reads."""
 
 REGISTERED = {
     **{
         name: RegisteredModel(
             weights=(Asset(name, None),),
             companions=(Asset(f"{name}/model_index.json", None),),
-            remedy=remedy,
+            remedy=f"It is part of the repository:  git checkout -- src/{name}",
             prompts="src/prompts/shapes_train.csv",
             unknown_words=_words_unknown_to_shapes,
             pipeline=str(SOURCE / name),
         )
-        for name, remedy in SHAPES_WORLD.items()
+        for name in SHAPES_WORLD
     },
     "sd15": RegisteredModel(
         weights=(_fetched(asset_table.SD15_SAFETENSORS), _fetched(asset_table.SD15_CKPT)),

@@ -17,7 +17,8 @@ from errors import InputError
 from models.checkpoints import read_state_dict
 from models.digests import record_of, record_weights
 
-SHIPPED = [path for folder in ("src/shapes", "src/shapes_ddpm") for path in Path(folder).rglob("*.safetensors")]
+WORLDS = ("shapes", "shapes_flow", "shapes_ddpm")
+SHIPPED = [path for world in WORLDS for path in Path("src", world).rglob("*.safetensors")]
 
 
 def weights() -> dict[str, torch.Tensor]:

@@ -219,14 +219,12 @@ def test_a_single_file_without_its_tokenizer_says_what_to_fetch(monkeypatch, com
         assert "fetch tokenizer" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "remedy"),
-    [("shapes", "git checkout -- src/shapes"), ("shapes_flow", "python -m models.shapes.train_flow")],
-)
-def test_a_registered_folder_that_is_missing_says_how_it_is_come_by(name, remedy, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", registry.SHAPES_WORLD)
+def test_a_registered_folder_that_is_missing_says_how_it_is_come_by(name, monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "SOURCE", tmp_path)
     with pytest.raises(
-        InputError, match=f"^Model {name} needs files that are not there:\n  src/{name}\n(.*\n)*.*{remedy}$"
+        InputError,
+        match=f"^Model {name} needs files that are not there:\n  src/{name}\n(.*\n)*.*git checkout -- src/{name}$",
     ):
         load(name)
 

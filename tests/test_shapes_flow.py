@@ -193,6 +193,15 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
         torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
+def test_a_training_goes_on_from_a_pipeline_s_weights(source, tmp_path):
+    told = ("--images", 8, "--batch", 2, "--learning-rate", 1e-12, "--scratch", tmp_path, "--steps", 1)
+    run(train_flow.main, *told, "--start", source / NAME, "--output", tmp_path / "model")
+    one, other = (load_denoiser(at, device="cpu", dtype=torch.float32) for at in (source / NAME, tmp_path / "model"))
+    modules = [(model.network, *(encoder.module for encoder in model.text_encoders)) for model in (one, other)]
+    for theirs, ours in zip(*modules, strict=True):
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=2e-3, atol=1e-6)
+
+
 def test_a_first_model_that_is_not_there_is_named(tmp_path):
     result = CliRunner().invoke(train_flow.main, ["--world", str(tmp_path / "none"), "--output", str(tmp_path / "out")])
     assert (result.exit_code, result.output) == (2, f"Error: {tmp_path / 'none' / 'vae' / 'config.json'} is missing.\n")

@@ -41,7 +41,14 @@ from models.shapes.train_diffusion import (
     tokenize,
     write_pipeline,
 )
-from models.shapes.training_loop import TrainingOptions, TrainingRun, fit, step_generator, training_command
+from models.shapes.training_loop import (
+    TrainingOptions,
+    TrainingRun,
+    fit,
+    start_option,
+    step_generator,
+    training_command,
+)
 
 SHIFT = 3.0  # of the noise levels, towards noise, where what stands where is decided
 LOGIT_MEAN = 0.5  # of the noise levels of training, 0.62
@@ -75,12 +82,19 @@ def build_network() -> SD3Transformer2DModel:
     return network
 
 
-def build_parts(tokenizer: CLIPTokenizer, world: Path) -> nn.ModuleDict:
-    """The network and its two text encoders, the larger one with the weights of the pipeline in the folder `world`."""
+def build_parts(tokenizer: CLIPTokenizer, world: Path, start: Path | None = None) -> nn.ModuleDict:
+    """The network and its two text encoders, the larger one with the weights of the pipeline in the folder `world`.
+
+    start: a pipeline's folder whose weights are taken over for all three.
+    """
     first, second = (CLIPTextModelWithProjection(text_encoder_config(tokenizer, layers)) for layers in (4, 2))
     first.text_model.load_state_dict(load_module(CLIPTextModel, world / "text_encoder").state_dict())
     nn.init.eye_(first.text_projection.weight)
-    return nn.ModuleDict(dict(zip(("network", *ENCODERS), (build_network(), first, second), strict=True)))
+    parts = nn.ModuleDict(dict(zip(("network", *ENCODERS), (build_network(), first, second), strict=True)))
+    if start is not None:
+        for part, name in zip(parts.values(), ("transformer", *ENCODERS), strict=True):
+            part.load_state_dict(load_module(type(part), start / name).state_dict())
+    return parts
 
 
 @torch.no_grad()
@@ -133,6 +147,7 @@ def train(
     seed: int,
     device: str,
     world: Path,
+    start: Path | None = None,
     compiled: bool = False,
 ) -> nn.ModuleDict:
     """Train a network and its text encoders by the first model, from where the checkpoints stopped.
@@ -145,6 +160,7 @@ def train(
         seed: of every draw.
         device: a torch device's name.
         world: the first model's folder: its text encoder is taken over, and it teaches.
+        start: see `build_parts`.
         compiled: whether torch.compile makes the network's code.
 
     Returns:
@@ -153,7 +169,7 @@ def train(
     seed_globally(seed)
     tokenizer = build_tokenizer()
     tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-    model = build_parts(tokenizer, world).to(device)
+    model = build_parts(tokenizer, world, start).to(device)
     teacher = load_denoiser(str(world), device=device, dtype=torch.float32)
     model["network"].set_attn_processor(SharedTokenAttention(T5_TOKENS))
     for encoder in ENCODERS:
@@ -184,8 +200,9 @@ def train(
 
 @training_command(output="src/shapes_flow", steps=10_000, images=80_000, batch=64, learning_rate=2e-3, seed=1)
 @click.option("--world", type=click.Path(path_type=Path), default=Path("src/shapes"), help="Folder of the first model.")
+@start_option("A pipeline's folder")
 @click.option("--compile", "compiled", is_flag=True, help="Let torch.compile make the network's code.")
-def main(run: TrainingRun, world: Path, compiled: bool) -> None:
+def main(run: TrainingRun, world: Path, start: Path | None, compiled: bool) -> None:
     """Train the flow-matching model on rendered scenes and write its pipeline as a diffusers folder."""
     autoencoder = load_module(AutoencoderKL, world / "vae").to(run.device)
     rendered = cached_scenes(run.scratch, "train", run.images, run.seed)
@@ -199,6 +216,7 @@ def main(run: TrainingRun, world: Path, compiled: bool) -> None:
         seed=run.seed,
         device=run.device,
         world=world,
+        start=start,
         compiled=compiled,
     )
     save_flow_pipeline(run.output, averaged, autoencoder, build_tokenizer())
