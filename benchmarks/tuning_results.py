@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,8 +51,8 @@ class Finished:
 
     @property
     def start(self) -> Solver:
-        """The table that it started from, under the settings that it was tuned for."""
-        return dataclasses.replace(self.tables[FINAL], table=self.run.start.table)
+        """The solver that it started from: its table at its own noise levels, which the run may have moved."""
+        return self.run.start.solver
 
     @property
     def start_name(self) -> str:
@@ -156,7 +155,7 @@ def finish(run: PlannedRun, folder: RunFolder) -> Finished:
     """
     final = _exported(folder, newest_checkpoint(folder.checkpoints))
     best = best_path(folder.checkpoints)
-    best_table = _exported(folder, best) if best.exists() else dataclasses.replace(final, table=run.start.table)
+    best_table = _exported(folder, best) if best.exists() else run.start.solver
     return Finished(run, folder, {FINAL: final, BEST: best_table})
 
 

@@ -21,7 +21,7 @@ import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from benchmarks import tuning_runs
+from benchmarks import tuning_results, tuning_runs
 from benchmarks.tuning_results import (
     OVER_BOTH,
     OVER_PROMPTS,
@@ -276,6 +276,22 @@ def entry(label: str, nfe: int, values: torch.Tensor) -> Entry:
 def group(name: str, runs: list[Finished], **entries: object) -> Group:
     values = {"start": entry("start", 4, draw(0, 20)), "tables": {}, "classical": {}} | entries
     return Group(name, "epd-start", runs, **values)
+
+
+def test_a_run_that_moved_its_noise_levels_is_held_against_those_that_it_started_from(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = fake_run(world, tmp_path, "a", 0, [0, 0.1]).run
+    moved = replace(run.start.solver, sigmas=torch.tensor([9.0, 2.0, 0.1]), schedule=None)
+    monkeypatch.setattr(tuning_results, "newest_checkpoint", lambda folder: folder / "policy-step000004.pt")
+    monkeypatch.setattr(tuning_results, "_exported", lambda folder, checkpoint: moved)
+    finished = tuning_results.finish(run, RunFolder(tmp_path / "without-a-best"))
+    assert finished.tables["final"] is moved
+    denoiser = load_denoiser(world / "model", device="cpu", dtype=torch.float32)
+    named = Schedule("discrete", 1.0).sigmas(3, denoiser)
+    for start in (finished.start, finished.tables["best"]):  # the best is the start where the watch found none better
+        assert torch.equal(start.on(denoiser).sigmas, named)
+        assert start.guidance_scale == 2.0
 
 
 def test_learning_is_counted_by_hand(world: Path, tmp_path: Path):
