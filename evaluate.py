@@ -422,7 +422,7 @@ class Asked:
     def rivals(self, tables: Sequence[Solver], usual: float, say: Note) -> list[Solver]:
         """The classical solvers at all their settings, at as many evaluations as the tables have in all too."""
         budgets = set(self.budgets)
-        if f"{CLASSICAL_BASELINE}@{TOTAL}" in self.baselines:
+        if any(baseline.endswith(f"@{TOTAL}") for baseline in self.baselines):
             budgets |= {table.evaluations.total for table in tables}
         solvers = classical_solvers(self.classical, sorted(budgets), self.tried, note=say)
         return [solver.guided(scale) for solver in solvers for scale in self.scales(usual)]
@@ -517,8 +517,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
         raise InputError(
             "nothing to compare: no solver can spend any of the evaluations of --nfe, and there is no predictor"
         )
-    labels = list(dict.fromkeys(solver.label for solver in [*tables, *rivals]))
-    baselines = [parse_baseline(text, labels) for text in asked.baselines]
+    baselines = [parse_baseline(text, [*tables, *rivals]) for text in asked.baselines]
     denoiser = load_denoiser(asked.model, device=fabric.device, dtype=number_type, options=asked.model_options)
 
     if fabric.is_global_zero:

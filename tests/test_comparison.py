@@ -141,7 +141,7 @@ def test_what_is_best_is_chosen_on_the_validation_prompts(entries, tmp_path):
 def test_a_baseline_at_as_many_evaluations_in_all(entries, tmp_path):
     six = entry("ddim", "ddim", "discrete", 6, reward=9.0, distance=0.5)
     compared = Comparison([*entries, six], FRECHET, Store(tmp_path / "kept", pytest.fail), seed=5)
-    baseline = parse_baseline("classical@total", ["ddim"])
+    baseline = parse_baseline("classical@total", [six.solver])
     differences = compared.differences([baseline])
     assert str(baseline) == "classical@total"
     assert found(differences, ("epd-00003", 4), "reward").baseline_entry is six  # 4 in sequence are 6 in all
@@ -164,15 +164,18 @@ def test_a_baseline_may_have_another_number_of_evaluations(comparison, entries):
     assert comparison.differences([Baseline("heun", 8)]) == []
 
 
-def test_baselines_are_read_and_refused():
-    labels = ["ddim", "epd-00003"]
-    assert parse_baseline("classical", labels) == Baseline("classical", None)
-    assert parse_baseline("epd-00003@4", labels) == Baseline("epd-00003", 4)
-    assert str(parse_baseline("ddim@8", labels)) == "ddim@8"
+def test_baselines_are_read_and_refused(entries):
+    solvers = [entries[number].solver for number in (1, 0, 4)]
+    assert parse_baseline("classical", solvers) == Baseline("classical", None)
+    assert parse_baseline("epd-00003@4", solvers) == Baseline("epd-00003", 4)
+    assert str(parse_baseline("ddim@8", solvers)) == "ddim@8"
     with pytest.raises(InputError, match="'heun' is not compared here; there are classical, ddim, epd-00003"):
-        parse_baseline("heun", labels)
+        parse_baseline("heun", solvers)
     with pytest.raises(InputError, match="a number of evaluations after @"):
-        parse_baseline("ddim@", labels)
+        parse_baseline("ddim@", solvers)
+    for text in ("ddim@6", "classical@6", "epd-00003@8"):
+        with pytest.raises(InputError, match=rf"baseline '{text}': .* not compared at \d evaluations: add \d to --nfe"):
+            parse_baseline(text, solvers)
 
 
 def test_the_store_computes_once_and_again_where_a_file_is_broken(tmp_path):

@@ -364,7 +364,8 @@ def test_schedule_and_guidance_are_chosen_on_other_prompts(world, tmp_path):
 
 
 def test_a_baseline_at_equal_total_evaluations_is_measured(world, tmp_path):
-    result = run(world, tmp_path / "out", base=("--solvers", "epd,ddim", "--nfe", "4", "--predictor_path", "2"))
+    base = ("--solvers", "epd,ddim", "--nfe", "4", "--predictor_path", "2")
+    result = run(world, tmp_path / "out", base=base)
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     against = {
@@ -372,6 +373,10 @@ def test_a_baseline_at_equal_total_evaluations_is_measured(world, tmp_path):
         for item in content["differences"] if item["label"] == "epd-00002"
     }  # fmt: skip
     assert against == {("classical", 4), ("classical@total", 6)}
+    named = run(world, tmp_path / "named", "--baseline", "ddim@total", base=base, cache=tmp_path / "out" / "cache")
+    assert named.exit_code == 0, named.output
+    differences = json.loads((tmp_path / "named" / "results.json").read_text())["differences"]
+    assert {item["baseline_entry"]["total_evaluations"] for item in differences if item["label"] == "epd-00002"} == {6}
 
 
 def refused(result):
@@ -392,6 +397,7 @@ def refused(result):
         (("--schedules", "cosine"), "unknown schedule 'cosine'"),
         (("--schedules", "polynomial:0"), "must be positive"),
         (("--baseline", "ipndm"), "baseline 'ipndm'"),
+        (("--baseline", "ddim@9"), "ddim is not compared at 9 evaluations: add 9 to --nfe"),
         (("--number", "7"), "has 6 different prompts, --number 7 asks for more"),
         (("--number", "1"), "--number"),
         (("--guidance", "nan"), "guidance"),

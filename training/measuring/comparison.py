@@ -213,7 +213,7 @@ class Comparison:
 
     def _against(self, row: Row, baseline: Baseline) -> Iterator[Difference]:
         nfe = baseline.evaluations(row)
-        candidates = [entry for entry in self.entries if _is_meant(entry, baseline.label, nfe)]
+        candidates = [entry for entry in self.entries if _is_meant(entry.solver, baseline.label, nfe)]
         for metric in self.metrics if candidates else ():
             ours, theirs = row.cells[metric].entry, self.best(candidates, metric)
             if ours is not theirs:
@@ -228,9 +228,13 @@ class Comparison:
         return Cell(best, self.interval(best.measured, metric))
 
 
-def parse_baseline(text: str, labels: Sequence[str]) -> Baseline:
-    """`classical`, a solver's or predictor's label, each also with `@NFE` or `@total`. InputError for another text."""
+def parse_baseline(text: str, solvers: Sequence[Solver]) -> Baseline:
+    """`classical`, the label of one of `solvers`, each also with `@NFE` or `@total`.
+
+    Raises InputError for another text, and where none of the solvers that it names takes NFE parallel evaluations.
+    """
     label, at, nfe = text.partition("@")
+    labels = dict.fromkeys(solver.label for solver in solvers)
     if label not in (CLASSICAL_BASELINE, *labels):
         raise InputError(
             f"baseline {text!r}: {label!r} is not compared here; there are {CLASSICAL_BASELINE}, {', '.join(labels)}"
@@ -239,9 +243,11 @@ def parse_baseline(text: str, labels: Sequence[str]) -> Baseline:
         return Baseline(label, TOTAL)
     if at and not nfe.isdecimal():
         raise InputError(f"baseline {text!r}: write a number of evaluations after @, or {TOTAL}: {label}@8")
+    if at and not any(_is_meant(solver, label, int(nfe)) for solver in solvers):
+        raise InputError(f"baseline {text!r}: {label} is not compared at {nfe} evaluations: add {nfe} to --nfe")
     return Baseline(label, int(nfe) if at else None)
 
 
-def _is_meant(entry: Entry, label: str, nfe: int) -> bool:
-    fits = entry.solver.sampler != "epd" if label == CLASSICAL_BASELINE else entry.solver.label == label
-    return fits and entry.solver.evaluations.parallel == nfe
+def _is_meant(solver: Solver, label: str, nfe: int) -> bool:
+    fits = solver.sampler != "epd" if label == CLASSICAL_BASELINE else solver.label == label
+    return fits and solver.evaluations.parallel == nfe
