@@ -540,9 +540,11 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
     real = scene.real_images(asked.real_path) if fabric.is_global_zero and asked.real_path is not None else None
     if real is not None and "fid" in asked.wanted:
         say_few_for_fid(min(asked.count, real.count or asked.count), say)
-    validation = None
+    validation, shared = None, len(set(prompts).intersection(validation_prompts or []))
     if validation_prompts is not None and len(rivals) > len({(one.label, one.num_steps) for one in rivals}):
         say(f"{len(rivals)} settings of classical solvers on {len(validation_prompts)} prompts of {asked.chosen_on}")
+        if shared:
+            say(f"{shared} of these prompts are scored, too, which favours the classical solvers")
         validation = scene.choose(rivals, validation_prompts)
         rivals = validation.contenders()
     compared = [*tables, *rivals]
@@ -588,7 +590,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
             "chosen on": "these prompts"
             if validation is None
             else f"the first {asked.validation_number} of {asked.chosen_on}, seeds {asked.seed} to "
-            f"{last + asked.validation_number}",
+            f"{last + asked.validation_number}; {shared or 'none'} of these prompts are scored, too",
             "predictors": ", ".join(f"{table.label} = {table.where}" for table in tables) or "none",
             "torch": torch.__version__,
             "device": f"{asked.num_devices} x {denoiser.device}, {str(number_type).removeprefix('torch.')}",

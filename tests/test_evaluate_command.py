@@ -360,7 +360,10 @@ def test_schedule_and_guidance_are_chosen_on_other_prompts(world, tmp_path):
         for line in results(tmp_path / "out") if line["metric"] == "reward"
     }  # fmt: skip
     assert chosen == best
-    assert "that are best for it on the validation prompts" in (tmp_path / "out" / "report.md").read_text()
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "that are best for it on the validation prompts (not measured there: Fréchet distance, latent RMS" in report
+    assert "seeds 3 to 5; 3 of these prompts are scored, too" in report
+    assert "3 of these prompts are scored, too, which favours the classical solvers" in validated.output
 
 
 def test_a_baseline_at_equal_total_evaluations_is_measured(world, tmp_path):

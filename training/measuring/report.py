@@ -76,10 +76,12 @@ class Report:
     @property
     def chosen_on(self) -> str:
         """The prompts that settings were chosen on, in words."""
-        chosen_elsewhere = self.comparison.validation is not None
-        if not chosen_elsewhere:
+        validation = self.comparison.validation
+        if validation is None:
             return "these very prompts, which favours classical solvers"
-        return "the validation prompts (of those, distances to the reference stand at the nearest on these)"
+        unseen = [metric_of(name).heading for name in self.comparison.metrics if name not in validation.metrics]
+        beside = f" (not measured there: {', '.join(unseen)}; of what is best there by any other, the best on these)"
+        return f"the validation prompts{beside if unseen else ''}"
 
     def markdown(self) -> str:
         """The whole report as Markdown."""
