@@ -228,12 +228,13 @@ class Scorer:
         return solver.on(self._denoiser)
 
     def classical(self, nfe: int) -> list[Solver]:
-        """Every classical solver that can spend so many parallel evaluations, at every schedule."""
+        """Every classical solver that can spend so many parallel evaluations, at every schedule and guidance."""
         schedules = [parse_schedule(text) for text in self._study.schedules]
         solvers = classical_solvers(self._study.solvers, [nfe], schedules, note=click.echo)
         if not solvers:
             raise InputError(f"no solver of the study can spend {nfe} parallel evaluations: add ddim to its solvers")
-        return [self.on_model(solver.guided(self._guidance_scale)) for solver in solvers]
+        scales = self._study.guidances or [self._guidance_scale]
+        return [self.on_model(solver.guided(scale)) for solver in solvers for scale in scales]
 
     def draw(self, solvers: Sequence[Solver]) -> None:
         """Draw and judge solvers on the held-out prompts, shared out over the processes; all of it is kept."""
@@ -294,7 +295,8 @@ def _against(
     theirs = baseline.measured.values[metric]  # [N]
     seeds = [one.run.seed for one in group.runs]
     spent, rival = entries[0].solver.evaluations, baseline.solver
-    name = group.start_name if times is None else f"{rival.label}, {rival.grid_name}"
+    scale = "" if rival.guidance_scale is None else f" g{rival.guidance_scale:g}"
+    name = group.start_name if times is None else f"{rival.label}, {rival.grid_name}{scale}"
     for seed, over, difference in paired_differences(ours, theirs, seeds):
         yield Line(
             arm=group.arm,

@@ -59,6 +59,9 @@ class Study:
         [*TRIED_SCHEDULES],
         "schedules that each classical solver is tried at; it is reported at the best for each metric",
     )
+    guidances: list[float] = knob(  # noqa: RUF009
+        [], "constant guidance scales that each is tried at likewise; none: the runs' own alone"
+    )
     gain_share: float = knob(
         0.9, "images are counted until this share of the best arm's plateau is gained", above=0, at_most=1
     )
@@ -80,6 +83,8 @@ def _disagreements(study: Study) -> Disagreements:
                 parse(name)
             except InputError as error:
                 yield {key}, f"{key}: {error}"
+    if not all(0 <= scale < float("inf") for scale in study.guidances):
+        yield {"guidances"}, f"guidances={study.guidances}: every scale must be at least 0 and finite"
 
 
 def _arm_faults(name: str, arm: Arm) -> Iterator[str]:

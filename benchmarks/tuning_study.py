@@ -75,8 +75,8 @@ EXPLAINED = """\
 Every difference is paired: the same prompts and the same noise. In brackets 95% bootstrap intervals: of a single seed
 and of "all seeds, over prompts" over prompts; "over seeds and prompts" draws both, independently of each other (with
 few seeds such an interval is too narrow rather than too wide). Bold: the interval excludes 0. Evaluations are
-counted before guidance, which doubles them. Each classical solver stands at the schedule that is best for the metric on
-these very prompts, which favours the classical solvers."""
+counted before guidance, which doubles them. Each classical solver stands at the schedule and the guidance (g) that are
+best for the metric on these very prompts, which favours the classical solvers. Guidance scales tried: {guidances}."""
 LEARNED = """\
 By the watch of the runs, on its own prompts. Gain: the mean paired difference of the held-out reward to the starting
 table. Plateau: its mean over the last {plateau} evaluations. Images: until an evaluation first shows {share:.0%} of the
@@ -125,7 +125,8 @@ class StudyReport:
         """The tables with their headings and explanations; none where no run is finished."""
         if not self.groups:
             return []
-        found = [EXPLAINED]
+        scales = ", ".join(f"{scale:g}" for scale in self.study.guidances) or "the runs' own alone"
+        found = [EXPLAINED.format(guidances=scales)]
         for table, meaning in TABLES.items():
             found += [
                 f"## Against the starting table: {meaning}",

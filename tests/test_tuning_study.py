@@ -20,6 +20,7 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
+from tqdm import tqdm
 
 from benchmarks import tuning_results, tuning_runs
 from benchmarks.tuning_results import (
@@ -27,6 +28,7 @@ from benchmarks.tuning_results import (
     OVER_PROMPTS,
     Finished,
     Group,
+    Scorer,
     Watched,
     crossed_interval,
     images_to,
@@ -41,12 +43,13 @@ from models import load_denoiser
 from solvers import epd_sampler
 from tests.by_hand import latents_by_hand
 from training.measuring.comparison import Entry
-from training.measuring.evaluation import Measured
+from training.measuring.evaluation import Measured, Store
 from training.measuring.statistics import bootstrap_indices, mean_interval, paired_difference_interval
 from training.ppo.launch import main as launch_command
 from training.ppo.rewards import RewardHPS
 from training.ppo.tests.tiny_world import START, write_world
 from training.runs.checkpoint import list_checkpoints, step_path
+from training.runs.fabric import fabric_of
 from training.runs.run_folder import RunFolder
 from training.solver import Schedule, classical_solver, load_solver
 
@@ -76,6 +79,7 @@ def study_file(world: Path, path: Path, arms: dict, **values: object) -> Path:
         "batch": 4,
         "solvers": ["ddim", "dpmpp:2"],
         "schedules": ["discrete", "logsnr"],
+        "guidances": [1, 2, 4],
         "plateau": 2,
     }
     path.write_text(yaml.safe_dump({"arms": arms, **usual, **values}, sort_keys=False))
@@ -121,6 +125,11 @@ def test_an_arms_overrides_reach_its_runs(world: Path, tmp_path: Path):
         ({"a/b": {"config": "c", "seeds": [0], "starts": ["1"]}}, {}, "letters, digits, _ and - only"),
         ({"a": {"config": "c", "seeds": [0], "starts": ["1"]}}, {"solvers": ["eular"]}, "unknown solver 'eular'"),
         ({"a": {"config": "c", "seeds": [0], "starts": ["1"]}}, {"schedules": []}, "schedules is empty"),
+        (
+            {"a": {"config": "c", "seeds": [0], "starts": ["1"]}},
+            {"guidances": [1, -2]},
+            "every scale must be at least 0",
+        ),
         ({"a": {"config": "c", "seeds": [0], "starts": ["1"]}}, {"plateau": 1}, "plateau=1 must be at least 2"),
         ({"a": {"config": "c", "seeds": [0], "starts": ["1"]}}, {"heldout": 5}, "did you mean heldout_"),
     ],
@@ -329,6 +338,20 @@ def test_the_rival_is_the_best_classical_solver_of_its_budget(world: Path, tmp_p
     assert lines[1].difference.low == pytest.approx(1.0)  # the same prompts and noise: their spread falls out
 
 
+@pytest.mark.parametrize(("guidances", "expected"), [([], {2.0}), ([1, 3], {1.0, 3.0})])
+def test_rivals_are_tried_at_every_guidance_of_the_study(
+    world: Path, tmp_path: Path, guidances: list[float], expected: set[float]
+):
+    file = study_file(world, tmp_path / "s.yaml", {"a": arm(world)}, guidances=guidances)
+    study, bar = SCHEMA.load(file).config, tqdm(disable=True)
+    scorer = Scorer(study, plan_runs(study, tmp_path), fabric_of("cpu", 1), Store(tmp_path / "kept", pytest.fail), bar)
+    found = {(rival.label, rival.grid_name, rival.guidance_scale) for rival in scorer.classical(4)}
+    assert found == {
+        (name, schedule, scale)
+        for name in ("ddim", "dpmpp:2") for schedule in ("discrete", "logsnr") for scale in expected
+    }  # fmt: skip
+
+
 # --- a whole study ---------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +454,7 @@ def test_every_comparison_is_there(studied: tuple[Path, Result]):
     }
     twice = [line for line in content["differences"] if line["times"] == 2]
     assert {line["baseline_parallel"] for line in twice} == {8}
+    assert {line["baseline"].split(" g")[1] for line in content["differences"] if line["times"]} <= {"1", "2", "4"}
     assert [(item["arm"], item["images"]) for item in content["learning"]] == [("ppo", 32), ("cma", 32)]
     written = (output / "study.md").read_text()
     for text in ("all seeds, over seeds and prompts", "| 4 / 6 |", "## Learning", "2x parallel NFE: best classical"):
