@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from subprocess import TimeoutExpired
 
 from errors import InputError
 from interrupts import Interrupted, Interrupts
 from models.asset_table import ROOT
+from models.options import ModelOptions
 from training.ppo.assembly import Start, prepare
 from training.ppo.config import Config, load_config
 from training.runs.checkpoint import NAME as CHECKPOINT_NAME
@@ -281,9 +282,10 @@ def _wait(process: subprocess.Popen, interrupts: Interrupts) -> int:
 
 
 def require_alike(runs: Sequence[PlannedRun]) -> None:
-    """Raise InputError where runs differ in model, guidance, precision or reward: one evaluation is to judge all."""
+    """Raise InputError where runs differ in model, how it is loaded, guidance or reward: one evaluation judges all."""
+    options = tuple(option.name for option in fields(ModelOptions))
     for section, keys in (
-        ("model", ("dataset_name", "model_path", "guidance_rate", "dtype")),
+        ("model", ("dataset_name", "model_path", "guidance_rate", "dtype", *options)),
         ("reward", ("weights_path",)),
     ):
         for key in keys:

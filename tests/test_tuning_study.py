@@ -142,10 +142,14 @@ def test_faults_of_a_study_file(world: Path, tmp_path: Path, arms: dict, values:
 
 
 def test_runs_that_one_evaluation_cannot_judge_are_refused(world: Path, tmp_path: Path):
-    arms = {"a": arm(world), "b": arm(world, overrides=["model.guidance_rate=3"])}
-    result = study(study_file(world, tmp_path / "s.yaml", arms), tmp_path / "out")
-    assert result.exit_code == 2
-    assert "must agree in model.guidance_rate, not 2.0 and 3.0" in result.output
+    for override, message in (
+        ("model.guidance_rate=3", "model.guidance_rate, not 2.0 and 3.0"),
+        ("model.negative_prompt=a", "model.negative_prompt, not None and a"),
+    ):
+        arms = {"a": arm(world), "b": arm(world, overrides=[override])}
+        result = study(study_file(world, tmp_path / "s.yaml", arms), tmp_path / "out")
+        assert result.exit_code == 2
+        assert f"must agree in {message}" in result.output
     for csv, name in (("train.csv", "train.csv"), ("heldout.csv", "heldout.csv")):
         file = study_file(world, tmp_path / "s.yaml", {"a": arm(world)}, heldout_prompts=str(world / csv))
         result = study(file, tmp_path / "out")
