@@ -16,7 +16,7 @@ from models.generate import decode
 from models.pictures import to_pixels
 from tests.guided_mixture import GuidedMixture
 from training.image_folder import ImageRequest, SolverFolders
-from training.measuring.evaluation import Evaluation, FeatureJudge, Setting, Store, reference_solver
+from training.measuring.evaluation import LIBRARIES, Evaluation, FeatureJudge, Setting, Store, reference_solver
 from training.solver import Schedule, classical_solver
 
 COUNT = 11
@@ -160,6 +160,16 @@ def test_another_judge_draws_nothing_and_asks_the_first_nothing(tmp_path, solver
     changed.fingerprint = "other weights"
     assert evaluation(tmp_path, changed).measure(solvers[0]).key != found.key
     assert changed.asked == COUNT
+
+
+@pytest.mark.parametrize("library", ["torch", "diffusers", "transformers"])
+def test_another_version_of_a_library_is_another_model(tmp_path, solvers, monkeypatch, library):
+    evaluation(tmp_path, Brightness()).measure(solvers[0])
+    monkeypatch.setitem(LIBRARIES, library, "0.1")
+    judge, denoiser = Brightness(), GuidedMixture()
+    evaluation(tmp_path, judge, denoiser=denoiser).measure(solvers[0])
+    assert denoiser.evaluations > 0
+    assert judge.asked == COUNT
 
 
 def test_judges_that_change_places_keep_their_own_words(tmp_path, solvers):

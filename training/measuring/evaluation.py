@@ -11,6 +11,7 @@ reward, verifier or metric judges the latents that are there.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import itertools
 import json
 from collections import defaultdict
@@ -48,6 +49,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLING_CODE = [ROOT / "solvers.py", ROOT / "training" / "solver.py"]
 SAMPLING_CODE += [ROOT / "models" / f"{name}.py" for name in ("denoiser", "generate", "randomness")]
 JUDGING_CODE = [Path(__file__).resolve(), ROOT / "models" / "pictures.py"]
+# Whose networks are run: another version may compute otherwise.
+LIBRARIES = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
 
 
 def reference_solver(denoiser: Denoiser, guidance_scale: float, steps: int = REFERENCE_STEPS) -> Solver:
@@ -397,7 +400,7 @@ class Evaluation:
             "code": self._sampling_code,
             "device": self.denoiser.device.type,
             "network dtype": str(self.denoiser.dtype),
-            "torch": torch.__version__,
+            **LIBRARIES,
             "dtype": str(setting.dtype),
             "prompts": list(setting.prompts[part]),
             "seeds": list(setting.seeds[part]),

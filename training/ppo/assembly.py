@@ -24,7 +24,7 @@ from models.prompts import read_prompts
 from models.registry import SHAPES_WORLD, check_assets, default_guidance_scale, load_denoiser, traits_of
 from models.shapes.scenes import parse
 from solvers import EPDTable, NetworkEvaluations
-from training.measuring.evaluation import SAMPLING_CODE, Store
+from training.measuring.evaluation import LIBRARIES, SAMPLING_CODE, Store
 from training.parameters import GRID, PARTS
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
 from training.ppo.cold_start import ColdStart, prepare_table, trainable
@@ -452,7 +452,7 @@ def _described(start: Start, denoiser: Denoiser) -> Callable[[EPDTable, Tensor |
             "device": denoiser.device.type,
             "network dtype": str(denoiser.dtype),
             "reward dtype": str(_amp_dtype(config, denoiser.device)),
-            "torch": torch.__version__,
+            **LIBRARIES,
             "rewards": [[str(source), reward_fingerprint(source, reward.cache_dir)] for source in sources],
             "panel": [watch.panel, verifier_fingerprint() if watch.panel == VERIFIER else None],
         }
