@@ -568,8 +568,8 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
         real=to_pixels(true_images(prompts[:PREVIEWS], asked.seed)) if asked.model in SHAPES_WORLD else None,
         prompts=prompts,
         groups={
-            file.stem: slice(number * asked.number, (number + 1) * asked.number)
-            for number, file in enumerate(asked.read_from)
+            name: slice(number * asked.number, (number + 1) * asked.number)
+            for number, name in enumerate(_short_names(asked.read_from))
         },
         published=() if protocol is None else protocol.published,
         settings={
@@ -634,6 +634,12 @@ def _nothing(*_: object) -> None:
 
 def _counted(count: int | None) -> str:
     return "how many is not said" if count is None else f"{count:,} images"
+
+
+def _short_names(files: Sequence[Path]) -> list[str]:
+    """What files are called where they stand side by side: by their whole paths where two have one name."""
+    stems = [file.stem for file in files]
+    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
 
 
 def _listed(text: str, option: str) -> list[str]:

@@ -554,10 +554,12 @@ def test_prompts_are_taken_as_they_stand_where_they_are_paired(world, tmp_path):
     assert [(record["prompt"], record["seed"]) for record in records] == [("a dog", 3), ("a dog", 4), ("a cat", 5)]
 
 
-def test_several_prompt_files_have_a_table_each(world, tmp_path):
-    (tmp_path / "first.json").write_text(json.dumps(PROMPTS[:3]))
-    (tmp_path / "second.txt").write_text("\n".join(PROMPTS[3:]))
-    files = ("--prompt-file", tmp_path / "first.json", "--prompt-file", tmp_path / "second.txt")
+@pytest.mark.parametrize("second", ["second.txt", "first.txt"])
+def test_several_prompt_files_have_a_table_each(world, tmp_path, second):
+    paths = tmp_path / "first.json", tmp_path / second
+    paths[0].write_text(json.dumps(PROMPTS[:3]))
+    paths[1].write_text("\n".join(PROMPTS[3:]))
+    files = ("--prompt-file", paths[0], "--prompt-file", paths[1])
     result = run(world, tmp_path / "out", *files, "--number", "3", "--reference-steps", "0", *DDIM_2)
     assert result.exit_code == 0, result.output
     assert "preference reward by prompts" in result.output
