@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 from errors import InputError
@@ -80,6 +81,12 @@ def move(source: Path, target: Path) -> None:
     source.replace(target)
     with suppress(OSError):  # not every file system can flush a folder
         _flush_to_disk(target.parent)
+
+
+def unused(path: Path) -> Path:
+    """`path`, or where that is taken the first of `<stem>-2`, `<stem>-3`, ... that is not."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(other for other in others if not other.exists()) if path.exists() else path
 
 
 def sweep(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from errors import InputError, first_line, is_too_little_memory
-from files import move, write_atomically
+from files import move, unused, write_atomically
 from models.checkpoints import UNREADABLE, load_archive
 
 UNFIT = (AttributeError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError)
@@ -162,7 +162,7 @@ def _step_of(path: Path) -> float:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Move the checkpoints after `step`, which a resumed run makes again, to `before-resume-at-stepXXXXXX` in `folder`.
+    """Move the checkpoints after `step`, which a resumed run makes again, to a new `before-resume-at-stepXXXXXX` in `folder`.
 
     So the newest and the best checkpoint are always those of the run that goes on.
 
@@ -173,7 +173,7 @@ def set_aside(folder: Path, step: int) -> None:
     best = best_path(folder)
     if best.exists() and _step_of(best) > step:
         later.append(best)
-    aside = folder / f"before-resume-at-step{step:06d}"
+    aside = unused(folder / f"before-resume-at-step{step:06d}")
     try:
         for path in later:
             aside.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import InputError
-from files import append_whole, removed_if_it_fails, write_atomically
+from files import append_whole, removed_if_it_fails, unused, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class MetricsLog:
         kept = [line for line, row in zip((*lines, cut_off), rows, strict=True) if row and row[self._key] <= step]
         moved = sum(row is not None for row in rows) - len(kept)
         if damaged or moved:
-            copy = self.path.with_stem(f"{self.path.stem}-before-resume-at-{self._key}{max(step, 0):06d}")
+            copy = unused(self.path.with_stem(f"{self.path.stem}-before-resume-at-{self._key}{max(step, 0):06d}"))
             write_atomically(copy, content)
         if damaged:
             log.warning(

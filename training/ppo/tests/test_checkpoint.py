@@ -11,7 +11,7 @@ import torch
 from errors import InputError
 from solvers import EPDTable
 from training.ppo.checkpoint import KEYS, load_checkpoint, save_checkpoint, table_from_plain, table_to_plain
-from training.runs.checkpoint import best_path, list_checkpoints, newest_checkpoint, step_path
+from training.runs.checkpoint import best_path, list_checkpoints, newest_checkpoint, set_aside, step_path
 from training.runs.run_folder import MetricsLog, RunFolder, read_metrics, seconds_by_phase
 
 TABLE = EPDTable(torch.tensor([[0.3, 0.6]]).double(), torch.tensor([[0.5, 0.5]]).double())
@@ -195,6 +195,19 @@ def test_rewinding_keeps_a_copy_of_what_it_takes_back(tmp_path: Path):
     log.append({"step": 4, "reward": 0.0})
     assert [row["step"] for row in read_metrics(log.path)] == [1, 2, 3, 4]
     assert len(read_metrics(tmp_path / "metrics-before-resume-at-step000003.jsonl")) == 5
+
+
+def test_every_way_that_was_gone_from_one_step_is_kept(tmp_path: Path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"step": 3})
+    for way in (1, 2):
+        log.append({"step": 4, "reward": way})
+        step_path(tmp_path, 4).write_text(f"way {way}")
+        log.rewind(3)
+        set_aside(tmp_path, 3)
+    kept = [path.read_text() for path in sorted(tmp_path.glob("before-resume-at-step000003*/*"))]
+    logs = [read_metrics(path)[-1]["reward"] for path in sorted(tmp_path.glob("metrics-*"), reverse=True)]
+    assert (kept, logs) == (["way 1", "way 2"], [1, 2])
 
 
 @pytest.mark.parametrize(
