@@ -126,7 +126,7 @@ def preview(loaded: LoadedConfig) -> None:
 def with_options(overrides: Sequence[str], run_name: str | None, device: str | None) -> list[str]:
     """The overrides, and after them what the options of their own say."""
     options = {"run.run_name": run_name, "run.device": device}
-    return [*overrides, *(f"{key}={json.dumps(value)}" for key, value in options.items() if value)]
+    return [*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value)]
 
 
 def resumed_job(source: Path, overrides: Sequence[str]) -> Launch:

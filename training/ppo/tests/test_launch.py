@@ -161,7 +161,7 @@ def test_dry_run_says_what_a_step_costs_and_trains_nothing(config: Path):
     assert not (config.parent / "exps").exists()
 
 
-@pytest.mark.parametrize("name", ["no", "null", "00012", "a: #b", "'quoted'", "{x}"])
+@pytest.mark.parametrize("name", ["no", "null", "00012", "a: #b", "'quoted'", "{x}", "🐟"])
 def test_a_run_is_called_what_was_typed(config: Path, name: str):
     result = launch("--config", config, "--dry-run", "--run-name", name)
     assert result.exit_code == 0, result.output
