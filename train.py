@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import json
 import re
+import shlex
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def main(
     lesson = prepare(options, denoiser, prompts)  # before there is a folder: what cannot be taught leaves none behind
     folder = folder or claim_folder(outdir, options)
     click.echo(f"run: {folder}")
-    with goes_on_by(f"python train.py --resume {folder}"):
+    with goes_on_by(f"python train.py --resume {shlex.quote(str(folder))}"):
         click.echo(f"wrote {distil(folder, options, denoiser, lesson)}")
 
 

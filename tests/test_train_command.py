@@ -251,6 +251,12 @@ def test_damaged_statistics_do_not_stop_a_resume(pipeline, workplace, monkeypatc
     assert [json.loads(line)["update"] for line in statistics.read_text().splitlines()] == [0, 2, 3, 4]
 
 
+def test_an_interrupt_says_what_can_be_typed(pipeline, workplace, monkeypatch):
+    monkeypatch.setattr(Refinement, "step", lambda refinement: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = run(*small(pipeline), "--outdir", "my runs")
+    assert "go on: python train.py --resume 'my runs/00000-" in stopped.output
+
+
 def test_a_run_that_goes_on_elsewhere_is_not_resumed(pipeline, workplace, monkeypatch):
     def interrupted(refinement):
         raise KeyboardInterrupt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class CheckpointFormat:
                     self._load(candidate)
                 except InputError:
                     continue
-                return f"The one before it can be read: go on from it with  --resume {candidate}"
+                return f"The one before it can be read: go on from it with  --resume {shlex.quote(str(candidate))}"
         return f"There is no readable checkpoint before it in {path.parent}."
 
 
@@ -162,7 +163,7 @@ def _step_of(path: Path) -> float:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Move the checkpoints after `step`, which a resumed run makes again, to a new `before-resume-at-stepXXXXXX` in `folder`.
+    """Move the checkpoints after `step`, which a run makes again, to a new `before-resume-at-stepXXXXXX` in `folder`.
 
     So the newest and the best checkpoint are always those of the run that goes on.
 

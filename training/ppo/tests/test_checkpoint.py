@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,14 @@ def test_corrupt_checkpoint_is_named_and_the_one_before_offered(tmp_path: Path, 
     assert "policy-step000030.pt: the checkpoint is corrupt" in str(caught.value)
     assert f"--resume {step_path(tmp_path, 10)}" in str(caught.value)
     assert load_checkpoint(step_path(tmp_path, 10))["step"] == 10
+
+
+def test_a_checkpoint_is_offered_as_it_is_typed(tmp_path: Path):
+    folder = tmp_path / "my runs"
+    save_checkpoint(step_path(folder, 10), state_at(10))
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(step_path(folder, 20))
+    assert shlex.split(str(caught.value).split("--resume ")[1]) == [str(step_path(folder, 10))]
 
 
 def test_corrupt_first_checkpoint_has_none_before_it(tmp_path: Path):
