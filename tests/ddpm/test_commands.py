@@ -439,7 +439,7 @@ def test_a_run_goes_on_with_what_it_began_with(done, tmp_path):
     folder, _, _ = done
     run = run_of(folder, "finetune")
     other = write_tiny_ddpm(tmp_path / "other", beta_end=0.05)
-    for change in (f"path.ddpm={other}", "seed=1", "finetune.lora_rank=2"):
+    for change in (f"path.ddpm={other}", "seed=1", "finetune.lora_rank=2", "finetune.ddim_steps=4", "finetune.eta=0.5"):
         said = fails("finetune", "--resume", run, "--overwrite", "--override", change)
         assert "out, or begin a new run" in " ".join(said.split())
     succeeds("finetune", "--resume", run, "--overwrite", "--override", "finetune.lr=2e-4")
@@ -453,13 +453,13 @@ def test_an_interrupt_before_the_first_epoch_leaves_something_to_go_on_with(done
         os.kill(os.getpid(), signal.SIGINT)
         return look(self, events)
 
-    own = (f"path.runs={tmp_path / 'runs'}", f"finetune.save={tmp_path / 'late'}")
+    own = (f"path.runs={tmp_path / 'my runs'}", f"finetune.save={tmp_path / 'late'}")
     with monkeypatch.context() as patch:
         patch.setattr(EpochRun, "_look", interrupted)
         stopped = call("finetune", *smoke(folder, *own))
     assert stopped.exit_code == 130, stopped.output
-    assert "go on: python -m scripts.finetune --resume" in stopped.output
-    (run,) = (tmp_path / "runs").iterdir()
+    (run,) = (tmp_path / "my runs").iterdir()
+    assert f"go on: python -m scripts.finetune --resume '{run}'" in stopped.output
     succeeds("finetune", "--resume", run)
     late, tuned = (
         load_pixel_diffusion(str(path)).network.state_dict() for path in (tmp_path / "late", folder / "tuned")

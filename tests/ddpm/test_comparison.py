@@ -4,8 +4,11 @@ import torch
 
 from tests.ddpm.tiny_ddpm import SHAPE, tiny_model, tiny_policy
 from training.ddpm.comparison import COMPARISON_METRICS, Comparison, Judged, comparison_lines, thumbnails_of
+from training.ddpm.config import DDPMConfig
+from training.ddpm.report import evaluation_page
 from training.ddpm.reward_model import new_classifier
 from training.measuring.distances import frechet, gaussian_of
+from training.runs.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -77,6 +80,20 @@ def test_a_ddpm_that_always_draws_the_same_is_called_hacking_even_if_both_classi
     collapsed = judge.against_start(Judged(black, start.reward + 5, start.judge + 5, thumbnails_of(black)))
     assert collapsed["heldout/frechet_difference_low"] > 0
     assert collapsed["heldout/suspected_reward_hacking"]
+
+
+def test_the_page_of_a_hacked_reward_does_not_begin_with_better(tmp_path):
+    judge, _ = comparison(tmp_path)
+    folder, start = RunFolder(tmp_path / "my runs" / "eval"), judge.start
+    images = {"start": start.images, "fine-tuned": start.images}
+    honest = judge.against_start(Judged(start.images, start.reward + 1, start.judge + 1, start.thumbnails))
+    page = evaluation_page(folder, DDPMConfig(), honest, images).decode()
+    assert '<div class="verdict better"><b>Better, by the judge' in page
+    assert f"--cfg &#x27;{folder.config}&#x27;" in page  # typed as it stands, it is one word
+    thumbnails = thumbnails_of(torch.zeros_like(start.images))
+    hacked = judge.against_start(Judged(start.images, start.reward + 1, start.judge + 1, thumbnails))
+    page = evaluation_page(folder, DDPMConfig(), hacked, images).decode()
+    assert '<div class="verdict worse"><b>Suspected reward hacking' in page
 
 
 def test_a_thumbnail_is_made_of_means():

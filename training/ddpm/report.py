@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Mapping
 from html import escape
 
@@ -24,22 +25,26 @@ def evaluation_page(
     title = folder.path.name
     low, high = metrics["heldout/judge_difference_low"], metrics["heldout/judge_difference_high"]
     kind, word = ("better", "Better") if low > 0 else ("worse", "Worse") if high < 0 else ("open", "Not told apart")
+    headline = f"{word}, by the judge that nothing was trained against"
+    if metrics["heldout/suspected_reward_hacking"]:
+        kind, headline = "worse", "Suspected reward hacking"
     rows = [
         StripRow(f"image {number + 1}", "", {name: _png(ones[number]) for name, ones in images.items()})
         for number in range(min(config.eval.shown, *map(len, images.values())))
     ]
     said = [f"{config.eval.num_img} images of equal seeds from {config.path.ddpm} and from {config.finetune.save}."]
     fakes = " The fakes that the reward model learned from are the start's." if config.path.fake_img == SAMPLED else ""
+    typed, tuned = shlex.quote(str(folder.config)), shlex.quote(config.finetune.save)
     next_commands = {
-        "Draw more, and judge them": f"python -m scripts.eval --cfg {folder.config} --override eval.num_img=512",
-        "Go on from the fine-tuned DDPM": f"python -m scripts.finetune --cfg {folder.config} --override "
-        f"path.ddpm={config.finetune.save} finetune.save=ANOTHER",
+        "Draw more, and judge them": f"python -m scripts.eval --cfg {typed} --override eval.num_img=512",
+        "Go on from the fine-tuned DDPM": f"python -m scripts.finetune --cfg {typed} --override path.ddpm={tuned} "
+        "finetune.save=ANOTHER",
     }
     return page(
         title,
         [
             f"<h1>{escape(title)}</h1>",
-            verdict(kind, f"{word}, by the judge that nothing was trained against", [*said]),
+            verdict(kind, headline, said),
             "".join(f"<p>{escape(line)}</p>" for line in comparison_lines(metrics)),
             "<h2>Before and after</h2><p class=muted>Start and fine-tuned have equal noise in each row, with which "
             f"the others have nothing to do.{fakes}</p>",

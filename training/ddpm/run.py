@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ FIXED_FILES = ("path.real_img", "path.fake_img", "path.ddpm", "path.architecture
 FIXED = (
     *FIXED_FILES,
     "seed",
+    "finetune.ddim_steps",
+    "finetune.eta",
     "finetune.lora_rank",
     "finetune.reward",
     "finetune.prompt",
@@ -36,7 +39,7 @@ FIXED = (
     "train_reward.heldout_share",
     "train_reward.width",
 )
-"""What a resumed run must have as it began: what is trained, on which data, for which reward."""
+"""What a resumed run must have as it began: what is trained, on which data (drawn fakes too), for which reward."""
 
 
 class EpochTrainer(Protocol):
@@ -175,7 +178,7 @@ class EpochRun:
                 bar.update()
             self._save(last=True)
         if self.trainer.completed_steps < epochs:
-            go_on = f"go on: python -m scripts.{self.job} --resume {self.folder.path}"
+            go_on = f"go on: python -m scripts.{self.job} --resume {shlex.quote(str(self.folder.path))}"
             raise Interrupted(interrupts.received, f"nothing but its checkpoint was written; {go_on}")
 
     def _epoch(self, events: EventFile) -> None:
