@@ -19,7 +19,8 @@ make_environment() {
     local extra="$1" python wanted
     # Whatever changes the dependencies makes the environment stale.
     wanted="$(cat pyproject.toml constraints.txt | cksum) $extra"
-    if [ ! -x .venv/bin/python ]; then
+    # Without pip it was left half made: killed, or by a Python whose venv module lacks ensurepip.
+    if [ ! -x .venv/bin/pip ]; then
         python="$(find_python)"
         echo "making .venv with $("$python" --version)"
         "$python" -m venv .venv

@@ -153,6 +153,22 @@ def test_the_quickstart_says_what_it_does_and_does_nothing(tmp_path: Path) -> No
     assert not (tmp_path / ".venv").exists()
 
 
+def test_an_environment_that_was_left_half_made_is_made_anew(tmp_path: Path) -> None:
+    python, own = tmp_path / "bin" / "python3.11", tmp_path / ".venv" / "bin" / "python"
+    made = "touch .venv/bin/activate .venv/bin/pip; chmod +x .venv/bin/pip"
+    texts = {python: f'if [ "$2" = venv ]; then {made}; fi', own: "test -e .venv/bin/pip"}  # `-m pip` fails without
+    for file, text in texts.items():
+        file.parent.mkdir(parents=True)
+        file.write_text(f"#!/bin/sh\n{text}\n")
+        file.chmod(0o755)
+    for file in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / file).touch()
+    code = f"PATH={python.parent}:$PATH; source {REPOSITORY / 'scripts' / 'make_environment.sh'}; make_environment ''"
+    told = [subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True) for _ in range(2)]
+    assert [shell.returncode for shell in told] == [0, 0], told
+    assert [shell.stdout.count("making .venv") for shell in told] == [1, 0]
+
+
 def test_every_other_command_is_run_by_what_is_named() -> None:
     written = {module for module, _ in written_out()}
     shown = {(module, module in SHORTENED and not OPEN.search(options)) for _, module, options in commands()}
