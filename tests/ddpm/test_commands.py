@@ -438,8 +438,15 @@ def test_a_reward_model_that_diverged_is_not_written(done, tmp_path):
 def test_a_run_goes_on_with_what_it_began_with(done, tmp_path):
     folder, _, _ = done
     run = run_of(folder, "finetune")
-    other = write_tiny_ddpm(tmp_path / "other", beta_end=0.05)
-    for change in (f"path.ddpm={other}", "seed=1", "finetune.lora_rank=2", "finetune.ddim_steps=4", "finetune.eta=0.5"):
+    other, judge = write_tiny_ddpm(tmp_path / "other", beta_end=0.05), folder / "reward-judge.pt"
+    for change in (
+        f"path.ddpm={other}",
+        "seed=1",
+        "finetune.lora_rank=2",
+        "finetune.ddim_steps=4",
+        "finetune.eta=0.5",
+        f"train_reward.save={judge}",
+    ):
         said = fails("finetune", "--resume", run, "--overwrite", "--override", change)
         assert "out, or begin a new run" in " ".join(said.split())
     succeeds("finetune", "--resume", run, "--overwrite", "--override", "finetune.lr=2e-4")

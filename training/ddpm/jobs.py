@@ -27,13 +27,21 @@ from training.ddpm.report import evaluation_page
 from training.ddpm.reward_model import load_classifier, save_classifier
 from training.ddpm.reward_training import JUDGE, REWARD, RewardTrainer
 from training.ddpm.rollout import ImageReward, sample_images, seeds_of
-from training.ddpm.run import EpochRun, EpochTrainer, Observation, Plan, Resumed
+from training.ddpm.run import (
+    EVALUATE,
+    FINETUNE,
+    TRAIN_REWARD_MODEL,
+    EpochRun,
+    EpochTrainer,
+    Observation,
+    Plan,
+    Resumed,
+)
 from training.ddpm.trainer import DDPMTrainer
 from training.runs.configuration import to_yaml
 from training.runs.events import EventFile
 from training.runs.run_folder import RunFolder
 
-TRAIN_REWARD_MODEL, FINETUNE, EVALUATE = "train_reward_model", "finetune", "eval"
 FASTEST_LAYOUT = torch.channels_last  # of the networks' convolutions: on 2 cores a step of training takes 12% less
 DDPM_ENTRIES = {"model_index.json", "scheduler", "unet"}  # of a folder that `save_pixel_diffusion` wrote
 SHOWN = 3  # names in a message

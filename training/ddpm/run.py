@@ -22,6 +22,7 @@ from training.runs.run_folder import MetricsLog, RunFolder
 
 log = logging.getLogger(__name__)
 
+TRAIN_REWARD_MODEL, FINETUNE, EVALUATE = "train_reward_model", "finetune", "eval"
 CHECKPOINT = CheckpointFormat("the DDPM job", 1, frozenset({"job", "step", "trainer", "config", "config_hash"}))
 
 
@@ -106,7 +107,8 @@ def open_run(source: Path, job: str, overrides: tuple[str, ...]) -> Resumed:
         raise InputError(f"{folder.path}: is a run of scripts.{state['job']!s:.40}; resume it with that command")
     before = SCHEMA.build(state["config"], str(folder.path)).config
     config = SCHEMA.load(folder.config, overrides, before=to_plain(before)).config  # it may have been cut off
-    refuse_changes(before, config, FIXED, FIXED_FILES, folder.path)
+    read = {"train_reward.save"} if job == FINETUNE else set()  # the reward model, where path.rm is null
+    refuse_changes(before, config, (*FIXED, *read), (*FIXED_FILES, *read), folder.path)
     return Resumed(config, folder, state)
 
 
