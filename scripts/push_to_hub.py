@@ -59,7 +59,7 @@ def main(run: Path, repo: str, private: bool) -> None:
 
 
 def exported_files(run: Path) -> dict[str, bytes]:
-    """The files of a run's export for diffusers, or of such a folder, by name.
+    """The files of a run's export for diffusers, or of such a folder, by name; hidden ones are left out.
 
     Raises InputError where there is no export, or its card names the model by a path that nobody else has.
     """
@@ -78,7 +78,8 @@ def exported_files(run: Path) -> dict[str, bytes]:
             f"{folder / CARD}: names the model by a path of this machine, where nobody else finds it; export it anew "
             "with --base OWNER/NAME, the model's repository on a hub"
         )
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return {path.name: path.read_bytes() for path in files}
 
 
 if __name__ == "__main__":
