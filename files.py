@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -79,8 +79,7 @@ def append_whole(path: Path, content: bytes) -> None:
 def move(source: Path, target: Path) -> None:
     """Rename a file or folder, on disk. Raises OSError."""
     source.replace(target)
-    with suppress(OSError):  # not every file system can flush a folder
-        _flush_to_disk(target.parent)
+    _flush_to_disk(target.parent)
 
 
 def unused(path: Path) -> Path:
@@ -156,12 +155,13 @@ def _put_folder(temporary: Path, folder: Path) -> None:
 
 
 def _flush_to_disk(path: Path) -> None:
-    """Have a file's content, or a folder's entries, survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Have a file's content, or a folder's entries where its file system can flush them, survive a loss of power."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _remove_if_left(temporary: Path) -> None:

@@ -92,6 +92,20 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "new.txt"]
 
 
+def test_a_folder_is_made_where_the_file_system_flushes_none(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with replacing(tmp_path / "made", folder=True) as temporary:
+        (temporary / "file").touch()
+    assert (tmp_path / "made" / "file").exists()
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_what_a_killed_process_leaves_is_swept_and_what_a_living_one_writes_is_not(tmp_path, folder):
     killed_while_writing(tmp_path / "checkpoint", folder=folder)
