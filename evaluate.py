@@ -413,7 +413,7 @@ class Asked:
         if self.real_path is not None and self.real_path.is_dir():
             real_files(self.real_path)
         elif self.real_path is not None:
-            RealImages.load(self.real_path)
+            RealImages.load(self.real_path, f" --distances {','.join(self.wanted)} --resize {self.resize}")
 
     def scales(self, usual: float) -> list[float]:
         """Guidance scales that are tried."""

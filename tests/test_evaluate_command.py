@@ -709,6 +709,10 @@ def test_a_dry_run_counts_the_baseline_at_as_many_evaluations_in_all_and_says_wh
     [
         (("--distances", "fid"), "name them with --real"),
         (("--real", "none.npz"), "no such statistics file"),
+        (
+            ("--real", "none.npz", "--distances", "fid,kid", "--resize", "legacy"),
+            "scripts.image_statistics FOLDER --distances fid,kid --resize legacy --out none.npz",
+        ),
         (("--real", "none.npz", "--distances", "fud"), "unknown distance 'fud'"),
         (("--num-devices", "0"), "--num-devices"),
         (("--tell", "0"), "--tell"),

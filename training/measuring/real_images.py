@@ -288,8 +288,13 @@ class RealImages:
         write_atomically(path, buffer.getvalue())
 
     @classmethod
-    def load(cls, path: Path) -> RealImages:
-        """Read a statistics file. Raises InputError where it is none; no code of the file is run."""
+    def load(cls, path: Path, made_with: str = "") -> RealImages:
+        """Read a statistics file; no code of it is run.
+
+        made_with: options of the command that makes the one that is wanted, for the message where there is none.
+
+        Raises InputError where it is none.
+        """
         try:
             with ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -298,7 +303,8 @@ class RealImages:
             with np.load(path, allow_pickle=False) as file:
                 content = dict(file)
         except FileNotFoundError:
-            raise InputError(f"{path}: there is no such statistics file; make it:  {MAKE} --out {path}") from None
+            made = f"{MAKE}{made_with} --out {path}"
+            raise InputError(f"{path}: there is no such statistics file; make it:  {made}") from None
         except Exception as error:  # damaged archives raise many kinds
             raise InputError(f"{path} is no readable statistics file: {first_line(error)}; make it:  {MAKE}") from None
         prefix = "features_"
