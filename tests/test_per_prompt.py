@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from benchmarks import per_prompt
 from benchmarks.per_prompt import chosen
 
 
@@ -17,3 +19,14 @@ def test_a_choice_by_prompt_gains_where_prompts_differ_and_there_alone(liking):
     gain = (choice.by_prompt - choice.for_all).mean()
     assert gain > 0.06 if liking else abs(gain) < 0.02
     assert choice.by_image.mean() > choice.by_prompt.mean()
+
+
+def test_the_command_prints_every_choice(monkeypatch):
+    monkeypatch.setattr(per_prompt, "GUIDANCES", (1.0, 2.0))
+    monkeypatch.setattr(per_prompt, "SCHEDULES", per_prompt.SCHEDULES[:1])
+    result = CliRunner().invoke(per_prompt.main, ["--nfe", "1", "--number", "2", "--pairs", "1"])
+    assert result.exit_code == 0, result.output
+    table = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
+    assert list(table) == ["agreement", "for_all", "by_prompt", "by_image"]
+    assert table["for_all"][1] == "+0.0000"
+    assert float(table["by_image"][0]) >= max(float(table[name][0]) for name in ("for_all", "by_prompt"))
