@@ -170,6 +170,7 @@ def main(
     )
     if options.init_only:
         if not dry_run:
+            _require_known(options)
             grid_counts = needs_grid(options.start, options.num_points)
             denoiser = _denoiser(options, device, model_options) if grid_counts else None
             table = untrained_table(options, denoiser)
@@ -197,14 +198,20 @@ def _options(told: dict[str, object]) -> Options:
     if not re.fullmatch(r"\w+", name):
         raise InputError(f"--dataset_name {name!r}: use letters, digits and _ only, it becomes part of a folder's name")
     model = MODEL_OF_DATASET.get(name, name)
-    if told["init_only"] and told["model_path"] is None and not (model in REGISTERED or Path(model).exists()):
-        known = ", ".join([*MODEL_OF_DATASET, *REGISTERED])
-        raise InputError(f"--dataset_name {name!r} stands for no model; known are {known}, others need --model_path")
     prompt_file = told["prompt_file"] or usual_prompts(told["model_path"], model)
     if prompt_file is None and not told["init_only"] and not is_unconditional(told["model_path"] or model):
         raise InputError(f"--prompt-file is missing: {name} has no prompts of its own")
     rho = USUAL_RHO.get(told["schedule_type"], 1.0) if rho is None else rho
     return Options(**{**told, **settled(told), "schedule_rho": rho, "prompt_file": prompt_file})
+
+
+def _require_known(options: Options) -> None:
+    """Raise `InputError` where a start, for which no model is loaded, would be of none."""
+    if options.model_path is None and not (options.model in REGISTERED or Path(options.model).exists()):
+        known = ", ".join([*MODEL_OF_DATASET, *REGISTERED])
+        raise InputError(
+            f"--dataset_name {options.dataset_name!r} stands for no model; known are {known}, others need --model_path"
+        )
 
 
 def _denoiser(options: Options, device: str, asked: ModelOptions) -> Denoiser:
