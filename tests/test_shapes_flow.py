@@ -18,7 +18,7 @@ import sample
 import train
 from models import fingerprints, load_denoiser, registry
 from models.denoiser import Conditioning
-from models.generate import conditioned
+from models.generate import conditioned, decode
 from models.latent_diffusion import LatentDiffusion
 from models.shapes import train_flow
 from models.shapes.scenes import captions
@@ -30,7 +30,9 @@ from scripts.export_diffusers import main as export
 from solvers import SAMPLERS
 from training.ppo.config import METHODS
 from training.ppo.launch import main as launch
+from training.ppo.rewards import load_reward
 from training.runs.run_folder import RunFolder, read_metrics
+from training.solver import load_solver
 
 NAME = "shapes_flow"
 FIRST = Path("src/shapes").absolute()
@@ -225,6 +227,16 @@ def test_latents_are_those_of_the_stock_pipeline(scale, source):
         drawn = SAMPLERS["ddim"](denoise, start, stock.scheduler.sigmas[:3].double(), denoise_to_zero=True)
     torch.testing.assert_close(drawn, theirs, rtol=1e-4, atol=1e-4)
     assert (drawn[0] - drawn[1] - start[0] + start[1]).abs().max() > 0.1  # it is no network that answers nothing
+
+
+@torch.no_grad()
+def test_the_shipped_weights_draw_what_is_asked_for():
+    model = load_denoiser(str(Path("src", NAME).absolute()), device="cpu", dtype=torch.float32)
+    reward = load_reward(REWARD, device="cpu", batch_size=16)
+    asked = list(captions("heldout", 16, 1))
+    images = decode(model, load_solver(10).on(model).latents(model, asked, range(16))).images
+    own, others = (reward.score(images, prompts).mean().item() for prompts in (asked, asked[1:] + asked[:1]))
+    assert own > 0.55 > 0.3 > others
 
 
 # --- the commands
