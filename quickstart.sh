@@ -14,6 +14,7 @@ make_environment ""
 echo "== 1/4  tuning solver 00000: the model stays frozen, the reward moves noise levels, guidance and history"
 python -m training.ppo.launch --config training/ppo/cfgs/shapes.yaml --run-name quickstart \
     --override search.method=reward_gradient ppo.steps=20 "$@"
+[[ " $* " == *" --dry-run "* ]] && exit
 run="$(ls -d exps/*-quickstart | sort | tail -n 1)"
 
 echo "== 2/4  exporting the best checkpoint"
