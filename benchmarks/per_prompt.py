@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import torch
@@ -42,34 +41,28 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
 BATCH = 32
 
 
-class Choice(NamedTuple):
-    """Scores [prompts] of what was chosen; `agreement` is how far a prompt's halves agree on its own likings.
+def chosen(scores: Tensor) -> tuple[dict[str, Tensor], float]:
+    """What each choice scores, by scores [options, prompts, noises], an even number of noises.
 
-    Of the variance of what a half shows of them, the share that the other half shows too.
-    """
+    What a half of the noises shows of the interaction of prompt and option is shrunk by its split-half reliability, the
+    best linear guess of what it is, and the other half scores what is chosen by it.
 
-    for_all: Tensor
-    by_prompt: Tensor
-    by_image: Tensor
-    agreement: float
-
-
-def chosen(scores: Tensor) -> Choice:
-    """The choices by scores [options, prompts, noises], an even number of noises: by one half, scored on the other.
-
-    What a half shows of a prompt's likings is shrunk by the agreement, the best linear guess of what they are.
+    Returns:
+        Scores [prompts] by choice, and the reliability: of the variance of what a half shows, the share that the other
+        half shows too, at least 0.
     """
     halves = scores.unflatten(-1, (2, -1)).mean(-1)  # [options, prompts, 2]
-    for_all = halves.mean(1, keepdim=True)
-    likings = halves - for_all
-    likings = likings - likings.mean(0)
-    agreement = (likings.prod(-1).mean() / likings.square().mean()).clamp_min(0)
+    means = halves.mean(1, keepdim=True)
+    interaction = halves - means
+    interaction = interaction - interaction.mean(0)
+    reliability = (interaction.prod(-1).mean() / interaction.square().mean()).clamp_min(0)
 
     def score(guessed: Tensor) -> Tensor:
         best = guessed.argmax(0, keepdim=True).expand(1, *halves.shape[1:])
         return halves.flip(-1).gather(0, best)[0].mean(-1)
 
-    return Choice(score(for_all), score(for_all + agreement * likings), scores.amax(0).mean(-1), agreement.item())
+    choices = {"for all": score(means), "by prompt": score(means + reliability * interaction)}
+    return choices | {"by image": scores.amax(0).mean(-1)}, reliability.item()
 
 
 @torch.no_grad()
@@ -99,13 +92,13 @@ def main(nfe: int, number: int, pairs: int) -> None:
     reward = load_reward(REWARD, device="cpu", batch_size=BATCH)
     classical = classical_solvers(["dpmpp:2"], [nfe], SCHEDULES, note=click.echo)
     solvers = [solver.guided(scale).on(denoiser) for solver in classical for scale in GUIDANCES]
-    choices = chosen(reward_scores(denoiser, reward, solvers, first_prompts(PROMPTS, number), 2 * pairs))
+    scores = reward_scores(denoiser, reward, solvers, first_prompts(PROMPTS, number), 2 * pairs)
+    choices, reliability = chosen(scores)
     indices = bootstrap_indices(number, generator_of(0))
-    click.echo(f"agreement  {choices.agreement:.2f}")
-    for name in ("for_all", "by_prompt", "by_image"):
-        scores = getattr(choices, name)
-        gain = mean_interval(scores - choices.for_all, indices)
-        click.echo(f"{name:<10} {scores.mean():.4f}  {gain.estimate:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]")
+    click.echo(f"reliability of what prompts differ in: {reliability:.2f}")
+    for name, found in choices.items():
+        gain = mean_interval(found - choices["for all"], indices)
+        click.echo(f"{name:<10} {found.mean():.4f}  {gain.estimate:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]")
 
 
 if __name__ == "__main__":

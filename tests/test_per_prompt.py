@@ -14,11 +14,11 @@ def test_a_choice_by_prompt_gains_where_prompts_differ_and_there_alone(liking):
     options = 0.1 * torch.randn(6, 1, 1, generator=generator)
     likings = liking * torch.randn(6, 400, 1, generator=generator)
     noise = torch.randn(6, 400, 8, generator=generator)
-    choice = chosen((options + likings + noise).double())
-    assert choice.agreement == pytest.approx(liking**2 / (liking**2 + 1 / 4), abs=0.06)
-    gain = (choice.by_prompt - choice.for_all).mean()
+    choices, reliability = chosen((options + likings + noise).double())
+    assert reliability == pytest.approx(liking**2 / (liking**2 + 1 / 4), abs=0.06)
+    gain = (choices["by prompt"] - choices["for all"]).mean()
     assert gain > 0.06 if liking else abs(gain) < 0.02
-    assert choice.by_image.mean() > choice.by_prompt.mean()
+    assert choices["by image"].mean() > choices["by prompt"].mean()
 
 
 def test_the_command_prints_every_choice(monkeypatch):
@@ -26,7 +26,9 @@ def test_the_command_prints_every_choice(monkeypatch):
     monkeypatch.setattr(per_prompt, "SCHEDULES", per_prompt.SCHEDULES[:1])
     result = CliRunner().invoke(per_prompt.main, ["--nfe", "1", "--number", "2", "--pairs", "1"])
     assert result.exit_code == 0, result.output
-    table = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
-    assert list(table) == ["agreement", "for_all", "by_prompt", "by_image"]
-    assert table["for_all"][1] == "+0.0000"
-    assert float(table["by_image"][0]) >= max(float(table[name][0]) for name in ("for_all", "by_prompt"))
+    said, *lines = result.stdout.splitlines()
+    assert said.startswith("reliability")
+    table = {line[:10].strip(): line[10:].split() for line in lines}
+    assert list(table) == ["for all", "by prompt", "by image"]
+    assert table["for all"][1] == "+0.0000"
+    assert float(table["by image"][0]) >= max(float(table[name][0]) for name in ("for all", "by prompt"))
