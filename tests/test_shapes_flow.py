@@ -137,14 +137,29 @@ def of_scenes(
 ) -> tuple[Tensor, Tensor]:
     """Without a teacher: the velocity from a scene to its noise."""
     assert isinstance(teacher, LatentDiffusion)
-    known = teacher.encode([*PROMPTS, ""], 1.0).text["encoder_hidden_states"]
-    read = conditioning.text["encoder_hidden_states"]
-    distances = torch.cdist(read.float().flatten(1), known.flatten(1)) / known[0].norm()
-    assert distances.amin(1).max() < 0.02  # in half precision
-    assert set(distances.argmin(1).tolist()) == set(range(len(known)))
     assert teacher.sigma_min / (1 + teacher.sigma_min) <= sigma.min() < 0.2
     assert 0.8 < sigma.max() < 1
     return torch.lerp(clean, noise[0], sigma.view(-1, 1, 1, 1)), noise[0] - clean
+
+
+def test_the_teacher_is_told_each_image_s_caption_or_none(tmp_path, monkeypatch):
+    told: list[int] = []
+
+    def of_numbered(teacher: LatentDiffusion, clean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        known = teacher.encode([*PROMPTS, ""], 1.0).text["encoder_hidden_states"].flatten(1)
+        read = rest[1].text["encoder_hidden_states"].float().flatten(1)
+        distances = torch.cdist(read, known) / known[0].norm()
+        assert distances.amin(1).max() < 0.02  # in half precision
+        told.extend(distances.argmin(1).tolist())
+        assert all(one in (row, len(PROMPTS)) for one, row in zip(told, clean[:, 0, 0, 0].tolist(), strict=True))
+        return of_scenes(teacher, clean, *rest)
+
+    monkeypatch.setattr(train_flow, "taught", of_numbered)
+    monkeypatch.setattr(train_flow, "fit", lambda model, loss, options: loss(0))
+    numbered = torch.arange(2.0).view(2, 1, 1, 1).expand(-1, 4, 16, 16)
+    options = TrainingOptions(1, 1.0, tmp_path / "flow.pt")
+    train_flow.train(PROMPTS, numbered, options, batch=64, seed=0, device="cpu", world=FIRST)
+    assert set(told) == {0, 1, 2}
 
 
 def test_the_loss_is_that_of_the_velocity(tmp_path, monkeypatch):
