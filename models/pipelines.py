@@ -48,6 +48,11 @@ class Contents:
     tokenizers: Mapping[str, type[PreTrainedTokenizerBase]]
 
     @property
+    def network(self) -> str:
+        """The component that denoises; every family names it first."""
+        return next(iter(self.modules))
+
+    @property
     def is_flat(self) -> bool:
         """Whether all lies in the pipeline's own folder, as the first DDPMs (google/ddpm-*) were published."""
         (first, *others) = self.modules

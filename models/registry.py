@@ -147,12 +147,11 @@ def _denoiser(
 
 
 class Traits(NamedTuple):
-    """What is known of a model before it is loaded; see `Denoiser`. half: the half precision that it is used in."""
+    """What is known of a model before it is loaded; see `Denoiser`."""
 
     backend: str
     takes_prompts: bool
     guidance: Guidance
-    half: torch.dtype = torch.float16
 
 
 def traits_of(spec: str) -> Traits:
@@ -163,7 +162,23 @@ def traits_of(spec: str) -> Traits:
     from models.pipelines import contents_of  # with diffusers, which takes seconds to import
 
     family = contents_of(path).family
-    return Traits(family.backend, family.takes_prompts, family.guidance_of(path), family.half)
+    return Traits(family.backend, family.takes_prompts, family.guidance_of(path))
+
+
+def usual_half(spec: str) -> torch.dtype:
+    """The half precision that a model is used in: bfloat16 where its network is stored so, otherwise its family's.
+
+    Stable Diffusion 3 is published in float16, 3.5 in bfloat16. Raises `InputError` where its files are not there.
+    """
+    path = _found(spec)
+    if path.is_file():
+        return torch.float16
+    from models.loading import weights_in
+    from models.pipelines import check_pipeline_folder
+
+    contents = check_pipeline_folder(path)
+    stored = {tensor.dtype for tensor in weights_in(path / contents.below(contents.network)).values()}
+    return torch.bfloat16 if torch.bfloat16 in stored else contents.family.half
 
 
 def default_guidance_scale(spec: str) -> float:

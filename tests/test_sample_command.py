@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sample
 from errors import InputError
@@ -468,6 +469,11 @@ def test_on_cuda_the_network_is_in_the_half_precision_that_the_solver_was_tuned_
     assert usual_dtype(pipeline, torch.device("cpu"), [tuned]) == (torch.float32, None)
     flux = save_tiny_family("flux", tmp_path / "flux")
     assert usual_dtype(flux, cuda, [])[0] == torch.bfloat16
+    sd3 = save_tiny_family("sd3", tmp_path / "sd3")
+    assert usual_dtype(sd3, cuda, [])[0] == torch.float16
+    (weights,) = (sd3 / "transformer").glob("*.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights)
+    assert usual_dtype(sd3, cuda, [])[0] == torch.bfloat16
     broken = save_snapshot(tmp_path / "broken-000001", TABLE, {**METADATA, "network_dtype": "half"})
     with pytest.raises(InputError, match="network_dtype is 'half'; known are float32, "):
         load_solver(broken)

@@ -26,7 +26,7 @@ from models.generate import Asked, Measure, conditioned, initial_noise
 from models.options import AS_IT_IS, ModelOptions
 from models.processes import per_row
 from models.recent import RecentTensors
-from models.registry import traits_of
+from models.registry import usual_half
 from schedules import MODEL_TIMES, SCHEDULES, FlowTime, get_schedule
 from solvers import (
     COLUMNS,
@@ -424,7 +424,7 @@ def usual_dtype(model: str, device: torch.device, solvers: Sequence[Solver]) -> 
     tuned = {solver.tuned_in for solver in solvers}
     if len(tuned) == 1 and (name := tuned.pop()) is not None:
         return DTYPES[name], f"network in {name}, as the solver was tuned in; --dtype names another"
-    half = traits_of(model).half
+    half = usual_half(model)
     return half, f"network in {str(half).removeprefix('torch.')}, usual on CUDA; --dtype names another"
 
 
