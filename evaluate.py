@@ -465,10 +465,13 @@ def preview(asked: Asked) -> None:
     for needing, find in (({"fid", "kid"}, inception_file), ({"cmmd"}, clip_files)):
         if needing & set(asked.wanted):
             there(find)
-    tables = there(lambda: asked.tables(click.echo)) or []
+    found = there(lambda: asked.tables(click.echo))
+    tables = found or []
     cost = Cost.of(asked.model, asked.model_options, resolve_dtype(asked.dtype or "float32"))
     usual = cost.denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
     rivals = asked.rivals(tables, usual, click.echo)
+    for text in asked.baselines if found is not None else ():
+        parse_baseline(text, [*tables, *rivals])
     chosen = list({(solver.label, solver.num_steps): solver for solver in rivals}.values())
     scored = rivals if asked.chosen_on is None else chosen
     drawn = [Drawn("scored (at least one setting a metric)", asked.count, [*tables, *scored])]

@@ -704,6 +704,11 @@ def test_a_dry_run_counts_the_baseline_at_as_many_evaluations_in_all_and_says_wh
     assert f"no predictor for {world / 'pipeline'} in" in bare.output
 
 
+def test_a_dry_run_refuses_a_baseline_that_would_be_refused(world, tmp_path):
+    said = refused(run(world, tmp_path / "out", "--nfe", "4", "--dry-run", "--baseline", "huen", base=()))
+    assert "'huen' is not compared here" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
