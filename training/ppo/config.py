@@ -177,7 +177,8 @@ class PPOConfig:
     decode_chunk_size: int = knob(8, "latents decoded at once, per device", at_least=1)
     max_nonfinite_share: float = knob(
         0.5,
-        "stop when more than this share of a step's groups was dropped for NaN or infinite rewards",
+        "stop when more than this share of a step's groups was dropped for NaN or infinite rewards (not with "
+        "search.method=cma_es, to which such a candidate is as good as the worst)",
         at_least=0,
         at_most=1,
     )
