@@ -166,6 +166,8 @@ def checked(network: UNet2DModel, scheduler: Path, spec: str) -> PixelDiffusion:
     prediction_type = described.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise InputError(f"{scheduler}: prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+    if described.get("thresholding"):
+        raise InputError(f"{scheduler}: thresholding is true, which is not supported; its images would be others")
     NoiseLevels.from_scheduler_config(described, str(scheduler))  # refuses what is no usable beta schedule
     try:
         betas = DDPMScheduler.from_config(described).betas.double()

@@ -94,6 +94,7 @@ def test_a_state_dict_with_an_attentions_older_names_loads(folder, tmp_path):
         ("scheduler/scheduler_config.json", {"beta_start": 10**400}),
         ("scheduler/scheduler_config.json", {"clip_sample": True, "clip_sample_range": "wide"}),
         ("scheduler/scheduler_config.json", {"clip_sample": True, "clip_sample_range": 0}),
+        ("scheduler/scheduler_config.json", {"thresholding": True}),
         ("scheduler/scheduler_config.json", {"_class_name": 3}),
     ],
 )
