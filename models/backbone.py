@@ -27,6 +27,9 @@ COMPILED = Path("outputs/compiled")
 GRAPHED_ROWS = 16
 """Of so few rows a GPU is done before the host has launched the next kernel; a CUDA graph launches all at once."""
 
+FEW_PIXELS = 256
+"""Up to so many, torch normalises groups of half-precision channels one number at a time on a CPU."""
+
 
 def code_files(*modules: str) -> tuple[Path, ...]:
     """The source files of modules of this room, such as `families.stable_diffusion`."""
@@ -262,7 +265,21 @@ def frozen(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
     module = module._apply(moved).eval().requires_grad_(False)
     if device.type in ("cuda", "cpu"):  # the layout in which their convolutions are fastest
         nn.Module.to(module, memory_format=torch.channels_last)
+    if device.type == "cpu" and dtype.itemsize < torch.float32.itemsize:
+        for layer in module.modules():
+            if isinstance(layer, nn.GroupNorm):
+                _widen(layer, dtype)
     return module
+
+
+def _widen(layer: nn.GroupNorm, dtype: torch.dtype) -> None:
+    """Have a layer between others of `dtype` compute small images in float32.
+
+    In half precision torch's takes longer for these on a CPU than all convolutions of a small network together.
+    """
+    layer.float()
+    layer.register_forward_pre_hook(lambda _, given: given[0].float() if given[0][0, 0].numel() <= FEW_PIXELS else None)
+    layer.register_forward_hook(lambda _, given, computed: computed.to(dtype))
 
 
 def _kept_wide(module: nn.Module, dtype: torch.dtype) -> set[int]:

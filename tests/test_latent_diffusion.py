@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from errors import InputError
 from models import devices, load_denoiser
+from models.backbone import frozen
 from models.denoiser import Conditioning
 from models.families.stable_diffusion import StableDiffusion
 from models.pipelines import load_folder
@@ -378,6 +379,19 @@ def test_what_makes_it_faster_changes_no_estimate(folder, exact, layout):
     estimates = [model.denoise(x, sigma, model.encode(PROMPTS)) for model in (other, exact)]
     torch.testing.assert_close(*estimates, rtol=0, atol=1e-10)
     torch.testing.assert_close(other.decode(x), exact.decode(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "computed_in"), [(16, torch.float32), (32, torch.bfloat16)])
+def test_on_a_cpu_group_norms_of_small_images_are_computed_in_float32(side, computed_in):
+    exact = nn.Sequential(nn.GroupNorm(2, 8))
+    nn.init.normal_(exact[0].weight)
+    x = 5 + torch.randn(2, 8, side, side).bfloat16()
+    expected = exact(x.float())
+    layer = frozen(exact, torch.device("cpu"), torch.bfloat16)
+    seen = []
+    layer[0].register_forward_hook(lambda _, given, computed: seen.append((given[0].dtype, computed.dtype)))
+    torch.testing.assert_close(layer(x).float(), expected, rtol=0.01, atol=0.02)
+    assert seen == [(computed_in, torch.bfloat16)]
 
 
 class CountsFusedAttention(TorchFunctionMode):
