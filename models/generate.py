@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from models.denoiser import Conditioning, Denoiser
 from models.devices import to_device
@@ -37,14 +38,22 @@ def initial_noise(
     return to_device(torch.stack(rows).to(dtype), device)
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *inputs: object, dtype: torch.dtype = torch.float32) -> Tensor:
     """function(*inputs), of which a backward pass keeps the inputs alone, and computes the rest again (no new draws).
 
-    The memory of a chain of such calls is that of one of them; it takes about a third more time.
+    The memory of a chain of such calls is that of one of them; it takes about a third more time. dtype: what the
+    function computes in; on a CPU the fused attention's backward pass takes longer in half precision than all else.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    plain = dtype.itemsize < torch.float32.itemsize and inputs[0].device.type == "cpu"
+    contexts = _plain_attention if plain else noop_context_fn
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _plain_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What `checkpoint` computes in: the first time, and again."""
+    return sdpa_kernel(SDPBackend.MATH), sdpa_kernel(SDPBackend.MATH)
 
 
 def conditioned(
@@ -64,7 +73,9 @@ def conditioned(
         asked(len(x))
         with measure("network"):
             inputs = (x, sigma, conditioning, *guidance)
-            return recomputed(denoiser.denoise, *inputs) if recompute else denoiser.denoise(*inputs)
+            return (
+                recomputed(denoiser.denoise, *inputs, dtype=denoiser.dtype) if recompute else denoiser.denoise(*inputs)
+            )
 
     return denoise
 
@@ -98,7 +109,8 @@ def decode(denoiser: Denoiser, latents: Tensor, chunk_size: int = 16) -> Decoded
     Differentiable in the latents, a chunk at a time (`recomputed`).
     """
     within, solved = bounded(latents)
-    images = torch.cat([recomputed(denoiser.decode, part, chunk_size) for part in within.split(chunk_size)])
+    parts = within.split(chunk_size)
+    images = torch.cat([recomputed(denoiser.decode, part, chunk_size, dtype=denoiser.dtype) for part in parts])
     return Decoded(images.nan_to_num(0.0, 1.0, 0.0), solved, _whole(images.isfinite()))
 
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 from models import load_denoiser
-from models.generate import LATENT_LIMIT, decode, initial_noise
+from models.generate import LATENT_LIMIT, decode, initial_noise, recomputed
 from solvers import SAMPLERS
 from tests.tiny_pipeline import save_tiny_pipeline
 from training.solver import Solver
@@ -123,3 +126,15 @@ def test_what_was_lost_on_the_way_is_marked_and_black_or_clamped(denoiser):
     assert torch.equal(decoded.images[1], decoded.images[0])  # the one number that was none counts as 0
     assert decoded.images.isfinite().all()
     assert decoded.fine.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_through_half_precision_on_a_cpu_takes_the_plain_attention(dtype):
+    def attend(x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x, x, x).sin()
+
+    x = torch.randn(1, 2, 8, 16, dtype=dtype, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        recomputed(attend, x, dtype=dtype).sum().backward()
+    fused = any("flash" in event.key for event in profiled.key_averages())
+    assert fused == (dtype == torch.float32)
