@@ -69,6 +69,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(options, tmp_path):
         assert torch.equal(one, other)
 
 
+def test_an_average_of_weights_keeps_whole_numbers_as_they_are(options):
+    model = nn.Embedding(2, 1)
+    model.register_buffer("positions", torch.arange(100), persistent=False)
+    averaged = fit(model, lambda step: {"loss": model(model.positions[:2]).square().mean()}, replace(options, steps=40))
+    assert torch.equal(averaged.positions, torch.arange(100))
+
+
 def test_the_loss_falls_and_is_logged(options):
     averaged = train(options, steps=300)
     assert torch.allclose(averaged.weight, torch.ones(1, 3), atol=0.2)

@@ -141,7 +141,8 @@ def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: Tra
     Returns:
         The module that holds the averaged weights.
     """
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.averaging_decay), use_buffers=True)
+    # Buffers are copied: an average of whole numbers is rounded down, and positions in a text would drift.
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.averaging_decay))
     optimizers = make_optimizers(model, options)
     first = _resume(options.checkpoint, model, averaged, optimizers)
     log = options.checkpoint.with_suffix(".jsonl")
