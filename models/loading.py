@@ -177,6 +177,14 @@ def check_report(kind: type, source: Path, report: Mapping[str, Collection[Any]]
     check_keys(kind, source, report["missing_keys"], report["unexpected_keys"], misshapen)
 
 
+def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path, *, assign: bool = False) -> None:
+    """`load_state_dict`. Raises `InputError`, with names, where the weights of `source` are not those of the module."""
+    own = module.state_dict()
+    misshapen = [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
+    check_keys(type(module), source, own.keys() - weights.keys(), weights.keys() - own.keys(), misshapen)
+    module.load_state_dict(weights, assign=assign)
+
+
 def check_keys(
     kind: type,
     source: Path,

@@ -26,7 +26,7 @@ from files import replacing
 from models.asset_table import HUB_ID
 from models.checkpoints import read_state_dict
 from models.digests import record_weights
-from models.loading import check_keys, load_module, quiet_and_repeatable, read_json, require_size
+from models.loading import fill, load_module, quiet_and_repeatable, read_json, require_size
 from models.noise_levels import NoiseLevels
 from models.skeletons import require_counts, skeleton
 
@@ -139,10 +139,8 @@ def _with_weights(config_file: Path, path: Path) -> UNet2DModel:
         raise
     except Exception as error:  # what a configuration makes the library trip over can be anything
         raise InputError(f"{config_file}: this is no UNet2DModel: {first_line(error)}") from error
-    given, own = in_newer_names(given), network.state_dict()
-    misshapen = [name for name in given.keys() & own.keys() if given[name].shape != own[name].shape]
-    check_keys(UNet2DModel, path, own.keys() - given.keys(), given.keys() - own.keys(), misshapen)
-    network.load_state_dict({name: tensor.to(torch.float32) for name, tensor in given.items()}, assign=True)
+    weights = {name: tensor.to(torch.float32) for name, tensor in in_newer_names(given).items()}
+    fill(network, weights, path, assign=True)
     return network
 
 

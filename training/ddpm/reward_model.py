@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from errors import InputError, first_line
-from models.loading import check_keys
+from models.loading import fill
 from models.randomness import seed_globally
 from models.skeletons import skeleton
 from training.runs.checkpoint import read_tensors, write_tensors
@@ -123,10 +123,7 @@ def load_classifier(path: Path, key: str, device: torch.device) -> RealFakeClass
     state = read_tensors(path, "reward model")
     weights = _weights_of(state, path)
     classifier = _described(state, weights, path)
-    own = classifier.state_dict()
-    misshapen = [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
-    check_keys(RealFakeClassifier, path, own.keys() - weights.keys(), weights.keys() - own.keys(), misshapen)
-    classifier.load_state_dict(weights, assign=True)
+    fill(classifier, weights, path, assign=True)
     return classifier.requires_grad_(False).eval().to(device)
 
 
