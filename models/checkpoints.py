@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errors import InputError, first_line, is_too_little_memory
+from files import write_atomically
 from models.digests import check_recorded
 from models.pickles import DEEPEST, STORAGES, PickleReader, StandIn, plain_dict, plain_set, require_tree
 
@@ -165,6 +166,13 @@ def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if names and all(name.startswith(prefix) for name in names):
             return without_wrappers({name.removeprefix(prefix): state[name] for name in state if name in names})
     return state
+
+
+def write_archive(path: Path, content: Any) -> None:
+    """What `load_archive` reads, whole or not at all. Raises InputError where it cannot be written."""
+    buffer = io.BytesIO()  # torch.save itself says nothing that tells a full disk from other faults
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def load_archive(path: Path, *, mapped: bool) -> Any:

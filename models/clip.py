@@ -29,8 +29,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from errors import InputError, first_line
-from files import replacing
-from models.checkpoints import read_state_dict, read_weights
+from models.checkpoints import read_state_dict, read_weights, write_archive
 from models.devices import check_memory, to_device
 from models.skeletons import skeleton
 
@@ -345,8 +344,7 @@ def save_open_clip_checkpoint(model: CLIPModel, path: Path | str, dtype: torch.d
     """
     path = Path(path)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in to_open_clip(model).items()}
-    with replacing(path) as temporary:
-        torch.save({"state_dict": weights}, temporary)
+    write_archive(path, {"state_dict": weights})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
