@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from errors import shows_input_errors
 from models.shapes import scenes
 
 HELD_OUT_BY_NUMBER = 125
@@ -30,8 +31,11 @@ def write(file: Path, captions: Iterable[str]) -> None:
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path("src/prompts"), show_default=True)
+@click.option(
+    "--output", type=click.Path(path_type=Path, file_okay=False), default=Path("src/prompts"), show_default=True
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@shows_input_errors
 def main(output: Path, seed: int) -> None:
     """Write the captions of the three splits."""
     output.mkdir(parents=True, exist_ok=True)
