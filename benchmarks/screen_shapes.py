@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from errors import InputError, shows_input_errors
+from models.devices import resolve_device
 from models.generate import decode
 from models.loading import load_module
 from models.registry import load_denoiser
@@ -80,7 +81,7 @@ class Rung(NamedTuple):
 
 @torch.no_grad()
 def ladder(
-    folder: str, prompts: Sequence[str], guidance_scale: float, budgets: Sequence[int], device: str
+    folder: str, prompts: Sequence[str], guidance_scale: float, budgets: Sequence[int], device: torch.device | str
 ) -> tuple[float, list[Rung]]:
     """The reference's verifier score, and every solver at every budget.
 
@@ -89,7 +90,7 @@ def ladder(
         prompts: one image each, its seed the prompt's number.
         guidance_scale: of classifier-free guidance.
         budgets: network evaluations an image, before guidance.
-        device: a torch device's name.
+        device: where to.
     """
     denoiser = load_denoiser(folder, device=device, dtype=torch.float32)
 
@@ -145,8 +146,8 @@ def parse_guidances(text: str) -> list[float]:
 @click.option("--guidances", default="1,2,4", help="Guidance scales.")
 @click.option("--vae", type=click.Path(path_type=Path, exists=True), default=Path("src/shapes/vae"))
 @click.option("--scratch", type=click.Path(path_type=Path), default=Path("scratch/screen"))
-@click.option("--seed", type=int, default=0)
-@click.option("--device", default="cpu")
+@click.option("--seed", type=click.IntRange(0, 2**32), default=0)
+@click.option("--device", default="cpu", help="auto, cpu, cuda, cuda:N or mps.")
 @shows_input_errors
 def main(
     candidate: str,
@@ -160,17 +161,18 @@ def main(
     device: str,
 ) -> None:
     """Train a small network on a candidate world and print the ladder of solvers on it."""
-    scales, folder = parse_guidances(guidances), scratch / candidate
+    scales, folder, place = parse_guidances(guidances), scratch / candidate, resolve_device(device)
     folder.mkdir(parents=True, exist_ok=True)
-    autoencoder = load_module(AutoencoderKL, vae).to(device)
+    autoencoder = load_module(AutoencoderKL, vae).to(place)
     rendered = render_candidate(candidate, images, seed)
     latents = encode_images(autoencoder, torch.from_numpy(rendered.images))
-    options = TrainingOptions(steps, 5e-4, folder / "diffusion.pt")
-    model = train(rendered.captions, latents, options, batch=32, seed=seed, device=device)
+    begun = {"images": images, "vae": str(vae), "seed": seed}
+    options = TrainingOptions(steps, 5e-4, folder / "diffusion.pt", begun)
+    model = train(rendered.captions, latents, options, batch=32, seed=seed, device=place)
     save_pipeline(folder / "pipeline", model, autoencoder, build_tokenizer(), build_scheduler())
     prompts = render_candidate(candidate, number, seed + 1).captions
     for guidance in scales:
-        reference_score, rungs = ladder(str(folder / "pipeline"), prompts, guidance, BUDGETS, device)
+        reference_score, rungs = ladder(str(folder / "pipeline"), prompts, guidance, BUDGETS, place)
         click.echo(f"\n{candidate}, guidance {guidance:g}, distance to the reference / verifier score\n")
         click.echo(table(rungs, reference_score))
 

@@ -1,6 +1,8 @@
 """What the training commands of the shapes world share, and the parts of each that can be wrong without a long run."""
 
 import json
+import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,18 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 
+from errors import InputError
 from models import load_denoiser
-from models.shapes import data, drawings, scenes, tokenizer, train_autoencoder, train_diffusion, train_reward
+from models.shapes import (
+    data,
+    drawings,
+    scenes,
+    tokenizer,
+    train_autoencoder,
+    train_ddpm,
+    train_diffusion,
+    train_reward,
+)
 from models.shapes.data import NUMBERS_OF_OBJECTS, PROBABILITIES, RenderedScenes, cached_scenes, render_scenes
 from models.shapes.drawings import cached_drawings, draw_threefold
 from models.shapes.layout import LayoutHead, layout_of
@@ -36,7 +48,10 @@ from models.shapes.train_diffusion import (
 )
 from models.shapes.train_reward import RewardInTraining, model_configuration, reward_terms, told_apart
 from models.shapes.training_loop import TrainingOptions, fit, learning_rate_factor, step_generator
+from tests.tiny_pipeline import tiny_unet
 from training.ppo.rewards.reward_hps import RewardHPS
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -67,6 +82,68 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(options, tmp_path):
     resumed = train(second)
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+SETTINGS = {"batch": 8, "learning_rate": 1e-2, "start": None}
+
+
+def test_a_run_goes_on_with_what_it_began_with_and_may_take_longer(options):
+    begun = replace(options, settings=SETTINGS)
+    train(begun, steps=4)
+    train(begun, steps=8)
+    for changed, said in (
+        ({"batch": 16}, "began with --batch 8, not --batch 16: "),
+        (
+            {"learning_rate": 0.1, "start": "a"},
+            "began with --learning-rate 0.01, no --start, not --learning-rate 0.1, ",
+        ),
+    ):
+        with pytest.raises(InputError) as refused:
+            train(replace(begun, settings={**SETTINGS, **changed}), steps=12)
+        assert f"{options.checkpoint}: {said}" in str(refused.value)
+
+
+def test_a_run_goes_on_from_what_an_earlier_version_wrote(options):
+    train(replace(options, settings={}), steps=4)
+    train(replace(options, settings=SETTINGS), steps=8)
+
+
+@pytest.mark.parametrize("kept", [b"", b"no zip", {"optimizers": [0]}, [0]])
+def test_a_checkpoint_that_is_none_is_named(options, kept):
+    options.checkpoint.write_bytes(kept) if isinstance(kept, bytes) else torch.save(kept, options.checkpoint)
+    with pytest.raises(InputError, match=r"run\.pt: cannot be read \(.+\); remove it"):
+        train(options)
+
+
+def test_a_checkpoint_of_another_network_is_named(options):
+    train(options)
+    with pytest.raises(InputError, match=r"run\.pt: cannot be read \(Error\(s\) in loading state_dict"):
+        fit(nn.Linear(4, 1), lambda step: {}, options)
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before_it(options):
+    train(options, steps=4)
+    before, limits = options.checkpoint.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"run\.pt: cannot be written \(File too large\)"):
+            train(options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert options.checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_training_that_diverges_ends_before_it_spoils_its_checkpoint(options, value):
+    model = nn.Linear(3, 1)
+
+    def loss(step):
+        return {"loss": model(torch.ones(1, 3)).sum() * (value if step == 5 else 1.0)}
+
+    with pytest.raises(InputError, match=r"step 6: the loss is .*--learning-rate"):
+        fit(model, loss, options)
+    assert torch.load(options.checkpoint)["step"] == 4
+    assert all(weight.isfinite().all() for weight in model.parameters())
 
 
 def test_an_average_of_weights_keeps_whole_numbers_as_they_are(options):
@@ -114,6 +191,22 @@ def test_scenes_are_rendered_alike_and_kept(tmp_path):
     assert first.captions == again.captions
     assert [file.suffix for file in tmp_path.iterdir()] == [".npz"]
     assert all(scenes.parse(caption).split() == "train" for caption in first.captions)
+
+
+def test_damaged_scenes_and_drawings_are_named(tmp_path, monkeypatch):
+    cached_scenes(tmp_path, "train", 2, seed=1)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    for damaged in (b"", b"no zip", content[:-30], content[:3000] + b"0" + content[3001:]):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"\.npz: cannot be read \(.+\); remove it"):
+            cached_scenes(tmp_path, "train", 2, seed=1)
+    monkeypatch.setattr(drawings, "draw_threefold", lambda *_: np.zeros(3))
+    cached_drawings(tmp_path, tmp_path, None, [], 0)
+    (file,) = tmp_path.glob("*.npy")
+    file.write_bytes(b"no array")
+    with pytest.raises(InputError, match=r"\.npy: cannot be read \(.+\); remove it"):
+        cached_drawings(tmp_path, tmp_path, None, [], 0)
 
 
 def test_scenes_that_other_code_drew_are_not_served(tmp_path, monkeypatch):
@@ -171,6 +264,17 @@ def test_the_text_encoder_learns_from_captions_alone_which_object_stands_where(t
     with torch.no_grad():
         guessed = model["layout"](model["text_encoder"](tokens).last_hidden_state)
     assert torch.allclose(guessed, layout_of(latents), atol=0.2)
+
+
+def test_a_small_batch_keeps_captions_to_read_the_layout_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_diffusion, "TEXT_DROPPED", 1.0)
+    monkeypatch.setattr(train_diffusion, "fit", lambda model, loss, options: terms.update(loss(0)) or model)
+    monkeypatch.setattr(train_diffusion, "learn_layout", lambda *_, **__: None)
+    terms = {}
+    options = TrainingOptions(1, 1e-3, tmp_path / "diffusion.pt")
+    captions = ["a star on a background", "a ring on a background"]
+    train_diffusion.train(captions, torch.rand(2, 4, 16, 16), options, batch=2, seed=0, device="cpu")
+    assert all(term.isfinite() for term in terms.values())
 
 
 def test_the_error_of_a_layout_is_zero_where_it_is_read_rightly_and_known_for_the_mirror_image():
@@ -329,6 +433,53 @@ def test_the_training_commands_run_from_nothing_and_from_weights(tmp_path, monke
     refused = CliRunner().invoke(train_diffusion.main, [str(word) for word in (*small, "--output", pipeline)])
     assert refused.exit_code == 2
     assert str(weights) in refused.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "gpu"), "Unknown device 'gpu'"),
+        (("--device", "cuda:99"), "CUDA devices here"),
+        (("--output", __file__), "is a file"),
+        (("--scratch", __file__), "is a file"),
+    ],
+)
+@pytest.mark.parametrize("command", [train_autoencoder, train_diffusion, train_ddpm])
+def test_what_a_training_cannot_do_is_said_before_anything_is_rendered(command, words, said, tmp_path):
+    result = CliRunner().invoke(command.main, ["--scratch", str(tmp_path / "scratch"), *words])
+    assert (result.exit_code, (tmp_path / "scratch").exists()) == (2, False)
+    assert said in result.output
+
+
+@pytest.mark.parametrize("command", [train_autoencoder, train_diffusion, train_ddpm, train_reward])
+def test_a_resumed_command_writes_what_an_uninterrupted_one_does(command, tmp_path, monkeypatch):
+    of_reward = (("LAYOUT_STEPS", 1), ("LAYOUT_BATCH", 2), ("COMPARED_SCENES", 4), ("DRAWINGS", 2))
+    for name, value in {train_diffusion: of_reward[:2], train_reward: of_reward}.get(command, ()):
+        monkeypatch.setattr(command, name, value)
+    wanted = {
+        train_autoencoder: ("--decoder-steps", 1),
+        train_reward: ("--tokenizer", tmp_path / "tokenizer"),
+    }.get(command, ())
+    written = []
+    for name, numbers in (("whole", [2]), ("resumed", [1, 2])):
+        output = tmp_path / name / "reward.pt" if command is train_reward else tmp_path / name
+        if command is train_diffusion:
+            shutil.copytree(ROOT / "src" / "shapes" / "vae", output / "vae")
+        for steps in numbers:
+            small = ("--steps", steps, "--images", 8, "--batch", 2, "--learning-rate", 1)
+            folders = ("--output", output, "--scratch", tmp_path / f"scratch-{name}")
+            result = CliRunner().invoke(command.main, [str(word) for word in (*small, *folders, *wanted)])
+            assert result.exit_code == 0, (result.output, result.exception)
+        files = sorted(file for file in (tmp_path / name).rglob("*") if file.suffix in (".safetensors", ".pt"))
+        written.append({str(file.relative_to(tmp_path / name)): file.read_bytes() for file in files})
+    assert written[0]
+    assert written[0] == written[1]
+
+
+def test_weights_of_another_architecture_to_start_from_are_named(tmp_path):
+    tiny_unet(sample_size=16, in_channels=4, out_channels=4, cross_attention_dim=128).save_pretrained(tmp_path / "unet")
+    with pytest.raises(InputError, match=r"unet: the weights are not those of this UNet2DConditionModel: "):
+        take_over({"network": build_network()}, build_tokenizer(), tmp_path)
 
 
 def test_words_that_another_world_knows_keep_what_they_mean(tmp_path, monkeypatch):

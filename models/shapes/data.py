@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from errors import InputError, first_line, is_too_little_memory
 from files import replacing
 from models.fingerprints import fingerprint
 from models.shapes import scenes
@@ -51,6 +53,19 @@ def render_scenes(
     return RenderedScenes(images, captions)
 
 
+@contextmanager
+def reading_scratch(file: Path) -> Iterator[None]:
+    """Raise InputError where a file that a command keeps for itself turns out in the block to be damaged or foreign."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # what its reader trips over can be anything
+        if is_too_little_memory(error):
+            raise
+        raise InputError(f"{file}: cannot be read ({first_line(error)}); remove it, and it is made anew") from error
+
+
 def cached_scenes(folder: Path, split: scenes.Split, number: int, seed: int) -> RenderedScenes:
     """`render_scenes`, kept in `folder` between runs of the same code."""
     file = folder / f"scenes-{split}-{number}-seed{seed}-{fingerprint(DRAWING_CODE)[:12]}.npz"
@@ -58,5 +73,5 @@ def cached_scenes(folder: Path, split: scenes.Split, number: int, seed: int) -> 
         rendered = render_scenes(split, number, seed)
         with replacing(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, images=rendered.images, captions=np.array(rendered.captions))
-    stored = np.load(file, allow_pickle=False)
-    return RenderedScenes(stored["images"], stored["captions"].tolist())
+    with reading_scratch(file), np.load(file, allow_pickle=False) as stored:
+        return RenderedScenes(stored["images"], stored["captions"].tolist())

@@ -18,6 +18,7 @@ from models.denoiser import Denoiser
 from models.digests import digest_of
 from models.generate import conditioned, decode, initial_noise
 from models.randomness import generator_of
+from models.shapes.data import reading_scratch
 from schedules import get_schedule
 from solvers import dpmpp_sampler
 
@@ -63,4 +64,5 @@ def cached_drawings(folder: Path, pipeline: Path, denoiser: Denoiser, captions: 
         drawn = draw_threefold(denoiser, captions, seed)
         with replacing(file) as temporary, temporary.open("wb") as stream:
             np.save(stream, drawn)
-    return np.load(file, allow_pickle=False)
+    with reading_scratch(file):
+        return np.load(file, allow_pickle=False)

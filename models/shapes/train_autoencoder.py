@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.digests import record_weights
-from models.loading import load_module
+from models.loading import fill, load_module
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import IMAGE_SIZE, to_tensor
@@ -136,7 +136,10 @@ def main(run: TrainingRun, start: Path | None, decoder_steps: int) -> None:
     """Train the autoencoder on rendered scenes and write it as a diffusers folder."""
     seed_globally(run.seed)
     rendered = to_tensor(cached_scenes(run.scratch, "train", run.images, run.seed).images)  # [N, 3, 64, 64] in [0, 1]
-    autoencoder = (build_autoencoder() if start is None else load_module(AutoencoderKL, start)).to(run.device)
+    autoencoder = build_autoencoder()
+    if start is not None:
+        fill(autoencoder, load_module(AutoencoderKL, start).state_dict(), start)
+    autoencoder.to(run.device)
 
     def loss(step: int) -> dict[str, Tensor]:
         generator = step_generator(run.seed, step)
@@ -144,11 +147,12 @@ def main(run: TrainingRun, start: Path | None, decoder_steps: int) -> None:
         pixels = rendered[rows] if step >= WINDOW_SHARE * run.steps else random_windows(rendered[rows], generator)
         return reconstruction_terms(autoencoder, (2 * pixels - 1).to(run.device), generator)
 
-    options = TrainingOptions(run.steps, run.learning_rate, run.scratch / "autoencoder.pt", averaging_decay=0.995)
+    options = run.options("autoencoder.pt", {"start": start}, averaging_decay=0.995)
     averaged = fit(autoencoder, loss, options)
     some = (2 * rendered[:512] - 1).to(run.device)
     averaged.register_to_config(scaling_factor=measured_scaling_factor(averaged, some))
-    options = replace(options, steps=decoder_steps, checkpoint=run.scratch / "decoder.pt")
+    # One that was refined after fewer steps of the autoencoder does not know the latents of this one.
+    options = replace(options, steps=decoder_steps, checkpoint=run.scratch / f"decoder-after-{run.steps}.pt")
     refine_decoder(averaged, rendered, options, seed=run.seed + 1)
     averaged.to(torch.float16).save_pretrained(run.output)
     record_weights(run.output)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import click
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from models.digests import record_weights
+from models.pixel_diffusion import save_pixel_diffusion
 from models.randomness import seed_globally
 from models.shapes.data import cached_scenes
 from models.shapes.scenes import to_tensor
-from models.shapes.training_loop import TrainingOptions, TrainingRun, fit, step_generator, training_command
+from models.shapes.training_loop import TrainingRun, fit, step_generator, training_command
 
 SIZE = 32  # pixels: half of the world's own, averaged down
 
@@ -85,10 +85,8 @@ def main(run: TrainingRun) -> None:
         rows = torch.randint(len(clean), (run.batch,), generator=generator)
         return {"loss": velocity_error(network, clean[rows], scheduler.alphas_cumprod, generator)}
 
-    options = TrainingOptions(run.steps, run.learning_rate, run.scratch / "ddpm.pt", averaging_decay=0.995)
-    averaged = fit(network, loss, options)
-    DDPMPipeline(averaged.to("cpu", torch.float16), scheduler).save_pretrained(run.output)
-    record_weights(run.output)
+    averaged = fit(network, loss, run.options("ddpm.pt", {}, averaging_decay=0.995))
+    save_pixel_diffusion(averaged.to("cpu", torch.float16), scheduler.config, run.output)
     click.echo(f"wrote {run.output}")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -22,11 +23,11 @@ from torch.nn import functional
 from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from files import replacing
+from models.checkpoints import load_archive, write_archive
 from models.digests import record_weights
-from models.loading import load_module, load_tokenizer, quiet_and_repeatable
+from models.loading import fill, load_module, load_tokenizer, quiet_and_repeatable
 from models.randomness import seed_globally
-from models.shapes.data import cached_scenes
+from models.shapes.data import cached_scenes, reading_scratch
 from models.shapes.layout import LayoutHead, layout_of
 from models.shapes.scenes import PLURALS, to_tensor
 from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
@@ -34,7 +35,6 @@ from models.shapes.training_loop import (
     TrainingOptions,
     TrainingRun,
     fit,
-    read_scratch,
     start_option,
     step_generator,
     training_command,
@@ -116,9 +116,9 @@ def cached_latents(folder: Path, autoencoder: AutoencoderKL, images: Tensor) -> 
         digest.update(weight.cpu().contiguous().numpy())
     file = folder / f"latents-{digest.hexdigest()[:12]}.pt"
     if not file.exists():
-        with replacing(file) as temporary:
-            torch.save(encode_images(autoencoder, images).half(), temporary)
-    return read_scratch(file).float()
+        write_archive(file, encode_images(autoencoder, images).half())
+    with reading_scratch(file):
+        return load_archive(file, mapped=False).float()
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -144,30 +144,37 @@ def take_over(parts: dict[str, nn.Module], tokenizer: CLIPTokenizer, folder: Pat
 
     A word that its tokenizer knows keeps its embedding, and a plural that it does not know begins as the singular.
     """
-    parts["network"].load_state_dict(load_module(UNet2DConditionModel, folder / "unet").state_dict())
+    fill(parts["network"], load_module(UNet2DConditionModel, folder / "unet").state_dict(), folder / "unet")
     encoder = load_module(CLIPTextModel, folder / "text_encoder")
+    old, new = (model.get_input_embeddings() for model in (encoder, parts["text_encoder"]))
+    encoder.set_input_embeddings(new)
+    fill(parts["text_encoder"], encoder.state_dict(), folder / "text_encoder")
     known = load_tokenizer(folder / "tokenizer").get_vocab()
     singular = {f"{many}</w>": f"{one}</w>" for one, many in PLURALS.items()}
-    old, new = (model.get_input_embeddings().weight.detach() for model in (encoder, parts["text_encoder"]))
-    new = new.clone()
-    for word, number in tokenizer.get_vocab().items():
-        source = known.get(word, known.get(singular.get(word, "")))
-        if source is not None:
-            new[number] = old[source]
-    encoder.set_input_embeddings(nn.Embedding.from_pretrained(new, freeze=False))
-    parts["text_encoder"].load_state_dict(encoder.state_dict())
+    with torch.no_grad():
+        for word, number in tokenizer.get_vocab().items():
+            source = known.get(word, known.get(singular.get(word, "")))
+            if source is not None:
+                new.weight[number] = old.weight[source]
 
 
 def learn_layout(
-    model: nn.ModuleDict, tokens: Tensor, latents: Tensor, options: TrainingOptions, *, seed: int, device: str
+    model: nn.ModuleDict,
+    tokens: Tensor,
+    latents: Tensor,
+    options: TrainingOptions,
+    *,
+    seed: int,
+    device: torch.device | str,
 ) -> None:
     """Train the parts `text_encoder` and `layout` of `model` to say from a caption alone what stands where."""
     reader = nn.ModuleDict({name: model[name] for name in ("text_encoder", "layout")})
 
     def loss(step: int) -> dict[str, Tensor]:
         rows = torch.randint(len(latents), (LAYOUT_BATCH,), generator=step_generator(seed, step))
-        with torch.autocast(device, torch.bfloat16):
-            guessed = reader["layout"](reader["text_encoder"](tokens[rows].to(device)).last_hidden_state)
+        text = tokens[rows].to(device)
+        with torch.autocast(text.device.type, torch.bfloat16):
+            guessed = reader["layout"](reader["text_encoder"](text).last_hidden_state)
         return {"loss": functional.mse_loss(guessed.float(), layout_of(latents[rows]).to(device))}
 
     averaged = fit(reader, loss, options)
@@ -181,7 +188,7 @@ def train(
     *,
     batch: int,
     seed: int,
-    device: str,
+    device: torch.device | str,
     start: Path | None = None,
 ) -> nn.ModuleDict:
     """Train a network and its text encoder from fresh weights, or from where the checkpoints stopped.
@@ -192,7 +199,7 @@ def train(
         options: of the second part; the layout's checkpoint lies beside its own.
         batch: rows of a step.
         seed: of every draw.
-        device: a torch device's name.
+        device: where to.
         start: a pipeline's folder whose weights are taken over in place of fresh ones.
 
     Returns:
@@ -214,7 +221,8 @@ def train(
     model["text_encoder"].set_attn_implementation("eager")
     if start is None:  # a text encoder that already works with a network is not to move away from it alone
         layout_checkpoint = options.checkpoint.with_name(f"{options.checkpoint.stem}-layout.pt")
-        layout_options = TrainingOptions(min(LAYOUT_STEPS, options.steps), LAYOUT_LEARNING_RATE, layout_checkpoint)
+        steps = min(LAYOUT_STEPS, options.steps)
+        layout_options = replace(options, steps=steps, learning_rate=LAYOUT_LEARNING_RATE, checkpoint=layout_checkpoint)
         learn_layout(model, tokens, latents, layout_options, seed=seed, device=device)
     signal = scheduler.alphas_cumprod.sqrt()
     spread = (1 - scheduler.alphas_cumprod).sqrt()
@@ -223,11 +231,12 @@ def train(
         generator = step_generator(seed, step)
         rows = torch.randint(len(latents), (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < TEXT_DROPPED
+        dropped &= ~dropped.all()  # a small batch without any caption would leave the layout nothing to be read from
         text = torch.where(dropped[:, None], empty, tokens[rows]).to(device)
         noise = torch.randn(batch, *latents.shape[1:], generator=generator)
         timesteps = spread_timesteps(batch, generator)
         noisy = signal[timesteps].view(-1, 1, 1, 1) * latents[rows] + spread[timesteps].view(-1, 1, 1, 1) * noise
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(text.device.type, torch.bfloat16):
             states = model["text_encoder"](text).last_hidden_state
             predicted = model["network"](noisy.to(device), timesteps.to(device), states).sample
             guessed = model["layout"](states[~dropped])
@@ -248,7 +257,7 @@ def main(run: TrainingRun, start: Path | None) -> None:
     autoencoder = load_module(AutoencoderKL, run.output / "vae").to(run.device)
     rendered = cached_scenes(run.scratch, "train", run.images, run.seed)
     latents = cached_latents(run.scratch, autoencoder, torch.from_numpy(rendered.images))
-    options = TrainingOptions(run.steps, run.learning_rate, run.scratch / "diffusion.pt")
+    options = run.options("diffusion.pt", {"start": start})
     averaged = train(
         rendered.captions, latents, options, batch=run.batch, seed=run.seed, device=run.device, start=start
     )

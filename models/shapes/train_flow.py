@@ -26,8 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from models.denoiser import Conditioning, Denoiser
+from models.devices import check_compiler
 from models.families.stable_diffusion_3 import T5_TOKENS, SharedTokenAttention, joint_text
-from models.loading import load_module
+from models.loading import fill, load_module
 from models.randomness import seed_globally
 from models.registry import load_denoiser
 from models.shapes.data import cached_scenes
@@ -88,12 +89,13 @@ def build_parts(tokenizer: CLIPTokenizer, world: Path, start: Path | None = None
     start: a pipeline's folder whose weights are taken over for all three.
     """
     first, second = (CLIPTextModelWithProjection(text_encoder_config(tokenizer, layers)) for layers in (4, 2))
-    first.text_model.load_state_dict(load_module(CLIPTextModel, world / "text_encoder").state_dict())
+    read = world / "text_encoder"
+    fill(first.text_model, load_module(CLIPTextModel, read).state_dict(), read)
     nn.init.eye_(first.text_projection.weight)
     parts = nn.ModuleDict(dict(zip(("network", *ENCODERS), (build_network(), first, second), strict=True)))
     if start is not None:
         for part, name in zip(parts.values(), ("transformer", *ENCODERS), strict=True):
-            part.load_state_dict(load_module(type(part), start / name).state_dict())
+            fill(part, load_module(type(part), start / name).state_dict(), start / name)
     return parts
 
 
@@ -145,7 +147,7 @@ def train(
     *,
     batch: int,
     seed: int,
-    device: str,
+    device: torch.device | str,
     world: Path,
     start: Path | None = None,
     compiled: bool = False,
@@ -158,7 +160,7 @@ def train(
         options: how long and how fast.
         batch: rows of a step.
         seed: of every draw.
-        device: a torch device's name.
+        device: where to.
         world: the first model's folder: its text encoder is taken over, and it teaches.
         start: see `build_parts`.
         compiled: whether torch.compile makes the network's code.
@@ -186,7 +188,7 @@ def train(
         noise = torch.randn(2, batch, *latents.shape[1:], generator=generator).to(device)
         sigma = noise_levels(batch, least, generator).to(device)
         # On a CPU the fused attention's backward pass takes longer than all else together.
-        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(text.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             with torch.no_grad():  # in one batch: `encode` reads one by one, which takes a fifth of a step
                 told = Conditioning(batch, {"encoder_hidden_states": reader.module(text)[0]}, None, 1.0)
             noisy, target = taught(teacher, latents[rows].to(device), sigma, told, noise)
@@ -204,10 +206,12 @@ def train(
 @click.option("--compile", "compiled", is_flag=True, help="Let torch.compile make the network's code.")
 def main(run: TrainingRun, world: Path, start: Path | None, compiled: bool) -> None:
     """Train the flow-matching model on rendered scenes and write its pipeline as a diffusers folder."""
+    if compiled:
+        check_compiler(run.device)
     autoencoder = load_module(AutoencoderKL, world / "vae").to(run.device)
     rendered = cached_scenes(run.scratch, "train", run.images, run.seed)
     latents = cached_latents(run.scratch, autoencoder, torch.from_numpy(rendered.images))
-    options = TrainingOptions(run.steps, run.learning_rate, run.scratch / "flow.pt", muon=True)
+    options = run.options("flow.pt", {"start": start, "world": world}, muon=True)
     averaged = train(
         rendered.captions,
         latents,

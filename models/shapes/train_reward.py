@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from models.clip import (
     text_features,
     tokenize,
 )
-from models.loading import load_module
+from models.loading import fill, load_module
 from models.randomness import seed_globally
 from models.registry import load_denoiser
 from models.shapes.data import RenderedScenes, cached_scenes
@@ -102,14 +103,20 @@ class RewardInTraining(nn.Module):
 
 
 def learn_layout(
-    model: RewardInTraining, pixels: Tensor, tokens: Tensor, options: TrainingOptions, *, seed: int, device: str
+    model: RewardInTraining,
+    pixels: Tensor,
+    tokens: Tensor,
+    options: TrainingOptions,
+    *,
+    seed: int,
+    device: torch.device,
 ) -> None:
     """Train both towers to say what stands where; pixels uint8 [N, 64, 64, 3], tokens [N, L] of their captions."""
 
     def loss(step: int) -> dict[str, Tensor]:
         rows = torch.randint(len(pixels), (LAYOUT_BATCH,), generator=step_generator(seed, step))
         images = to_tensor(pixels[rows].numpy()).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             seen = image_features(model.clip, preprocess(images, IMAGE_SIZE))
             read = text_features(model.clip, tokens[rows].to(device))
         image_layout = model.layout_error("image", functional.normalize(seen.float(), dim=-1), images)
@@ -212,10 +219,16 @@ def main(run: TrainingRun, tokenizer_folder: Path, pipeline: Path, start: Path |
     configuration = model_configuration(len(tokenizer))
     model = RewardInTraining(configuration).to(run.device)
     tokens = tokenize(tokenizer, rendered.captions, CONTEXT_LENGTH)
+    options = run.options("reward.pt", {"start": start, "pipeline": pipeline})
     if start is None:
-        text_encoder = load_module(CLIPTextModel, pipeline / "text_encoder")
-        model.clip.text_model.load_state_dict(text_encoder.state_dict())
-        layout_options = TrainingOptions(LAYOUT_STEPS, LAYOUT_LEARNING_RATE, run.scratch / "reward-layout.pt")
+        read = pipeline / "text_encoder"
+        fill(model.clip.text_model, load_module(CLIPTextModel, read).state_dict(), read)
+        layout_options = replace(
+            options,
+            steps=LAYOUT_STEPS,
+            learning_rate=LAYOUT_LEARNING_RATE,
+            checkpoint=run.scratch / "reward-layout.pt",
+        )
         learn_layout(model, pixels, tokens, layout_options, seed=run.seed, device=run.device)
     else:
         model.clip.load_state_dict(load_open_clip_checkpoint(start, configuration).state_dict())
@@ -243,9 +256,7 @@ def main(run: TrainingRun, tokenizer_folder: Path, pipeline: Path, start: Path |
             model, *(part.to(run.device) for part in (good, triples, tokens[rows], wrong_tokens, described))
         )
 
-    averaged = fit(
-        model, loss, TrainingOptions(run.steps, run.learning_rate, run.scratch / "reward.pt", weight_decay=0.05)
-    )
+    averaged = fit(model, loss, replace(options, weight_decay=0.05))
     save_open_clip_checkpoint(averaged.clip, run.output)
     description = {
         "model_cfg": configuration,

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from itertools import chain
 from pathlib import Path
@@ -15,14 +15,16 @@ from typing import Any
 
 import click
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from errors import InputError, first_line, shows_input_errors
-from files import replacing
-from models.checkpoints import UNREADABLE, load_archive
+from errors import InputError, shows_input_errors
+from models.checkpoints import load_archive, write_archive
+from models.devices import resolve_device
 from models.randomness import generator_of
+from models.shapes.data import reading_scratch
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class TrainingOptions:
     steps: optimiser steps. learning_rate: its peak. warmup_steps: linear rise from 0. decay_share: of the steps, at
     the end. averaging_decay: of the exponential moving average of the weights.
     checkpoint_interval, log_interval: steps. checkpoint: the file to write and to resume from.
+    settings: what a run that is resumed must have begun with, options of its command by their names.
     muon: move the matrices of transformer blocks by Muon (arXiv 2502.16982), all else by AdamW, as without it.
     """
 
     steps: int
     learning_rate: float
     checkpoint: Path
+    settings: Mapping[str, float | str | None] = field(default_factory=dict)
     warmup_steps: int = 100
     decay_share: float = 0.4
     weight_decay: float = 0.01
@@ -59,30 +63,46 @@ class TrainingRun:
     batch: int
     learning_rate: float
     seed: int
-    device: str
+    device: torch.device
+
+    def options(self, checkpoint: str, paths: Mapping[str, Path | None], **others: Any) -> TrainingOptions:
+        """How to train to the file `checkpoint` of `scratch`.
+
+        paths: further options that a resumed run must have begun with. others: fields of `TrainingOptions`.
+        """
+        settings = {name: getattr(self, name) for name in ("images", "batch", "learning_rate", "seed")}
+        settings |= {name: None if path is None else str(path) for name, path in paths.items()}
+        return TrainingOptions(self.steps, self.learning_rate, self.scratch / checkpoint, settings, **others)
 
 
 def training_command(
     *, output: str, steps: int, images: int, batch: int, learning_rate: float, seed: int
 ) -> Callable[[Callable[..., None]], click.Command]:
     """Make a click command of a function of a `TrainingRun` and further options; the arguments are its defaults."""
-    path = click.Path(path_type=Path)
+    of_file = bool(Path(output).suffix)
+    written = click.Path(path_type=Path, file_okay=of_file, dir_okay=not of_file)
+    folder = click.Path(path_type=Path, file_okay=False)
     options = (
-        click.option("--output", type=path, default=Path(output), help="What is written."),
-        click.option("--scratch", type=path, default=Path("scratch/shapes"), help="Data and checkpoints."),
+        click.option("--output", type=written, default=Path(output), help="What is written."),
+        click.option("--scratch", type=folder, default=Path("scratch/shapes"), help="Data and checkpoints."),
         click.option("--steps", type=click.IntRange(min=1), default=steps),
         click.option("--images", type=click.IntRange(min=8), default=images, help="Scenes to render and to train on."),
         click.option("--batch", type=click.IntRange(min=2), default=batch),
         click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=learning_rate),
         click.option("--seed", type=click.IntRange(0, 2**32), default=seed),
-        click.option("--device", default="cpu"),
+        click.option("--device", default="cpu", help="auto, cpu, cuda, cuda:N or mps."),
     )
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @shows_input_errors
         @wraps(function)
         def command(**given: Any) -> None:
-            function(TrainingRun(**{field.name: given.pop(field.name) for field in fields(TrainingRun)}), **given)
+            given["device"] = resolve_device(given["device"])
+            run = TrainingRun(**{one.name: given.pop(one.name) for one in fields(TrainingRun)})
+            try:
+                function(run, **given)
+            except SafetensorError as error:  # what its library says of a full disk
+                raise InputError(f"{run.output}: cannot be written ({error})") from error
 
         for option in reversed(options):
             command = option(command)
@@ -140,11 +160,14 @@ def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: Tra
 
     Returns:
         The module that holds the averaged weights.
+
+    Raises:
+        InputError: the checkpoint is damaged or of another training, cannot be written, or the training diverges.
     """
     # Buffers are copied: an average of whole numbers is rounded down, and positions in a text would drift.
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.averaging_decay))
     optimizers = make_optimizers(model, options)
-    first = _resume(options.checkpoint, model, averaged, optimizers)
+    first = _resume(options, model, averaged, optimizers)
     log = options.checkpoint.with_suffix(".jsonl")
     start = time.monotonic()
     for step in tqdm(
@@ -155,6 +178,11 @@ def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: Tra
         terms = loss(step)
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_gradient_norm)
+        if not norm.isfinite():
+            raise InputError(
+                f"step {step + 1}: the loss is {terms['loss']:g} and its gradient {norm:g}. Begin anew, with a smaller "
+                "--learning-rate and another --scratch"
+            )
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
@@ -167,40 +195,55 @@ def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: Tra
             with log.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
         if (step + 1) % options.checkpoint_interval == 0 or step + 1 == options.steps:
-            _save(options.checkpoint, model, averaged, optimizers, step + 1)
+            _save(options, model, averaged, optimizers, step + 1)
     return averaged.module
 
 
-def read_scratch(file: Path) -> Any:
-    """What `torch.save` wrote to a file of `scratch`. Raises InputError where it is damaged."""
-    try:
-        return load_archive(file, mapped=False)
-    except UNREADABLE as error:
-        raise InputError(f"{file}: cannot be read ({first_line(error)}); remove it, and it is made anew") from error
-
-
 def _save(
-    file: Path, model: nn.Module, averaged: nn.Module, optimizers: list[torch.optim.Optimizer], step: int
+    options: TrainingOptions,
+    model: nn.Module,
+    averaged: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
 ) -> None:
     state = {
         "step": step,
+        "settings": dict(options.settings),
         "model": model.state_dict(),
         "averaged": averaged.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
-    with replacing(file) as temporary:
-        torch.save(state, temporary)
+    write_archive(options.checkpoint, state)
 
 
-def _resume(file: Path, model: nn.Module, averaged: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+def _resume(
+    options: TrainingOptions, model: nn.Module, averaged: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> int:
     """The step to go on from; 0 where there is no checkpoint."""
+    file = options.checkpoint
     if not file.exists():
         return 0
-    state = read_scratch(file)
-    if len(state.get("optimizers", ())) != len(optimizers):
-        raise InputError(f"{file}: an earlier version wrote it, with another optimiser; remove it, and train anew")
-    model.load_state_dict(state["model"])
-    averaged.load_state_dict(state["averaged"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"]
+    with reading_scratch(file):
+        state = load_archive(file, mapped=False)
+        if len(state.get("optimizers", ())) != len(optimizers):
+            raise InputError(f"{file}: an earlier version wrote it, with another optimiser; remove it, and train anew")
+        changed = {
+            name: value for name, value in state.get("settings", {}).items() if options.settings.get(name) != value
+        }
+        if changed:
+            asked = {name: options.settings.get(name) for name in changed}
+            raise InputError(
+                f"{file}: began with {_told(changed)}, not {_told(asked)}: go on as it began, or begin anew with "
+                "another --scratch"
+            )
+        model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return state["step"]
+
+
+def _told(settings: Mapping[str, float | str | None]) -> str:
+    """Settings as options of a command line."""
+    options = ((f"--{name.replace('_', '-')}", value) for name, value in settings.items())
+    return ", ".join(f"no {name}" if value is None else f"{name} {value}" for name, value in options)
