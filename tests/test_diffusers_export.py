@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ from diffusers import StableDiffusionPipeline
 from errors import InputError
 from integrations.diffusers.scheduling_epd import EPDScheduler
 from models import load_denoiser
-from models.generate import initial_noise
+from models.generate import conditioned, decode, initial_noise
 from models.noise_levels import NoiseLevels
 from models.registry import pipeline_of
 from scripts.export_diffusers import main
+from solvers import epd_sampler
 from tests.hub import running_hub
 from tests.test_diffusers_scheduler import CPU, OPTIONAL, PROMPTS, SEEDS, SIGMAS, played, with_columns
-from tests.tiny_families import save_tiny_family
+from tests.tiny_families import save_tiny_family, stock_pipeline
 from tests.tiny_pipeline import save_tiny_pipeline
-from training.diffusers_export import SOLVER_FILE, lines_for_diffusers, write_diffusers
+from training.diffusers_export import SOLVER_FILE, lines_for_diffusers, scheduler_of, write_diffusers
 from training.snapshot import save_snapshot
-from training.solver import Schedule, classical_solver, load_solver
+from training.solver import Schedule, Solver, classical_solver, load_solver
 
 DISCRETE = {"schedule_type": "discrete", "schedule_rho": 1.0, "guidance_rate": 4.0}
 FILES = ["README.md", SOLVER_FILE, "pipeline.py", "pipeline_epd.py", "scheduler_config.json", "scheduling_epd.py"]
@@ -106,6 +108,34 @@ def test_the_model_cards_code_runs_in_a_folder_of_its_own(tmp_path: Path, model:
     assert (folder / "image.png").stat().st_size > 0
     ours = solver.latents(denoiser, PROMPTS, SEEDS, dtype=torch.float64)
     torch.testing.assert_close(torch.load(folder / "latents.pt").double(), ours, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("table", [with_columns(0, "history"), with_columns(2, *OPTIONAL)], ids=["no points", "all"])
+@pytest.mark.parametrize(("family", "prompt", "subject"), [("dit", "7", {"class_labels": [7]}), ("ddpm", "", {})])
+def test_pipelines_that_leave_the_scaling_out_draw_what_the_sampler_draws(
+    tmp_path: Path, family: str, prompt: str, subject: dict[str, Any], table: Any
+) -> None:
+    """They start at the noise itself, and hand on to the scheduler what the network was asked."""
+    clipped = {"clip_sample": True, "clip_sample_range": 2.0} if family == "ddpm" else {}
+    denoiser = load_denoiser(save_tiny_family(family, tmp_path, **clipped), device=CPU, dtype=torch.float64)
+    if family == "ddpm":
+        table = replace(table, guidance=None)
+    solver = Solver("epd", "epd", table.num_steps, table=table, sigmas=SIGMAS, guidance_scale=None)
+    pipe = stock_pipeline(tmp_path).to(dtype=torch.float64)
+    pipe.scheduler = scheduler_of(solver, denoiser)
+    drawn = pipe(
+        **subject,
+        **pipe.scheduler.pipeline_arguments(),
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images
+    noise = torch.randn(1, *denoiser.latent_shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    start = noise * (1 + SIGMAS[0] ** 2).sqrt()
+    with torch.no_grad():
+        latents = epd_sampler(conditioned(denoiser, denoiser.encode([prompt])), start, SIGMAS, table)
+    ours = decode(denoiser, latents).images.permute(0, 2, 3, 1)
+    assert ((ours > 0) & (ours < 1)).float().mean() > 0.02
+    torch.testing.assert_close(torch.tensor(drawn).float(), ours, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

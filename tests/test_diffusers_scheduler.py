@@ -204,9 +204,9 @@ def waves(asked: Tensor, number: int) -> Tensor:
     return (asked + 0.1 * number).sin()
 
 
-def normed(states: list[Tensor], levels: Tensor) -> Tensor:
-    """The states at the levels as schedulers of variance-preserving models hold them."""
-    return torch.stack([state / (1 + level**2).sqrt() for state, level in zip(states, levels, strict=True)])
+def normed(state: Tensor, level: Tensor) -> Tensor:
+    """x as pipelines hold it between two evaluations."""
+    return state / (1 + level**2).sqrt()
 
 
 def start_noise() -> Tensor:
@@ -218,10 +218,11 @@ def test_one_point_in_the_middle_is_kdpm2_but_for_its_last_step() -> None:
     theirs.set_timesteps(6)
     levels = torch.cat([theirs.sigmas[:1], theirs.sigmas[1:-3:2]]).double()  # it ends at 0, and we at the level before
     ours = scheduler_of(classical_table("dpm2", levels), levels)
-    states = drawn_by(theirs, start_noise() * theirs.init_noise_sigma, waves)
+    states = drawn_by(theirs, start_noise() * theirs.init_noise_sigma, waves)[:11]
     mine = drawn_by(ours, start_noise() * ours.init_noise_sigma, waves)
     assert (ours.order, len(mine)) == (2, 11)
-    torch.testing.assert_close(torch.stack(mine), torch.stack(states[:11]), rtol=0, atol=1e-4)
+    states[:-1] = [normed(state, level) for state, level in zip(states, ours.sigmas[:-1], strict=False)]
+    torch.testing.assert_close(torch.stack(mine), torch.stack(states), rtol=0, atol=1e-4)
     assert ours.timesteps.tolist() == pytest.approx(theirs.timesteps[:10].tolist(), abs=1)  # log sigma, not log alpha
 
 
@@ -241,9 +242,10 @@ def test_no_points_are_ddim(prediction_type: str) -> None:
     levels = SCALED_LINEAR.sigma_of_time((steps + 1.0) / 1000)
     ours = scheduler_of(classical_table("ddim", levels), levels, prediction_type=prediction_type)
     assert ours.timesteps.tolist() == pytest.approx(theirs.timesteps.tolist(), abs=1e-3)
-    mine = drawn_by(ours, start_noise() * (1 + levels[0] ** 2).sqrt(), waves)
+    mine = drawn_by(ours, start_noise(), waves)
+    mine[-1] = normed(mine[-1], levels[-1])
     torch.testing.assert_close(
-        normed(mine, levels), torch.stack(drawn_by(theirs, start_noise(), waves)), rtol=0, atol=1e-4
+        torch.stack(mine), torch.stack(drawn_by(theirs, start_noise(), waves)), rtol=0, atol=1e-4
     )
 
 
@@ -261,9 +263,10 @@ def test_history_is_dpm_solver_multistep(order: int) -> None:
     theirs.set_timesteps(8)
     levels = theirs.sigmas[:-1].double()  # the last one stands there twice
     ours = scheduler_of(classical_table("dpmpp", levels, max_order=order, lower_order_final=False), levels)
-    mine = drawn_by(ours, start_noise() * (1 + levels[0] ** 2).sqrt(), waves)
+    mine = drawn_by(ours, start_noise(), waves)
+    mine[-1] = normed(mine[-1], levels[-1])
     states = drawn_by(theirs, start_noise(), waves)[: len(mine)]
-    torch.testing.assert_close(normed(mine, levels), torch.stack(states), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.stack(mine), torch.stack(states), rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ from an image
@@ -281,16 +284,13 @@ def test_an_image_is_changed_from_the_start_of_an_interval(stable_diffusion, nam
     )
     image_pipe.set_progress_bar_config(disable=True)
     image = torch.randn(2, 4, 8, 8, dtype=torch.float64)  # already latents
-    arguments = scheduler.pipeline_arguments()
-    if table.guidance is not None:
-        arguments["guidance_scale"] = scheduler.guidance_scales()[begin * (1 + table.num_points)]
     latents = image_pipe(
         PROMPTS,
         image,
         strength,
         generator=torch.Generator().manual_seed(5),
         output_type="latent",
-        **arguments,
+        **scheduler.pipeline_arguments(),
     ).images
     noise = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     x = image + SIGMAS[begin] * noise
@@ -318,7 +318,8 @@ def test_a_run_begins_where_an_interval_begins() -> None:
 def test_clean_latents_are_noised_to_the_level_of_the_timestep() -> None:
     clean, noise = torch.ones(2, 4, 8, 8), torch.full((2, 4, 8, 8), 3.0)
     scheduler = scheduler_of(TABLES["no points"])
-    assert torch.allclose(scheduler.add_noise(clean, noise, scheduler.timesteps[1:2].repeat(2)), torch.tensor(10.0))
+    noisy = scheduler.add_noise(clean, noise, scheduler.timesteps[1:2].repeat(2))
+    assert torch.allclose(noisy, normed(torch.tensor(10.0), torch.tensor(3.0)))
     flow = scheduler_of(TABLES["no points"], FLOW_SIGMAS, prediction_type="flow_prediction")
     assert torch.allclose(flow.scale_noise(clean, flow.timesteps[1:2], noise), torch.tensor(2.6))  # 0.2 + 0.8 · 3
 
@@ -326,22 +327,30 @@ def test_clean_latents_are_noised_to_the_level_of_the_timestep() -> None:
 # --------------------------------------------------------------------------------------------------- guidance
 
 
-def test_a_pipeline_that_plays_at_one_guidance_is_warned_of_once(stable_diffusion) -> None:
+@pytest.mark.parametrize("given", [1.0, 3.0])
+def test_a_pipeline_that_plays_at_one_guidance_is_refused_or_has_to_say_so(stable_diffusion, given: float) -> None:
     pipe, denoiser = stable_diffusion
     scheduler = scheduler_of(TABLES["guidance"], prediction_type=denoiser.process.prediction)
-    arguments = {"callback_on_step_end": None, "guidance_scale": 3.0}
-    with pytest.warns(UserWarning, match="a guidance scale for each evaluation.*pipeline_arguments"):
-        played(pipe, scheduler, **arguments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        played(pipe, scheduler, **arguments)
+    with pytest.raises(ValueError, match=r"does not guide by it: call it with \*\*scheduler\.pipeline_arguments"):
+        played(pipe, scheduler, guidance_scale=given)
+    at_one = EPDScheduler.from_config(scheduler.config, guidance=None)
+    plain = scheduler_of(with_columns(2), prediction_type=denoiser.process.prediction)
+    assert torch.equal(*(played(pipe, each, guidance_scale=given) for each in (at_one, plain)))
 
 
-def test_the_first_evaluation_must_have_the_solvers_guidance(stable_diffusion) -> None:
-    pipe, denoiser = stable_diffusion
-    scheduler = scheduler_of(TABLES["guidance"], prediction_type=denoiser.process.prediction)
-    with pytest.raises(ValueError, match=r"first evaluation had guidance 7\.5.*guidance_scales\(\)\[0\]"):
-        played(pipe, scheduler, guidance_scale=7.5)
+def test_the_scale_is_followed_wherever_a_pipeline_keeps_it() -> None:
+    """Those of control nets and adapters multiply by their argument, which no callback reaches."""
+    scheduler = scheduler_of(TABLES["guidance"])
+    guidance_scale = scheduler.pipeline_arguments()["guidance_scale"]
+    assert guidance_scale > 1
+    asked: list[float] = []
+
+    def network(latents: Tensor, number: int) -> Tensor:
+        asked.append((guidance_scale * torch.ones(1)).item())
+        return latents
+
+    drawn_by(scheduler, start_noise(), network)
+    assert asked == pytest.approx(TABLES["guidance"].guidance.flatten().tolist())
 
 
 def test_guidance_of_1_everywhere_asks_without_text_nowhere(stable_diffusion) -> None:
@@ -359,7 +368,7 @@ def test_a_pipeline_whose_guidance_is_fixed_before_the_first_step_is_refused() -
     pipe = tiny_flux()
     pipe.scheduler = scheduler_of(TABLES["no points, guidance"], FLOW_SIGMAS, prediction_type="flow_prediction")
     text, pooled = torch.randn(1, 5, TEXT_WIDTH), torch.randn(1, TEXT_WIDTH)
-    with pytest.raises(ValueError, match="FluxPipeline fixes its guidance before the first step"):
+    with pytest.raises(ValueError, match="fixes its guidance before the first step, as FLUX's do"):
         pipe(
             prompt_embeds=text, pooled_prompt_embeds=pooled, height=16, width=16, **pipe.scheduler.pipeline_arguments()
         )
@@ -384,16 +393,18 @@ def test_levels_may_repeat() -> None:
         sigma = sigma.expand(len(x)).view(-1, 1, 1, 1)
         return x - sigma * (x / (1 + sigma**2).sqrt() + sigma).cos()
 
-    start = initial_noise(SEEDS, (4, 8, 8), device=CPU, dtype=torch.float64) * SIGMAS[0]
-    torch.testing.assert_close(drawn_by(scheduler, start, network)[-1], epd_sampler(denoise, start, SIGMAS, table))
+    noise = initial_noise(SEEDS, (4, 8, 8), device=CPU, dtype=torch.float64)
+    states = drawn_by(scheduler, noise * scheduler.init_noise_sigma, network)
+    torch.testing.assert_close(states[-1], epd_sampler(denoise, noise * SIGMAS[0], SIGMAS, table))
 
 
 def test_half_precision_is_summed_in_float32() -> None:
     """64 answers that float16 could not tell from nothing beside what is there already."""
     points = torch.linspace(0.1, 0.9, 64, dtype=torch.float64)[None]
-    scheduler = scheduler_of(EPDTable(points, torch.full_like(points, 1 / 64)), torch.tensor([2.0, 1.0]))
+    table = EPDTable(points, torch.full_like(points, 1 / 64))
+    scheduler = scheduler_of(table, torch.tensor([1.0, 0.5]), prediction_type="flow_prediction")
     start = torch.full((1, 1, 2, 2), 2048.0, dtype=torch.float16)
-    answer = torch.full_like(start, -3.0)
+    answer = torch.full_like(start, -6.0)
     states = drawn_by(scheduler, start, lambda asked, number: answer)
     assert {state.dtype for state in states} == {torch.float16}
     assert states[-1].unique().tolist() == [2052.0]  # 2051 is between two numbers of float16, 2048 + 64 · 0 were 2048
@@ -428,6 +439,11 @@ def test_a_saved_scheduler_is_the_same_solver_and_brings_its_code(tmp_path: Path
         }
         assert torch.equal(other.timesteps, scheduler.timesteps)
     assert content["history"] == TABLES["all columns"].history.tolist()
+
+
+def test_ddim_with_its_configuration_does_not_clip_latents() -> None:
+    """It would where nothing is said."""
+    assert not DDIMScheduler.from_config(scheduler_of(TABLES["one point"]).config).config.clip_sample
 
 
 def test_a_pipeline_saved_with_the_scheduler_loads_with_it(tmp_path: Path) -> None:

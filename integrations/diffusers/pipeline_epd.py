@@ -74,10 +74,8 @@ class EPDPipelineMixin:
             given["callback_on_step_end"] = partial(_at_the_end_of_an_interval, callback)
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             given["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
-        usual = self.scheduler.pipeline_arguments()
-        usual.pop("callback_on_step_end", None)
         with self._points_at_once():
-            drawn = draw(**{**usual, **given})
+            drawn = draw(**{**self.scheduler.pipeline_arguments(), **given})
             if (self.scheduler.step_index or 0) % self.scheduler.order:
                 raise ValueError("the loop ended inside an interval: it can be left early only where one ends")
             return drawn
@@ -132,8 +130,8 @@ class EPDPipelineMixin:
         """Whether the present call needs the rows without the text; the first one has them if any call does."""
         if not self._plays_guidance:
             return super().do_classifier_free_guidance
-        scales = self.scheduler.guidance_of_call() if self.scheduler.step_index else self.scheduler.guidance_scales()
-        return any(scale != 1 for scale in scales)
+        rows = [self.scheduler.guidance_of_call()] if self.scheduler.step_index else self.scheduler.config.guidance
+        return any(scale != 1 for row in rows for scale in row)
 
     @property
     def num_timesteps(self) -> int:

@@ -15,13 +15,14 @@ and b = σ_{i+1}, an interval is
     d_k = (x_k - D(x_k, scale_time_k · τ_k)) / τ_k
     x  <- x + (b - a) Σ_k weights_k · scale_dir_k · d_k        without points, K = 0:  x <- x + (b - a) d
 
-after arXiv 2507.14797 and 2512.22796: 1 + K evaluations, and as many timesteps and calls of `step`.
+after arXiv 2507.14797 and 2512.22796: 1 + K evaluations, and as many timesteps and calls of `step`. Between the calls a
+pipeline holds x / sqrt(1 + σ²), as the network takes it, σ what the network is told, and in the end x; for flow
+matching x all along.
 """
 
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,22 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
 
 
 class GuidanceScale(float):
-    """A scale under which a pipeline goes on asking with and without the text, also where it is at most 1.
+    """What pipelines multiply by to guide; of a solver with `guidance` the scale of the evaluation at hand.
 
-    Pipelines guide where `guidance_scale > 1`. Here 1 is the answer with the text alone, and 0 that without.
+    Pipelines guide where `guidance_scale > 1`. Here they always do: 1 is the answer with the text alone, and 0 that
+    without.
     """
+
+    scheduler: EPDScheduler | None = None
+    """Whose `guidance` the scale follows."""
 
     def __gt__(self, other: float) -> bool:
         """Say yes to the question whether to guide."""
         return True
+
+    def __mul__(self, other: Any) -> Any:
+        """The product with the scale at hand."""
+        return (float(self) if self.scheduler is None else self.scheduler.guidance_at_hand()) * other
 
 
 class EPDScheduler(SchedulerMixin, ConfigMixin):
@@ -60,6 +69,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the model's noise schedule, as in other
             schedulers; a flow-matching model needs the first alone.
         use_flow_sigmas: for pipelines that ask for it; follows from `prediction_type`.
+        clip_sample, clip_sample_range: whether estimates D are clamped to ± the range, as DDPMs in pixel space have it.
 
     Raises ValueError for numbers that are no solver.
     """
@@ -86,6 +96,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: str = "scaled_linear",
         trained_betas: list[float] | None = None,
         use_flow_sigmas: bool | None = None,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
     ) -> None:
         """Multiply the columns out on the grid."""
         if sigmas is None:
@@ -112,19 +124,21 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self._levels = np.concatenate([a, b**r * a ** (1 - r)], axis=1)  # [S, 1 + K], of each evaluation
         self._told = self._levels.copy()  # what the network is told of them
         self._told[:, 1:] *= self._column("scale_time", self._points, 1.0)
-        self._inverse_norms = np.ones_like(self._told) if self._is_flow else (1 + self._told**2) ** -0.5
+        self._inverse_norms = np.ones((len(levels), 1 + self._points))  # of what a pipeline holds; it ends at x itself
+        if not self._is_flow:
+            self._inverse_norms[:-1] = (1 + self._told**2) ** -0.5
         self._gains = np.zeros_like(self._told)  # what of x - D goes into the interval's end
         self._gains[:, 1:] = (b - a) * w * self._column("scale_dir", self._points, 1.0) / self._levels[:, 1:]
         self._guidance = None if guidance is None else self._column("guidance", 1 + self._points, 1.0)
+        self._follows_guidance = guidance is not None and len(np.unique(self._guidance)) > 1
         self._history, self._direction_history = (
             self._column(name, self._intervals, 0.0) for name in ("history", "direction_history")
         )
         self._final = levels[1:]
         self._betas = None if self._is_flow else self._noise_schedule()
-        self._has_warned = False
         self.points_at_once = False
         """Whether all K points of an interval are one call of K rows for each sample, which few pipelines can ask."""
-        self.init_noise_sigma = float(levels[0])
+        self.init_noise_sigma = float(levels[0] * self._inverse_norms[0, 0])
         self.set_timesteps(self._intervals)
 
     def _column(self, name: str, width: int, neutral: float) -> np.ndarray:
@@ -183,40 +197,22 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     def pipeline_arguments(self) -> dict[str, Any]:
         """What a stock pipeline must be called with to play the solver as it was tuned.
 
-        That is num_inference_steps, and guidance_scale and callback_on_step_end where the solver says its guidance.
+        That is num_inference_steps, and guidance_scale where the solver says its guidance.
         """
         arguments: dict[str, Any] = {"num_inference_steps": self._intervals}
-        if self._guidance is not None:
-            scales = self.guidance_scales()
-            return {**arguments, "guidance_scale": scales[0], "callback_on_step_end": self.set_guidance}
-        scale = self.config.guidance_scale
-        return arguments if scale is None else {**arguments, "guidance_scale": _guiding([scale])[0]}
+        scale = self.config.guidance_scale if self._guidance is None else float(self._guidance[0, 0])
+        if scale is None:
+            return arguments
+        if scale == 1 and not self._follows_guidance:
+            return {**arguments, "guidance_scale": 1.0}  # there is nothing to guide
+        guidance = GuidanceScale(scale)
+        guidance.scheduler = self if self._follows_guidance else None
+        return {**arguments, "guidance_scale": guidance}
 
-    def guidance_scales(self) -> list[float]:
-        """The scale of each evaluation in order. From an image, the pipeline's guidance_scale is that of the first."""
-        return _guiding(self._guidance.flatten().tolist())
-
-    def set_guidance(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Set the pipeline's guidance for the next evaluation: the `callback_on_step_end` of solvers with `guidance`.
-
-        It suits pipelines that multiply by their guidance_scale in every step (Stable Diffusion, XL, 3). Raises
-        ValueError for another pipeline, and where the first evaluation was made at another scale than the solver's.
-        """
-        if not hasattr(type(pipe), "do_classifier_free_guidance"):
-            raise ValueError(
-                f"{type(pipe).__name__} fixes its guidance before the first step: it cannot play this solver"
-            )
-        scales, given = self.guidance_scales(), pipe.guidance_scale
-        first = scales[self._step_index - 1]
-        if not self._guidance_is_set and (given != first or (given > 1) != (first > 1)):
-            raise ValueError(
-                f"the first evaluation had guidance {given:g}: call the pipeline with guidance_scale="
-                f"scheduler.guidance_scales()[{self._step_index - 1}], or with **scheduler.pipeline_arguments()"
-            )
-        self._guidance_is_set = True
-        if self._step_index < len(scales):
-            pipe._guidance_scale = scales[self._step_index]
-        return tensors
+    def guidance_at_hand(self) -> float:
+        """The scale in `guidance` of the next call of `step`; whoever asks is taken to guide by it."""
+        self._guidance_is_asked = True
+        return self.guidance_of_call()[0]
 
     def set_timesteps(
         self,
@@ -253,7 +249,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.tensor([*self._levels[:, : self.order].flatten(), self._final[-1]], dtype=torch.float32)
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._guidance_is_set = False
+        self._guidance_is_asked = False
         self._estimates: list[tuple[int, Tensor]] = []  # at the starts of the intervals so far
         self._directions: list[tuple[int, Tensor]] = []
 
@@ -267,16 +263,17 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The latents as the network takes them: x / sqrt(1 + σ²), σ what it is told; for flow matching as they are."""
-        return (sample * self._per_row(self._inverse_norms, self._enter(timestep), sample)).to(sample.dtype)
+        """The latents as they are: the network takes them so."""
+        self._enter(timestep)
+        return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Clean latents with the noise of the next evaluation, or before the first one of `timesteps`, all the same."""
         index = self._step_index
         if index is None:
             index = self._begin_index if self._begin_index is not None else self._start_at(timesteps.flatten()[0])
-        sigma = self.sigmas[index].item()
-        return (1 - sigma if self._is_flow else 1) * original_samples + sigma * noise
+        sigma, inverse_norm = self.sigmas[index].item(), self._per_row(self._inverse_norms, index, noise)
+        return ((1 - sigma if self._is_flow else 1) * original_samples + sigma * noise) * inverse_norm
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` as the pipelines of flow-matching models call it."""
@@ -294,11 +291,18 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
         sample: [B, ...]; with `points_at_once` between an interval's start and its end [B·K, ...], row b·K + k for
         point k of sample b. The arithmetic is in float32 at least. generator: some pipelines hand one on; nothing is
-        drawn.
+        drawn. Raises ValueError where the pipeline does not guide by the scales of `guidance`.
         """
         index = self._enter(timestep)
+        if self._follows_guidance and not (self._guidance_is_asked or self.points_at_once):
+            raise ValueError(
+                "the solver has a guidance scale for each evaluation, and the pipeline does not guide by it: call it "
+                "with **scheduler.pipeline_arguments(). A pipeline that fixes its guidance before the first step, as "
+                "FLUX's do, can play at one scale alone: EPDScheduler.from_pretrained(FOLDER, guidance=None)"
+            )
         interval, stage = divmod(index, self.order)
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        x = x / self._per_row(self._inverse_norms, index, x)
         estimate = self._estimate(x, model_output.to(x.dtype), index)
         if stage == 0:
             self._begin_interval(interval, x, estimate)
@@ -312,19 +316,22 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             latents = (self._start[:, None] + moves * self._direction[:, None]).flatten(0, 1)
         else:
             latents = self._following
-        self._warn_of_guidance(index)
-        latents = latents.to(sample.dtype)
+        latents = (latents * self._per_row(self._inverse_norms, self._step_index, latents)).to(sample.dtype)
         return SchedulerOutput(latents) if return_dict else (latents,)
+
+    @property
+    def _index_of_call(self) -> int:
+        return (self._begin_index or 0) if self._step_index is None else self._step_index
 
     def timesteps_of_call(self) -> Tensor:
         """[n]: what the network takes at the evaluations of its next call; n is K at all points at once."""
-        index = self._step_index or 0
+        index = self._index_of_call
         told = self._told[index // self.order, self._columns(index)]
         return torch.tensor(self._timesteps_of(told), dtype=torch.float32, device=self.timesteps.device)
 
     def guidance_of_call(self) -> list[float]:
         """[n]: likewise the scales of `guidance`."""
-        index = self._step_index or 0
+        index = self._index_of_call
         return self._guidance[index // self.order, self._columns(index)].tolist()
 
     # -------------------------------------------------------------------------------------------------- the solver
@@ -342,10 +349,12 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     def _estimate(self, x: Tensor, output: Tensor, index: int) -> Tensor:
         """D(x, σ) from the network's answer, σ what it was told."""
         told = self._per_row(self._told, index, x)
-        if self.config.prediction_type != "v_prediction":
-            return x - told * output
-        inverse_norm = self._per_row(self._inverse_norms, index, x)
-        return inverse_norm**2 * x - told * inverse_norm * output
+        estimate = x - told * output
+        if self.config.prediction_type == "v_prediction":
+            inverse_norm = self._per_row(self._inverse_norms, index, x)
+            estimate = inverse_norm**2 * x - told * inverse_norm * output
+        bound = self.config.clip_sample_range
+        return estimate.clamp(-bound, bound) if self.config.clip_sample else estimate
 
     def _columns(self, index: int) -> slice:
         """Which of an interval's 1 + K evaluations a call of the network makes."""
@@ -377,18 +386,6 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"the solver can begin at the timesteps {starts}, where its intervals start: {timestep}")
         return int(found.nonzero()[0]) * self.order
 
-    def _warn_of_guidance(self, index: int) -> None:
-        """Say once that the solver is not played as it was tuned."""
-        beyond_first = index > (self._begin_index or 0)
-        is_followed = self._guidance is None or self._guidance_is_set or self.points_at_once
-        if beyond_first and not is_followed and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                "the solver has a guidance scale for each evaluation, and the pipeline plays it at one: call the "
-                "pipeline with **scheduler.pipeline_arguments()",
-                stacklevel=3,
-            )
-
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the configuration, and this file beside it, so that whoever loads a pipeline has its scheduler too."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -396,11 +393,6 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         if copy.resolve() != Path(__file__).resolve():
             shutil.copyfile(__file__, copy)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-
-def _guiding(scales: list[float]) -> list[float]:
-    """The scales as they make a pipeline guide; where all are 1 it need not."""
-    return scales if all(scale == 1 for scale in scales) else [GuidanceScale(scale) for scale in scales]
 
 
 def _recalling(row: np.ndarray, interval: int, own: Tensor, earlier: list[tuple[int, Tensor]]) -> Tensor:

@@ -59,7 +59,14 @@ class PixelDDPM(Backbone):
         super().__init__(name, model.network, process, self.usual_guidance, device=device, dtype=dtype)
         self.latent_shape = (model.network.config.in_channels, *parts.size)
         self.image_size = parts.size
-        self._clip_range = math.inf if model.clip_range is None else model.clip_range
+        self._clip_range = math.inf
+        if model.clip_range is not None:
+            self._clip_range = model.clip_range
+            self.scheduler_config = {
+                **self.scheduler_config,
+                "clip_sample": True,
+                "clip_sample_range": model.clip_range,
+            }
 
     def validate_prompts(self, prompts: Sequence[str]) -> None:
         """Raise `InputError` where there is a prompt."""
