@@ -201,7 +201,7 @@ def network(
         ask = conditioned(denoiser, denoiser.encode([f"picture {row}" for row in range(rows)], 1.0))
         x = torch.randn(rows, *denoiser.latent_shape, device=world.device)
         level = torch.tensor(denoiser.sigma_max, dtype=torch.float64)
-        with torch.backends.cudnn.flags(benchmark=tried):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=tried):  # off unless said
             first, *spent = [world.seconds(lambda: ask(x, level)) for _ in range(1 + 2 * world.size.repeats)]
     finally:
         nn.Module.to(denoiser.network, memory_format=torch.channels_last)

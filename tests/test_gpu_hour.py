@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from benchmarks import gpu_hour
-from benchmarks.gpu_hour import Size, World, main, parts_of, sampling, step
+from benchmarks.gpu_hour import Size, World, main, network, parts_of, sampling, step
 from models import clip
 from models.backbone import Backbone
 from training.ppo.tests.tiny_world import CLIP, write_world
@@ -81,6 +81,17 @@ def test_a_step_counts_the_rows_that_the_network_was_asked(model):
     rows.clear()
     step(world, 3, 0, compiled=True)
     assert rows == [8] * 2 * 3
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_the_network_is_timed_with_cudnn(model, tried: bool):
+    world = World(model, CPU, torch.float32, SMALL, peak=1.0)
+    seen: set[tuple[bool, bool]] = set()
+    world.denoiser.network.register_forward_pre_hook(
+        lambda *_: seen.add((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark))
+    )
+    network(world, tried=tried)
+    assert seen == {(True, tried)}
 
 
 def test_diffusers_is_asked_as_often_as_we_ask(model):
