@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import itertools
 import json
-import resource
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.budget import KNOWN, loaded
 from benchmarks.evaluation_cost import Cost, configuration_of
+from benchmarks.rehearse_sd15 import forget_peak, own_peak
 from errors import InputError, first_line, shows_input_errors
 from files import write_atomically
 from models import clip, load_denoiser
@@ -162,11 +162,17 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def memory(self) -> str:
-        """Most bytes held: on a GPU by torch since the part began, on a CPU by this process."""
+    def forget_memory(self) -> None:
+        """Let `memory` count from here on."""
         if self.device.type == "cuda":
-            return gigabytes(torch.cuda.max_memory_allocated(self.device))
-        return gigabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            forget_peak()
+
+    def memory(self) -> str:
+        """Most bytes held since `forget_memory`: on a GPU by torch, on a CPU by this process."""
+        on_gpu = self.device.type == "cuda"
+        return gigabytes(torch.cuda.max_memory_allocated(self.device) if on_gpu else own_peak())
 
     def share(self, operations: float, seconds: float) -> float:
         """Of the peak."""
@@ -361,8 +367,7 @@ def measured(model: str, device: torch.device, size: Size, file: Path, ends: flo
             if place not in kept["parts"]:
                 if perf_counter() > ends:
                     return
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
+                world.forget_memory()
                 click.echo(f"{place} ...")
                 kept["parts"][place] = part(world)
                 write_atomically(file, (json.dumps(kept, indent=1) + "\n").encode())

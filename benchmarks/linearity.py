@@ -47,6 +47,7 @@ class Line(NamedTuple):
 def step_seconds(world: World, repeats: int, *, images: int, intervals: int, points: int) -> float:
     """The median of `repeats` steps of PPO, after one that does not count."""
     world.size = world.size._replace(images=images)
+    world.forget_memory()
     trainer = trainer_of(world, intervals, points, compiled=False)
     trainer.step()
     return statistics.median(trainer.step()["seconds/step"] for _ in range(repeats))

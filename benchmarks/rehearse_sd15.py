@@ -125,14 +125,14 @@ def write_assets(house: Path, store: Path) -> Iterator[Passed]:
 def placed(house: Path, store: Path, path: str, described: bytes, write: Callable[[Path], None]) -> Passed:
     """Put a large asset in its place in the house: a link to the store, where `write` writes it unless it is there."""
     start = perf_counter()
-    _forget_peak()
+    forget_peak()
     stored = store / f"{hashlib.sha256(described).hexdigest()[:12]}-{Path(path).name}"
     is_there = stored.exists()
     if not is_there:
         write(stored)
     (house / path).parent.mkdir(parents=True, exist_ok=True)
     (house / path).symlink_to(stored.resolve())
-    return Passed(f"{'found' if is_there else 'made'} {path}", perf_counter() - start, _own_peak())
+    return Passed(f"{'found' if is_there else 'made'} {path}", perf_counter() - start, own_peak())
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> Path:
@@ -191,11 +191,12 @@ def write_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
         torch.save({"state_dict": state}, temporary)
 
 
-def _own_peak() -> int:
+def own_peak() -> int:
+    """Most bytes of main memory that this process held since `forget_peak`."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let this process's peak memory count from here on; Linux hands it down to the commands that are started."""
     if RESETS_PEAK.exists():
         RESETS_PEAK.write_text("5")  # proc(5)
@@ -214,7 +215,7 @@ def run(house: Path, *arguments: str, status: int = 0) -> Passed:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
     command = " ".join(arguments)
-    _forget_peak()
+    forget_peak()
     start = perf_counter()
     with (house / LOG).open("a+") as log:
         log.write(f"\n$ {command}\n")

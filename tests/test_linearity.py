@@ -26,8 +26,9 @@ def test_a_line_is_found_and_what_bends_is_off_it():
 
 
 def test_each_sweep_changes_one_amount_and_takes_that_many(tiny_model, monkeypatch):
-    taken = []
+    taken, forgotten = [], []
     made = linearity.trainer_of
+    monkeypatch.setattr(gpu_hour, "forget_peak", lambda: forgotten.append(len(taken)))
 
     def counted(world, intervals, points, *, compiled):
         search = made(world, intervals, points, compiled=compiled)
@@ -40,5 +41,6 @@ def test_each_sweep_changes_one_amount_and_takes_that_many(tiny_model, monkeypat
     monkeypatch.setattr(linearity, "SWEEPS", {"images": (4, 8), "intervals": (2, 3), "points": (1, 2)})
     arguments = ["--model", tiny_model, "--device", "cpu", "--repeats", "1"]
     result = CliRunner().invoke(linearity.main, arguments, catch_exceptions=False)
+    assert forgotten == list(range(7))  # else what one place held would be shown of all after it
     assert taken[1:] == [(4, 2, 1), (8, 2, 1), (4, 2, 1), (4, 3, 1), (4, 2, 1), (4, 2, 2)]
     assert result.output.count("at most 0.0% off the line") == 3  # through two places there always is one

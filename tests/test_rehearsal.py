@@ -140,10 +140,10 @@ def test_a_command_that_fails_is_shown(tmp_path):
 MEASURES = """
 import sys, torch
 from pathlib import Path
-from benchmarks.rehearse_sd15 import _own_peak, run
+from benchmarks.rehearse_sd15 import own_peak, run
 torch.ones(10**8)
 house = Path(sys.argv[1])
-print(_own_peak(), *(run(house, sys.executable, "-c", code).memory for code in ("", "held = bytearray(10**9)")))
+print(own_peak(), *(run(house, sys.executable, "-c", code).memory for code in ("", "held = bytearray(10**9)")))
 """
 
 
