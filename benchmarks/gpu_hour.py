@@ -369,7 +369,13 @@ def measured(model: str, device: torch.device, size: Size, file: Path, ends: flo
                     return
                 world.forget_memory()
                 click.echo(f"{place} ...")
-                kept["parts"][place] = part(world)
+                try:
+                    kept["parts"][place] = part(world)
+                except RuntimeError as error:  # of the memory or the compiler: other parts may do
+                    if name == "peak":
+                        raise
+                    click.echo(f"{place} failed: {first_line(error)}")
+                    continue
                 write_atomically(file, (json.dumps(kept, indent=1) + "\n").encode())
             if name == "peak":
                 world.peak = 1e12 * kept["parts"][place]["TFLOP/s"]

@@ -83,6 +83,22 @@ def test_a_step_counts_the_rows_that_the_network_was_asked(model):
     assert rows == [8] * 2 * 3
 
 
+def test_a_part_that_fails_does_not_keep_the_others_from_being_timed(model, tmp_path, monkeypatch):
+    def crowded(world: World) -> dict[str, float]:
+        raise torch.OutOfMemoryError("no room for it\nand more")
+
+    parts = {"peak": gpu_hour.peak, "network/eager": crowded, "network/tried": lambda world: {"ms a row": 1.0}}
+    monkeypatch.setattr(gpu_hour, "parts_of", lambda size, dtype: parts)
+    result = run(model, tmp_path / "figures.json")
+    assert result.exit_code == 0
+    assert "float32/network/eager failed: no room for it\n" in result.output
+    assert "\n1 parts are left" in result.output
+    assert list(json.loads((tmp_path / "figures.json").read_text())["parts"]) == [
+        "float32/peak",
+        "float32/network/tried",
+    ]
+
+
 @pytest.mark.parametrize("tried", [False, True])
 def test_the_network_is_timed_with_cudnn(model, tried: bool):
     world = World(model, CPU, torch.float32, SMALL, peak=1.0)
