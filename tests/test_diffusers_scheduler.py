@@ -441,9 +441,10 @@ def test_a_saved_scheduler_is_the_same_solver_and_brings_its_code(tmp_path: Path
     assert content["history"] == TABLES["all columns"].history.tolist()
 
 
-def test_ddim_with_its_configuration_does_not_clip_latents() -> None:
+def test_ddim_with_its_configuration_does_not_clip_latents(tmp_path: Path) -> None:
     """It would where nothing is said."""
-    assert not DDIMScheduler.from_config(scheduler_of(TABLES["one point"]).config).config.clip_sample
+    scheduler_of(TABLES["one point"]).save_pretrained(tmp_path)
+    assert not DDIMScheduler.from_config(EPDScheduler.from_pretrained(tmp_path).config).config.clip_sample
 
 
 def test_a_pipeline_saved_with_the_scheduler_loads_with_it(tmp_path: Path) -> None:
