@@ -40,6 +40,12 @@ def end_at_once_on_signals() -> None:
         signal.signal(number, _end_at_once)
 
 
+def end_at_once_where_started() -> None:
+    """`end_at_once_on_signals` for a package, while `python -m` looks in it for the module that is the command."""
+    if sys.argv[0] == "-m":  # so called until that is found
+        end_at_once_on_signals()
+
+
 @contextmanager
 def signals_raise() -> Iterator[None]:
     """Have a signal raise `Interrupted`, so that what is half done is tidied up."""

@@ -7,11 +7,6 @@ From configurations alone: every module lies on torch's meta device, which holds
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -10,11 +10,6 @@ was trained on.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache

@@ -8,11 +8,6 @@ the same ones, only more of them.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 import statistics
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -11,11 +11,6 @@ which is no choice that can be made: it has seen the image.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -11,11 +11,6 @@ the copy's table of assets is told the stand-in's digest.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 import shutil
 import warnings
 from collections.abc import Iterator

@@ -9,11 +9,6 @@ nothing; that it comes out, how long it takes and how much memory it needs is wh
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 import hashlib
 import itertools
 import json

@@ -1,13 +1,10 @@
 """Frozen diffusion models, each behind one `Denoiser`."""
 
-import sys
+from interrupts import end_at_once_where_started
 
-if sys.argv[0] == "-m":  # so called while `python -m models...` looks for its module; what follows takes long
-    from interrupts import end_at_once_on_signals
+end_at_once_where_started()  # what follows takes long
 
-    end_at_once_on_signals()
-
-from models.denoiser import Denoiser
-from models.registry import load_denoiser
+from models.denoiser import Denoiser  # noqa: E402 - later on purpose
+from models.registry import load_denoiser  # noqa: E402
 
 __all__ = ["Denoiser", "load_denoiser"]

@@ -1,1 +1,5 @@
 """Command lines beside the main ones."""
+
+from interrupts import end_at_once_where_started
+
+end_at_once_where_started()

@@ -7,11 +7,6 @@ is what distillation looks for.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -4,11 +4,6 @@ sample.py.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 import json
 from collections import Counter, defaultdict
 from pathlib import Path

@@ -37,6 +37,7 @@ COMMANDS = [
     ["-m", "benchmarks.gpu_hour"],
     ["-m", "benchmarks.ddpm_study"],
     ["-m", "benchmarks.budget"],
+    ["-m", "benchmarks.estimators"],
     ["-m", "benchmarks.rehearse_sd15"],
     ["-m", "benchmarks.rehearse_evaluation"],
 ]
