@@ -16,6 +16,7 @@ from training.ppo import algorithm
 from training.ppo.config import PPOConfig
 from training.ppo.policy import EPDParamPolicy, TableDistribution, TableSample
 from training.ppo.rollout import DivergenceError, Outcome, PromptStream, RolloutSource, Scores
+from training.ppo.search.protocol import Search, reward_metrics
 from training.runs.checkpoint import load_optimizer
 
 METRICS: Mapping[str, str] = {
@@ -60,18 +61,16 @@ class Batch:
         sample: the tables.
         log_prob: [n], of the policy that drew them.
         rewards: [n].
-        dropped_groups: how many groups were left out.
-        parts: mean raw score of each reward, over the finite ones.
+        scores: of all N samples of the step.
     """
 
     sample: TableSample
     log_prob: Tensor
     rewards: Tensor
-    dropped_groups: int
-    parts: Mapping[str, float]
+    scores: Scores
 
 
-class PPOTrainer(Generic[Outcome]):
+class PPOTrainer(Search):
     """PPO (arXiv 1707.06347) of a policy over tables, with leave-one-out baselines (arXiv 2402.14740).
 
     In a run of several processes each holds a trainer with the same seed; they differ only in what their source rolls
@@ -81,7 +80,7 @@ class PPOTrainer(Generic[Outcome]):
     def __init__(
         self,
         policy: EPDParamPolicy,
-        source: RolloutSource[Outcome],
+        source: RolloutSource[Any],
         prompts: PromptStream,
         settings: PPOConfig,
         *,
@@ -96,64 +95,39 @@ class PPOTrainer(Generic[Outcome]):
             settings: section `ppo` of the configuration.
             seed: of the tables drawn and of the order of the minibatches.
         """
-        self.policy = policy
-        self.source = source
-        self.prompts = prompts
+        super().__init__(policy, source, prompts)
         self.settings = settings
         self.generator = generator_of(derived_seed("tables and minibatches", seed))
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
-        self.completed_steps = 0
 
-    def step(self) -> dict[str, float]:
+    def _step(self, number: int) -> dict[str, float]:
         """One rollout and its updates; returns the metrics named in `METRICS`.
 
         Raises:
             DivergenceError: too many rewards, or a gradient, were not finite, or the mean table is none any more.
         """
-        start = perf_counter()
         trial = self._roll_out()
         batch = self._score(trial)
         advantages = self._advantages(batch.rewards)
         update = self._update(batch, advantages)
-        return self._log(batch, update, perf_counter() - start)
+        return self._log(number, batch, update)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact resume needs, as tensors and plain values; to be taken between steps.
+    def _own_state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
 
-        The tensors are the live ones: write them down, or copy them, before the next step.
-        """
-        return {
-            "completed_steps": self.completed_steps,
-            "policy": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "prompts": self.prompts.state_dict(),
-            "source": self.source.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken.
-
-        Raises:
-            InputError: the state belongs to other prompts or other rewards.
-        """
-        self.prompts.load_state_dict(state["prompts"])
-        self.source.load_state_dict(state["source"])
-        self.policy.load_state_dict(state["policy"])
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
         load_optimizer(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.completed_steps = state["completed_steps"]
 
     @torch.no_grad()
-    def _roll_out(self) -> Trial[Outcome]:
-        self.source.take_seconds()  # what others did with the source since the last step is not this step's
+    def _roll_out(self) -> Trial[Any]:
         prompts = self.prompts.take(self.settings.rollout_batch_size // self.settings.rloo_k)
         distribution = self.policy()
         sample = distribution.sample(self.settings.rollout_batch_size, self.generator)
         outcome = self.source.roll_out(sample.table(), prompts, self.completed_steps, sample.sigmas())
         return Trial(sample, distribution.log_prob(sample), outcome)
 
-    def _score(self, trial: Trial[Outcome]) -> Batch:
+    def _score(self, trial: Trial[Any]) -> Batch:
         scores = self.source.score(trial.outcome)
         groups = scores.rewards.view(-1, self.settings.rloo_k).isfinite().all(1)  # [B]
         self._require_enough(groups)
@@ -162,8 +136,7 @@ class PPOTrainer(Generic[Outcome]):
             trial.sample.select(kept),
             trial.log_prob[kept],
             scores.rewards[kept].to(trial.log_prob),
-            dropped_groups=int((~groups).sum()),
-            parts=_finite_means(scores),
+            scores,
         )
 
     def _require_enough(self, finite_groups: Tensor) -> None:
@@ -257,29 +230,12 @@ class PPOTrainer(Generic[Outcome]):
         return rate
 
     @torch.no_grad()
-    def _log(self, batch: Batch, update: Mapping[str, float], seconds: float) -> dict[str, float]:
-        """Count the step as done, and gather its metrics."""
-        self.completed_steps += 1
+    def _log(self, number: int, batch: Batch, update: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of the step."""
         distribution: TableDistribution = self.policy()
-        within, between = algorithm.reward_variances(batch.rewards, self.settings.rloo_k)
         return {
-            "step": self.completed_steps,
-            "images": self.completed_steps * self.settings.rollout_batch_size,
-            "reward_mean": batch.rewards.mean().item(),
-            "reward_min": batch.rewards.min().item(),
-            "reward_max": batch.rewards.max().item(),
-            **{f"reward/{name}": mean for name, mean in batch.parts.items()},
-            "reward_within_variance": within,
-            "reward_between_variance": between,
+            **reward_metrics(number, batch.scores, self.settings.rloo_k),
             "saturated_share": algorithm.saturated_share(batch.rewards, self.settings.rloo_k),
-            "dropped_groups": batch.dropped_groups,
             **update,
             "parameters_at_bounds": distribution.at_bounds,
-            **{f"seconds/{phase}": spent for phase, spent in self.source.take_seconds().items()},
-            "seconds/step": seconds,
         }
-
-
-def _finite_means(scores: Scores) -> dict[str, float]:
-    """Mean raw score of each reward, over the finite ones."""
-    return {name: values[values.isfinite()].double().mean().item() for name, values in scores.parts.items()}

@@ -9,7 +9,6 @@ about as far from the start as the solvers that PPO tries first. The result is t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from time import perf_counter
 from typing import Any
 
 import cma
@@ -26,7 +25,7 @@ from training.ppo.cold_start import trainable
 from training.ppo.config import Config
 from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores
 from training.ppo.search import ppo
-from training.ppo.search.protocol import reward_metrics
+from training.ppo.search.protocol import Search, reward_metrics
 from training.solver import Solver
 
 DRAWS = 1024
@@ -51,8 +50,8 @@ class Candidates(SolverParameters):
         return self.mean()
 
 
-class CMAES:
-    """CMA-ES, a `training.ppo.search.protocol.Search`.
+class CMAES(Search):
+    """CMA-ES.
 
     Its draws come from a generator of its own, and what it is depends on the fitnesses that it was told alone: a
     checkpoint holds these, and a resumed search is told them again.
@@ -83,48 +82,30 @@ class CMAES:
         Raises:
             InputError: there is but one parameter to search.
         """
-        self.policy, self.source, self.prompts = policy, source, prompts
-        self.completed_steps = 0
+        super().__init__(policy, source, prompts)
         self._images, self._population, self._sigma0, self._seed = images, population, sigma0, seed
         self._told: list[list[float]] = []  # the fitnesses of each generation
         self._evolution = self._begin()
 
-    def step(self) -> dict[str, float]:
+    def _step(self, number: int) -> dict[str, float]:
         """One generation.
 
         Raises:
             DivergenceError: no candidate's rewards are finite, or a candidate is no solver.
         """
-        start = perf_counter()
-        self.source.take_seconds()  # what others did with the source since the last step is not this step's
         candidates = self._evolution.ask()
         scores = self._score(candidates)
         self._tell(candidates, self._fitness(scores.rewards).tolist())
         self._at(self._evolution.mean)
-        self.completed_steps += 1
         return {
-            **reward_metrics(self.completed_steps, scores, self._population),
+            **reward_metrics(number, scores, self._population),
             "step_size": float(self._evolution.sigma),
-            **{f"seconds/{phase}": spent for phase, spent in self.source.take_seconds().items()},
-            "seconds/step": perf_counter() - start,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact resume needs, as tensors and plain values."""
-        return {
-            "completed_steps": self.completed_steps,
-            "policy": self.policy.state_dict(),
-            "fitness": torch.tensor(self._told, dtype=torch.float64),
-            "prompts": self.prompts.state_dict(),
-            "source": self.source.state_dict(),
-        }
+    def _own_state(self) -> dict[str, Any]:
+        return {"fitness": torch.tensor(self._told, dtype=torch.float64)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken. Raises InputError for the state of other prompts or rewards."""
-        self.prompts.load_state_dict(state["prompts"])
-        self.source.load_state_dict(state["source"])
-        self.policy.load_state_dict(state["policy"])
-        self.completed_steps = state["completed_steps"]
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
         self._told = []
         self._evolution = self._begin()
         for fitness in state["fitness"].tolist():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from time import perf_counter
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -33,28 +35,64 @@ class Policy(Protocol):
         ...
 
 
-class Search(Protocol):
+class Search(ABC):
     """A search: its steps move a policy, by the rewards that a source gives solvers on prompts."""
 
-    policy: Policy
-    source: RolloutSource[Any]
-    prompts: PromptStream
-    completed_steps: int
+    def __init__(self, policy: Policy, source: RolloutSource[Any], prompts: PromptStream) -> None:
+        """Before the first step.
+
+        Args:
+            policy: changed in place.
+            source: tries and rewards solvers.
+            prompts: where each step's prompts come from.
+        """
+        self.policy, self.source, self.prompts = policy, source, prompts
+        self.completed_steps = 0
 
     def step(self) -> dict[str, float]:
-        """One rollout and what is made of it; returns metrics, at least those of `reward_metrics` and `seconds/step`.
+        """One rollout and what is made of it; returns metrics, at least those of `reward_metrics` and `seconds/...`.
 
         Raises `training.ppo.rollout.DivergenceError` where it cannot go on.
         """
-        ...
+        start = perf_counter()
+        self.source.take_seconds()  # what others did with the source since the last step is not this step's
+        metrics = self._step(self.completed_steps + 1)
+        self.completed_steps += 1
+        phases = {f"seconds/{phase}": spent for phase, spent in self.source.take_seconds().items()}
+        return {**metrics, **phases, "seconds/step": perf_counter() - start}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact resume needs, as tensors and plain values; the policy's under `policy`."""
-        ...
+        """Everything that a bit-exact resume needs, as tensors and plain values; to be taken between steps.
+
+        The tensors are the live ones: write them down, or copy them, before the next step.
+        """
+        return {
+            "completed_steps": self.completed_steps,
+            "policy": self.policy.state_dict(),
+            "prompts": self.prompts.state_dict(),
+            "source": self.source.state_dict(),
+            **self._own_state(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken. Raises InputError for the state of other prompts or rewards."""
-        ...
+        self.prompts.load_state_dict(state["prompts"])
+        self.source.load_state_dict(state["source"])
+        self.policy.load_state_dict(state["policy"])
+        self._load_own_state(state)
+        self.completed_steps = state["completed_steps"]
+
+    @abstractmethod
+    def _step(self, number: int) -> dict[str, float]:
+        """Make the step of this number, from 1; returns its metrics but for the times."""
+
+    @abstractmethod
+    def _own_state(self) -> dict[str, Any]:
+        """What the method adds to the state."""
+
+    @abstractmethod
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Take it from the whole state."""
 
 
 class Method(Protocol):

@@ -10,7 +10,6 @@ the step that it approves (--best).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from training.ppo.cold_start import trainable
 from training.ppo.config import Config, PPOConfig
 from training.ppo.rl_runner import RLRunner
 from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores
-from training.ppo.search.protocol import reward_metrics
+from training.ppo.search.protocol import Search, reward_metrics
 from training.runs.checkpoint import load_optimizer
 from training.solver import Solver
 
@@ -31,8 +30,8 @@ SCHEDULE = "cosine"
 """Of the step size, over the whole run."""
 
 
-class RewardGradient:
-    """Adam on a solver's free parameters, a `training.ppo.search.protocol.Search`."""
+class RewardGradient(Search):
+    """Adam on a solver's free parameters."""
 
     def __init__(
         self,
@@ -52,49 +51,27 @@ class RewardGradient:
             settings: section `ppo` of the configuration: steps, images a step, limits.
             learning_rate: Adam's step size at first.
         """
-        self.policy, self.source, self.prompts, self.settings = policy, source, prompts, settings
-        self.learning_rate = learning_rate
+        super().__init__(policy, source, prompts)
+        self.settings, self.learning_rate = settings, learning_rate
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
-        self.completed_steps = 0
 
-    def step(self) -> dict[str, float]:
+    def _step(self, number: int) -> dict[str, float]:
         """One batch of images, and one step of the optimizer.
 
         Raises:
             DivergenceError: too many rewards or their gradients are not finite, or the solver is none any more.
             InputError: the device's memory does not suffice.
         """
-        start = perf_counter()
-        self.source.take_seconds()  # what others did with the source since the last step is not this step's
         numbers = self.policy.numbers()
         scores, slopes, kept = self._slopes(numbers)
         update = self._update(numbers, slopes)
-        self.completed_steps += 1
-        return {
-            **reward_metrics(self.completed_steps, scores, 1),
-            "dropped_groups": int((~kept).sum()),
-            **update,
-            **{f"seconds/{phase}": spent for phase, spent in self.source.take_seconds().items()},
-            "seconds/step": perf_counter() - start,
-        }
+        return {**reward_metrics(number, scores, 1), "dropped_groups": int((~kept).sum()), **update}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact resume needs, as tensors and plain values; to be taken between steps."""
-        return {
-            "completed_steps": self.completed_steps,
-            "policy": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "prompts": self.prompts.state_dict(),
-            "source": self.source.state_dict(),
-        }
+    def _own_state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken. Raises InputError for the state of other prompts or rewards."""
-        self.prompts.load_state_dict(state["prompts"])
-        self.source.load_state_dict(state["source"])
-        self.policy.load_state_dict(state["policy"])
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
         load_optimizer(self.optimizer, state["optimizer"])
-        self.completed_steps = state["completed_steps"]
 
     def _slopes(self, numbers: Mapping[str, Tensor]) -> tuple[Scores, dict[str, Tensor], Tensor]:
         """The step's scores; the gradient of their mean in the learned numbers; the images [N] that it is made of.
