@@ -38,6 +38,7 @@ from training.ppo.panels import (
     verifier_fingerprint,
 )
 from training.ppo.rewards import Reward, build_reward, find_reward_files, load_reward
+from training.ppo.rewards.batched import Scoring
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import PromptStream
 from training.ppo.search import Policy, Search, method_called
@@ -395,10 +396,8 @@ def build(start: Start, fabric: Fabric) -> Parts:
     prompts = _training_prompts(config, denoiser)
     reward = build_reward(
         {config.reward.weights_path: 1.0, **config.reward.mix},
-        device=fabric.device,
-        batch_size=config.reward.batch_size,
-        amp_dtype=_amp_dtype(config, fabric.device),
         tokenizer_folder=config.reward.cache_dir,
+        **_scoring(config, fabric.device),
     )
     require_readable(denoiser, reward.readers())
     ppo = config.ppo
@@ -451,7 +450,7 @@ def _described(start: Start, denoiser: Denoiser) -> Callable[[EPDTable, Tensor |
             "code": fingerprint([*SAMPLING_CODE, *denoiser.code, *sorted(Path(__file__).parent.glob("*.py"))]),
             "device": denoiser.device.type,
             "network dtype": str(denoiser.dtype),
-            "reward dtype": str(_amp_dtype(config, denoiser.device)),
+            "reward dtype": str(_scoring(config, denoiser.device)["amp_dtype"]),
             **LIBRARIES,
             "rewards": [[str(source), reward_fingerprint(source, reward.cache_dir)] for source in sources],
             "panel": [watch.panel, verifier_fingerprint() if watch.panel == VERIFIER else None],
@@ -495,17 +494,13 @@ def _panel(config: Config, denoiser: Denoiser) -> Reward | None:
     if config.logging.panel == VERIFIER:
         require_verifiable(denoiser)
         return VerifierPanel()
-    return load_reward(
-        config.logging.panel,
-        device=denoiser.device,
-        batch_size=config.reward.batch_size,
-        amp_dtype=_amp_dtype(config, denoiser.device),
-        tokenizer_folder=config.reward.cache_dir,
-    )
+    scoring = _scoring(config, denoiser.device)
+    return load_reward(config.logging.panel, tokenizer_folder=config.reward.cache_dir, **scoring)
 
 
-def _amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    return torch.float16 if config.reward.enable_amp and device.type == "cuda" else None
+def _scoring(config: Config, device: torch.device) -> Scoring:
+    half = torch.float16 if config.reward.enable_amp and device.type == "cuda" else None
+    return {"device": device, "batch_size": config.reward.batch_size, "amp_dtype": half}
 
 
 def _training_prompts(config: Config, denoiser: Denoiser | None) -> list[str]:

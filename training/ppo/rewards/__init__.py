@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
+from typing import Unpack
 
 from errors import InputError
 from models.asset_table import BUNDLES, ROOT
 from models.loading import read_json
 from training.ppo.reward_names import FUNCTION, reward_name
 from training.ppo.rewards import aesthetic, clip_score, image_reward, mps, pickscore, reward_hps
+from training.ppo.rewards.batched import Scoring
 from training.ppo.rewards.function import FunctionReward, find_function
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rewards.named import RewardFiles
@@ -67,12 +67,7 @@ def _named_files(name: str, tokenizer_folder: str | Path | None) -> RewardFiles:
 
 
 def load_reward(
-    reward: str | Path,
-    *,
-    device: torch.device | str,
-    batch_size: int,
-    amp_dtype: torch.dtype | None = None,
-    tokenizer_folder: str | Path | None = None,
+    reward: str | Path, *, tokenizer_folder: str | Path | None = None, **scoring: Unpack[Scoring]
 ) -> Reward:
     """Load one reward, named as `find_reward_files` takes it; the rest as `BatchedScorer` takes it.
 
@@ -80,7 +75,6 @@ def load_reward(
         InputError: a file is missing or malformed, or there is no such function.
     """
     files = find_reward_files(reward, tokenizer_folder)
-    scoring = {"device": device, "batch_size": batch_size, "amp_dtype": amp_dtype}
     if str(reward) in NAMED:
         return NAMED[str(reward)].load(files, **scoring)
     if FUNCTION.fullmatch(str(reward)):
@@ -89,19 +83,14 @@ def load_reward(
 
 
 def build_reward(
-    weights: Mapping[str, float],
-    *,
-    device: torch.device | str,
-    batch_size: int,
-    amp_dtype: torch.dtype | None = None,
-    tokenizer_folder: str | Path | None = None,
+    weights: Mapping[str, float], *, tokenizer_folder: str | Path | None = None, **scoring: Unpack[Scoring]
 ) -> WeightedMix:
     """Load rewards and weigh them against each other; each goes by its name, or by that of its file.
 
     Args:
         weights: reward, as `find_reward_files` takes it -> its weight. One alone is not standardised, so that its mix
             is its raw score.
-        device, batch_size, amp_dtype, tokenizer_folder: as `load_reward` takes them, the same for each.
+        tokenizer_folder, scoring: as `load_reward` takes them, the same for each.
 
     Raises:
         InputError: a file is missing or malformed, or two rewards have the same name.
@@ -114,8 +103,6 @@ def build_reward(
         raise InputError(f"Rewards go by the names of their files, and two are called {', '.join(twice)}: rename one.")
     parts: dict[str, tuple[Reward, float]] = {}
     for name, weight in weights.items():
-        reward = load_reward(
-            name, device=device, batch_size=batch_size, amp_dtype=amp_dtype, tokenizer_folder=tokenizer_folder
-        )
+        reward = load_reward(name, tokenizer_folder=tokenizer_folder, **scoring)
         parts[reward.name] = (reward, weight)
     return WeightedMix(parts)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from training.ppo.rewards.folder_scorer import FolderScorer
-from training.ppo.rewards.named import NamedReward, RewardFiles
+from training.ppo.rewards.named import NamedReward
 
 
 class ClipScore(FolderScorer):
@@ -21,8 +20,4 @@ class ClipScore(FolderScorer):
         return 100 * self.cosine(features, prompts).clamp(min=0)
 
 
-def _load(files: RewardFiles, **scoring: Any) -> ClipScore:
-    return ClipScore(files.weights.parent, tokenizer_folder=files.tokenizer, **scoring)
-
-
-REWARD = NamedReward("clip", _load)
+REWARD = NamedReward("clip", ClipScore.load)

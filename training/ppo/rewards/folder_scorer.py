@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 from models import clip
 from models.loading import load_tokenizer
 from training.ppo.rewards.batched import Scoring
 from training.ppo.rewards.clip_scorer import FeatureScorer
+from training.ppo.rewards.named import RewardFiles
 
 
 class FolderScorer(FeatureScorer):
@@ -34,3 +35,8 @@ class FolderScorer(FeatureScorer):
             load_tokenizer(tokenizer_folder),
             **scoring,
         )
+
+    @classmethod
+    def load(cls, files: RewardFiles, **scoring: Any) -> Self:
+        """See `NamedReward`: of a kind that its folder is all of."""
+        return cls(files.weights.parent, tokenizer_folder=files.tokenizer, **scoring)

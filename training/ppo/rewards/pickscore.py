@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from training.ppo.rewards.folder_scorer import FolderScorer
-from training.ppo.rewards.named import NamedReward, RewardFiles
+from training.ppo.rewards.named import NamedReward
 
 
 class PickScore(FolderScorer):
@@ -21,8 +20,4 @@ class PickScore(FolderScorer):
         return self.model.logit_scale.exp().float() * self.cosine(features, prompts)
 
 
-def _load(files: RewardFiles, **scoring: Any) -> PickScore:
-    return PickScore(files.weights.parent, tokenizer_folder=files.tokenizer, **scoring)
-
-
-REWARD = NamedReward("pickscore", _load)
+REWARD = NamedReward("pickscore", PickScore.load)
