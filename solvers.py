@@ -421,43 +421,58 @@ def answered(denoise: Denoise, asking: Asking) -> Tensor:
         estimate = denoise(*query) if query.guidance is not None else denoise(query.x, query.sigma)
 
 
-def ddim_sampler(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    afs: bool = False,
-    denoise_to_zero: bool = False,
-    callback: Callback | None = None,
-) -> Tensor:
+def _classical(rule: Callable[..., Advance]) -> Callable[..., Tensor]:
+    """The sampler (denoise, x, sigmas, *, afs=False, denoise_to_zero=False, callback=None, ...) of a one-interval rule.
+
+    It drives the rule down the grid: estimate at the start of each interval, then advance. The rule is made anew for
+    each run, of `denoise`, the grid's levels and the options that are its own.
+    """
+
+    def sampler(
+        denoise: Denoise,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        afs: bool = False,
+        denoise_to_zero: bool = False,
+        callback: Callback | None = None,
+        **own: Any,
+    ) -> Tensor:
+        levels = _one_grid(sigmas)
+        advance = rule(denoise, levels, **own)
+
+        def step(x: Tensor, i: int) -> Tensor:
+            analytic = afs and i == 0
+            return advance(x, _afs_estimate(x, levels[0]) if analytic else denoise(x, _scalar(levels[i])), i)
+
+        final = (lambda x: denoise(x, _scalar(levels[-1]))) if denoise_to_zero else None
+        return _march(x, len(levels) - 1, step, final, callback)
+
+    sampler.__name__, sampler.__doc__ = rule.__name__, rule.__doc__
+    return sampler
+
+
+@_classical
+def ddim_sampler(denoise: Denoise, levels: list[float]) -> Advance:
     """DDIM, which in σ is Euler's method (Song et al., arXiv 2010.02502, Eq. 13); order 1, one evaluation.
 
     x <- x + (b - a) · d(x, a)            a = σ_i, b = σ_{i+1}
     """
-    levels = _one_grid(sigmas)
 
     def advance(x: Tensor, denoised: Tensor, i: int) -> Tensor:
         a, b = levels[i], levels[i + 1]
         return x + (b - a) * _slope(x, denoised, a)
 
-    return _integrate(denoise, x, levels, advance, afs=afs, denoise_to_zero=denoise_to_zero, callback=callback)
+    return advance
 
 
-def heun_sampler(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    afs: bool = False,
-    denoise_to_zero: bool = False,
-    callback: Callback | None = None,
-) -> Tensor:
+@_classical
+def heun_sampler(denoise: Denoise, levels: list[float]) -> Advance:
     """Heun's method, the deterministic EDM sampler (arXiv 2206.00364, Algorithm 1); order 2, two evaluations.
 
     x' = x + (b - a) · d(x, a)            a = σ_i, b = σ_{i+1}
     x <- x + (b - a) · (d(x, a) + d(x', b)) / 2
     """
-    levels = _one_grid(sigmas)
 
     def advance(x: Tensor, denoised: Tensor, i: int) -> Tensor:
         a, b = levels[i], levels[i + 1]
@@ -466,19 +481,11 @@ def heun_sampler(
         corrected = _slope(predicted, denoise(predicted, _scalar(b)), b)
         return x + (b - a) * (slope + corrected) / 2
 
-    return _integrate(denoise, x, levels, advance, afs=afs, denoise_to_zero=denoise_to_zero, callback=callback)
+    return advance
 
 
-def dpm2_sampler(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    r: float = 0.5,
-    afs: bool = False,
-    denoise_to_zero: bool = False,
-    callback: Callback | None = None,
-) -> Tensor:
+@_classical
+def dpm2_sampler(denoise: Denoise, levels: list[float], *, r: float = 0.5) -> Advance:
     """DPM-Solver-2, written in σ (Lu et al., arXiv 2206.00927, Algorithm 1; any r: Algorithm 4).
 
         m  = b^r · a^(1 - r)                  a = σ_i, b = σ_{i+1}
@@ -489,7 +496,6 @@ def dpm2_sampler(
     """
     if not 0 < r <= 1:
         raise ValueError(f"dpm2 needs r in (0, 1]; got {r}")
-    levels = _one_grid(sigmas)
 
     def advance(x: Tensor, denoised: Tensor, i: int) -> Tensor:
         a, b = levels[i], levels[i + 1]
@@ -499,7 +505,7 @@ def dpm2_sampler(
         middle_slope = _slope(point, denoise(point, _scalar(middle)), middle)
         return x + (b - a) * (middle_slope / (2 * r) + (1 - 1 / (2 * r)) * slope)
 
-    return _integrate(denoise, x, levels, advance, afs=afs, denoise_to_zero=denoise_to_zero, callback=callback)
+    return advance
 
 
 _ADAMS_BASHFORTH = {
@@ -510,16 +516,8 @@ _ADAMS_BASHFORTH = {
 }
 
 
-def ipndm_sampler(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    max_order: int = 4,
-    afs: bool = False,
-    denoise_to_zero: bool = False,
-    callback: Callback | None = None,
-) -> Tensor:
+@_classical
+def ipndm_sampler(denoise: Denoise, levels: list[float], *, max_order: int = 4) -> Advance:
     """iPNDM: Adams-Bashforth on the past directions, started at low order (Zhang & Chen, arXiv 2204.13902).
 
         x <- x + (b - a) · Σ_j c_j d(x_{i-j}, σ_{i-j})            a = σ_i, b = σ_{i+1}
@@ -528,7 +526,6 @@ def ipndm_sampler(
     linear multi-step method of PNDM, Liu et al., arXiv 2202.09778). One evaluation. max_order in 1..4; 1 is DDIM.
     """
     _require_order("ipndm", max_order, _ADAMS_BASHFORTH)
-    levels = _one_grid(sigmas)
     slopes: deque[Tensor] = deque(maxlen=max_order)  # the newest first
 
     def advance(x: Tensor, denoised: Tensor, i: int) -> Tensor:
@@ -537,24 +534,21 @@ def ipndm_sampler(
         coefficients = _ADAMS_BASHFORTH[len(slopes)]
         return x + (b - a) * _weighted_sum(coefficients, slopes)
 
-    return _integrate(denoise, x, levels, advance, afs=afs, denoise_to_zero=denoise_to_zero, callback=callback)
+    return advance
 
 
 _DPMPP_ORDERS = (1, 2, 3)
 
 
+@_classical
 def dpmpp_sampler(
     denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
+    levels: list[float],
     *,
     max_order: int = 3,
     predict_x0: bool = True,
     lower_order_final: bool = True,
-    afs: bool = False,
-    denoise_to_zero: bool = False,
-    callback: Callback | None = None,
-) -> Tensor:
+) -> Advance:
     """DPM-Solver++ multistep, one evaluation (Lu et al., arXiv 2211.01095, Algorithm 2 is 2M in data prediction).
 
     In λ = -log σ the linear part of the ODE is solved exactly and the rest is extrapolated from past estimates m0 (the
@@ -570,7 +564,6 @@ def dpmpp_sampler(
     2 φ3 in place of φ3; as published it converges with order 2.
     """
     _require_order("dpmpp", max_order, _DPMPP_ORDERS)
-    levels = _one_grid(sigmas)
     num_intervals = len(levels) - 1
     estimates: deque[Tensor] = deque(maxlen=max_order)  # the newest first
 
@@ -582,7 +575,7 @@ def dpmpp_sampler(
         kept, gain = (b / a, 1.0) if predict_x0 else (1.0, b)
         return kept * x - gain * _weighted_sum(weights, estimates)
 
-    return _integrate(denoise, x, levels, advance, afs=afs, denoise_to_zero=denoise_to_zero, callback=callback)
+    return advance
 
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
@@ -783,26 +776,6 @@ def _calls_per_interval(sampler: str, num_points: int) -> int:
     if num_points < 0 or (num_points != 1 and sampler != "epd"):
         raise ValueError(f"num_points must be 1, or with epd any number from 0; got {num_points} with {sampler}")
     return _CALLS_PER_INTERVAL[sampler] if num_points else 1
-
-
-def _integrate(
-    denoise: Denoise,
-    x: Tensor,
-    levels: list[float],
-    advance: Advance,
-    *,
-    afs: bool,
-    denoise_to_zero: bool,
-    callback: Callback | None,
-) -> Tensor:
-    """Drive a classical one-interval rule down the grid: estimate at the start of each interval, then advance."""
-
-    def step(x: Tensor, i: int) -> Tensor:
-        analytic = afs and i == 0
-        return advance(x, _afs_estimate(x, levels[0]) if analytic else denoise(x, _scalar(levels[i])), i)
-
-    final = (lambda x: denoise(x, _scalar(levels[-1]))) if denoise_to_zero else None
-    return _march(x, len(levels) - 1, step, final, callback)
 
 
 def _march(
