@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from models.denoiser import Denoiser
 from models.fingerprints import fingerprint
 from models.generate import bounded, decode
 from models.pictures import to_pixels
+from training.image_folder import SolverFolders
 from training.measuring.real_images import Extractor
 from training.networks import Plain
 from training.runs.checkpoint import read_tensors, write_tensors
@@ -141,18 +141,6 @@ class Batch(NamedTuple):
     exploded: Tensor
 
 
-class ImageWriter(Protocol):
-    """Writes the images that are drawn to files, under the name of all that they depend on."""
-
-    def holds(self, solver: Solver, rows: slice, key: str) -> bool:
-        """Whether the images of these prompts are all there, written under that name."""
-        ...
-
-    def write(self, solver: Solver, rows: slice, key: str, pixels: np.ndarray, finite: Sequence[bool]) -> None:
-        """Write the images uint8 [n, H, W, 3] of these prompts."""
-        ...
-
-
 class _Job(NamedTuple):
     """Something that is kept of a part: its description, and what finds it in a batch."""
 
@@ -220,7 +208,7 @@ class Evaluation:
         advance: Callable[[int], object],
         *,
         reference: Solver | None,
-        writer: ImageWriter | None = None,
+        writer: SolverFolders | None = None,
         processes: int = 1,
     ) -> None:
         """Nothing is computed yet. `advance` is told of network evaluations: of how many latents, at each call.

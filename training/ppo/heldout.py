@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from training.measuring.scoring import scores_by
 from training.measuring.statistics import Interval, bootstrap_indices, paired_difference_interval
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rewards.protocol import Reward
-from training.ppo.rl_runner import Images, Shard
+from training.ppo.rl_runner import RLRunner
 from training.ppo.rollout import DivergenceError
 
 log = logging.getLogger(__name__)
@@ -75,24 +75,12 @@ class Kept:
     described: Callable[[EPDTable, Tensor | None], Mapping[str, Any]]
 
 
-class ImageSource(Protocol):
-    """What makes the images: see `RLRunner.sample_images`."""
-
-    shard: Shard
-
-    def sample_images(
-        self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int], sigmas: Tensor | None = None
-    ) -> Images:
-        """One image for each pair of a prompt and a seed."""
-        ...
-
-
 class HeldoutJudge:
     """Scores tables on fixed held-out prompts and seeds."""
 
     def __init__(
         self,
-        source: ImageSource,
+        source: RLRunner,
         reward: WeightedMix,
         panel: Reward | None,
         prompts: Sequence[str],
