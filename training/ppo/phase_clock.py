@@ -5,45 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
-Mark = TypeVar("Mark")
-
-
-class Timer(Protocol[Mark]):
-    """Marks moments in a device's work, and tells afterwards how far apart they were."""
-
-    def mark(self) -> Mark:
-        """Mark the moment at which the device has done all that it was given so far; must not wait for it."""
-        ...
-
-    def wait(self) -> None:
-        """Return when every moment marked so far has passed."""
-        ...
-
-    def seconds(self, first: Mark, last: Mark) -> float:
-        """Seconds between two moments that have passed."""
-        ...
-
 
 class HostTimer:
-    """For devices that are done with a call when it returns: the host's own clock."""
+    """Marks moments in a device's work, and tells afterwards how far apart they were.
 
-    def mark(self) -> float:
-        """Read the clock."""
+    By the host's own clock, for devices that are done with a call when it returns.
+    """
+
+    def mark(self) -> Any:
+        """Mark the moment at which the device has done all that it was given so far; must not wait for it."""
         return perf_counter()
 
     def wait(self) -> None:
-        """Nothing is outstanding."""
+        """Return when every moment marked so far has passed."""
 
-    def seconds(self, first: float, last: float) -> float:
-        """The difference."""
+    def seconds(self, first: Any, last: Any) -> float:
+        """Seconds between two moments that have passed."""
         return last - first
 
 
-class CudaTimer:
+class CudaTimer(HostTimer):
     """Events in the queue of a CUDA device: a mark costs a few microseconds and stops neither host nor device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -65,25 +50,25 @@ class CudaTimer:
         return first.elapsed_time(last) / 1000
 
 
-def timer_of(device: torch.device) -> Timer:
+def timer_of(device: torch.device) -> HostTimer:
     """The timer that suits a device."""
     return CudaTimer(device) if device.type == "cuda" else HostTimer()
 
 
-class _Span(NamedTuple, Generic[Mark]):
+class _Span(NamedTuple):
     phase: str
     outer: str | None
-    start: Mark
-    end: Mark
+    start: Any
+    end: Any
 
 
-class PhaseClock(Generic[Mark]):
+class PhaseClock:
     """Seconds by phase; a phase measured inside another counts for itself alone."""
 
-    def __init__(self, timer: Timer[Mark]) -> None:
+    def __init__(self, timer: HostTimer) -> None:
         """Start at zero."""
         self._timer = timer
-        self._spans: list[_Span[Mark]] = []
+        self._spans: list[_Span] = []
         self._open: list[str] = []
 
     @contextmanager
