@@ -7,7 +7,8 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -195,28 +196,21 @@ def _plain_content(path: Path) -> Any:
 
     Raises pickle.UnpicklingError where it is damaged or forged.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _check_entries(archive, path.stat().st_size)
-            root = archive.infolist()[0].filename.partition("/")[0]
-            numbers = cache(lambda key: bytearray(archive.read(f"{root}/data/{key}")))
+    with _opened(path) as (archive, root):
+        numbers = cache(lambda key: bytearray(archive.read(f"{root}/data/{key}")))
 
-            def storage(described: tuple[str, torch.dtype, str, str, int]) -> Tensor:
-                _, dtype, key, _, count = described
-                if len(numbers(key)) != count * dtype.itemsize:
-                    found = f"{len(numbers(key))} bytes"
-                    raise pickle.UnpicklingError(f"{count} numbers are to lie in data/{key}, which has {found}")
-                return torch.frombuffer(numbers(key), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        def storage(described: tuple[str, torch.dtype, str, str, int]) -> Tensor:
+            _, dtype, key, _, count = described
+            if len(numbers(key)) != count * dtype.itemsize:
+                found = f"{len(numbers(key))} bytes"
+                raise pickle.UnpicklingError(f"{count} numbers are to lie in data/{key}, which has {found}")
+            return torch.frombuffer(numbers(key), dtype=dtype) if count else torch.empty(0, dtype=dtype)
 
-            def resolve(module: str, name: str) -> Any:
-                return {**_MADE, **_REAL}.get(f"{module}.{name}", StandIn)
+        def resolve(module: str, name: str) -> Any:
+            return {**_MADE, **_REAL}.get(f"{module}.{name}", StandIn)
 
-            pickled = archive.read(f"{root}/data.pkl")
-            return PickleReader(resolve, storage, most=MOST_PARTS).load(io.BytesIO(pickled))
-    except (FileNotFoundError, MemoryError, pickle.UnpicklingError):
-        raise
-    except Exception as error:  # zipfile raises many kinds for what is damaged
-        raise pickle.UnpicklingError(f"{looks_like(path)} ({error})") from error
+        pickled = archive.read(f"{root}/data.pkl")
+        return PickleReader(resolve, storage, most=MOST_PARTS).load(io.BytesIO(pickled))
 
 
 def _tensors_below(module: StandIn) -> dict[str, Tensor]:
@@ -256,17 +250,26 @@ def check_archive(path: Path) -> list[str]:
         ForeignNames: see there.
         pickle.UnpicklingError: it is damaged, compressed or forged.
     """
+    with _opened(path) as (archive, root):
+        pickled = archive.read(f"{root}/data.pkl")
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    return _check_pickle(pickled, sizes, root)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, str]]:
+    """A file that `torch.save` wrote, every byte of it checked, and the folder in it that all of it lies in.
+
+    What goes wrong with it inside the `with` is a pickle.UnpicklingError too.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
             _check_entries(archive, path.stat().st_size)
-            root = entries[0].filename.partition("/")[0]
-            pickled = archive.read(f"{root}/data.pkl")
+            yield archive, archive.infolist()[0].filename.partition("/")[0]
     except (FileNotFoundError, MemoryError, pickle.UnpicklingError):
         raise
     except Exception as error:  # zipfile raises many kinds for what is damaged
         raise pickle.UnpicklingError(f"{looks_like(path)} ({error})") from error
-    return _check_pickle(pickled, {entry.filename: entry.file_size for entry in entries}, root)
 
 
 def _check_entries(archive: zipfile.ZipFile, size: int) -> None:

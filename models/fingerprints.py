@@ -11,19 +11,14 @@ from errors import InputError
 from models.options import AS_IT_IS, ModelOptions
 from models.registry import COMPVIS_CONFIGS, REGISTERED, SOURCE, locate
 
-BLOCK = 2**20  # bytes read at once
-
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal. Raises InputError where it cannot be read."""
-    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

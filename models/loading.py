@@ -179,9 +179,7 @@ def check_report(kind: type, source: Path, report: Mapping[str, Collection[Any]]
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path, *, assign: bool = False) -> None:
     """`load_state_dict`. Raises `InputError`, with names, where the weights of `source` are not those of the module."""
-    own = module.state_dict()
-    misshapen = [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
-    check_keys(type(module), source, own.keys() - weights.keys(), weights.keys() - own.keys(), misshapen)
+    check_fit(type(module), source, module.state_dict(), weights)
     module.load_state_dict(weights, assign=assign)
 
 
@@ -200,6 +198,13 @@ def check_keys(
     ]
     if faults:
         raise InputError(f"{source}: the weights are not those of this {kind.__name__}: {'; '.join(faults)}.")
+
+
+def check_fit(kind: type, source: Path, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise `InputError` as `check_keys` does, where tensors are not by name and shape those that are expected."""
+    shared = expected.keys() & given.keys()
+    misshapen = [name for name in shared if expected[name].shape != given[name].shape]
+    check_keys(kind, source, expected.keys() - shared, given.keys() - shared, misshapen)
 
 
 @contextmanager

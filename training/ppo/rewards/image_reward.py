@@ -20,7 +20,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from errors import InputError, first_line
 from models.checkpoints import read_state_dict
 from models.devices import to_device
-from models.loading import check_keys, load_tokenizer
+from models.loading import fill, load_tokenizer
 from models.skeletons import require_counts, skeleton
 from training.ppo.rewards.aesthetic import linear_head
 from training.ppo.rewards.batched import BatchedScorer, Scoring, require_pairs
@@ -152,8 +152,8 @@ def load_blip(state: Mapping[str, Tensor], med_config: Mapping[str, Any], source
         written = skeleton(lambda: BlipTextModel(text_config, add_pooling_layer=False), text)
     except Exception as error:  # what a description makes the library trip over can be anything
         raise InputError(f"{source} holds no BLIP that its description fits: {first_line(error)}") from error
-    _fill(vision, renamed, source)
-    _fill(written, text, source)
+    fill(vision, renamed, source, assign=True)
+    fill(written, text, source, assign=True)
     # The one tensor that no checkpoint holds, and that is therefore still without memory.
     written.embeddings.position_ids = torch.arange(text_config.max_position_embeddings)[None]
     return Blip(vision, written).eval()
@@ -185,14 +185,6 @@ def _vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
         patch_size=patch,
         layer_norm_eps=1e-6,
     )
-
-
-def _fill(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    expected = module.state_dict()
-    shared = expected.keys() & state.keys()
-    misshapen = [name for name in shared if expected[name].shape != state[name].shape]
-    check_keys(type(module), source, expected.keys() - shared, state.keys() - shared, misshapen)
-    module.load_state_dict(dict(state), strict=True, assign=True)
 
 
 def _load(files: RewardFiles, **scoring: Any) -> ImageReward:

@@ -19,7 +19,7 @@ from errors import InputError
 from models import clip
 from models.checkpoints import read_module
 from models.devices import to_device
-from models.loading import check_keys, load_tokenizer, read_json
+from models.loading import check_fit, load_tokenizer, read_json
 from models.recent import RecentTensors
 from training.ppo.rewards.batched import Scoring, require_pairs
 from training.ppo.rewards.clip_scorer import ClipScorer
@@ -199,9 +199,7 @@ def load_preference(path: Path, model_cfg: Mapping[str, Any]) -> Preference:
         raise InputError(f"{path} is no checkpoint of MPS: it has no cross_model.layers.0.0.fn.to_q.weight.")
     preference = Preference(model, first.shape[1], len(numbers), first.shape[0] // HEAD_WIDTH)
     expected = {name: tensor for name, tensor in preference.state_dict().items() if not name.startswith("clip.")}
-    shared = expected.keys() & ours.keys()
-    misshapen = [name for name in shared if expected[name].shape != ours[name].shape]
-    check_keys(Preference, path, expected.keys() - shared, ours.keys() - shared, misshapen)
+    check_fit(Preference, path, expected, ours)
     preference.load_state_dict(ours, strict=False, assign=True)
     return preference.eval()
 
