@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from solvers import Denoise
 
 # Latents of images lie within some tens. What leaves this range has exploded, finite or not.
 LATENT_LIMIT = 1e4
+
+Answer = TypeVar("Answer")
 
 Measure = Callable[[str], AbstractContextManager[object]]
 """Times what is done inside it, by the name of a phase: text, solver, network, decode."""
@@ -54,6 +56,26 @@ def recomputed(function: Callable[..., Tensor], *inputs: object, dtype: torch.dt
 def _plain_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """What `checkpoint` computes in: the first time, and again."""
     return sdpa_kernel(SDPBackend.MATH), sdpa_kernel(SDPBackend.MATH)
+
+
+def in_parts_that_fit(
+    number: int, at_once: Callable[[], int], ask: Callable[[slice], Answer], too_many: Callable[[int], object]
+) -> list[Answer]:
+    """What `ask` answers of rows 0 to `number`, in order, at most `at_once()` of them together.
+
+    Where the device's memory does not suffice, `too_many` is told for how many, and they are asked for again: it has to
+    lower `at_once`, or to raise.
+    """
+    answers: list[Answer] = []
+    start = 0
+    while start < number:
+        rows = slice(start, min(start + at_once(), number))
+        with suppress(torch.OutOfMemoryError):
+            answers.append(ask(rows))
+            start = rows.stop
+            continue
+        too_many(rows.stop - rows.start)  # past the handler: what was allocated is free again
+    return answers
 
 
 def conditioned(

@@ -120,11 +120,11 @@ class HeldoutJudge:
         finite = images.finite.to(images.pixels.device)
         prompts = [prompt for prompt, keep in zip(images.prompts, finite.tolist(), strict=True) if keep]
         shown = images.pixels[finite]
-        raw = self._reward.raw_scores(shown, prompts) if prompts else {}
-        parts = {name: self._gathered(raw.get(name), finite)[:number] for name in self._reward.state_dict()}
+        raw, gathered = self._reward.raw_scores(shown, prompts) if prompts else {}, self._source.shard.gathered
+        parts = {name: gathered(raw.get(name), finite)[:number] for name in self._reward.state_dict()}
         panel = None
         if self._panel is not None:
-            panel = self._gathered(scores_by(self._panel, shown, prompts) if prompts else None, finite)[:number]
+            panel = gathered(scores_by(self._panel, shown, prompts) if prompts else None, finite)[:number]
         return HeldoutScores(parts, panel, images.pixels[: self._preview_count].cpu())
 
     def judge_once(self, table: EPDTable, sigmas: Tensor | None = None, count: int | None = None) -> HeldoutScores:
@@ -180,12 +180,6 @@ class HeldoutJudge:
         shard = self._source.shard
         share = -(-number // shard.count)
         return [min(row, number - 1) for row in range(shard.rank * share, (shard.rank + 1) * share)]
-
-    def _gathered(self, scores: Tensor | None, finite: Tensor) -> Tensor:
-        local = torch.full(finite.shape, torch.nan, device=finite.device)
-        if scores is not None:
-            local[finite] = scores.to(local)
-        return self._source.shard.gather(local).cpu()
 
 
 class HeldoutWatch:

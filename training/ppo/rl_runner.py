@@ -16,7 +16,7 @@ from torch import Tensor
 
 from errors import InputError
 from models.denoiser import Denoiser
-from models.generate import decode
+from models.generate import decode, in_parts_that_fit
 from models.randomness import derived_seed
 from models.recent import RecentTensors
 from solvers import EPDTable
@@ -64,6 +64,16 @@ class Shard:
     rank: int = 0
     count: int = 1
     gather: Callable[[Tensor], Tensor] = lambda local: local
+
+    def gathered(self, scores: Tensor | None, finite: Tensor) -> Tensor:
+        """Scores of the finite images of this process to those of all images of all [N], on the CPU; else NaN.
+
+        `finite`: bool [n], which of this process's images the scores are of; None where there is none.
+        """
+        local = torch.full(finite.shape, torch.nan, device=finite.device)
+        if scores is not None:
+            local[finite] = scores.to(local)
+        return self.gather(local).cpu()
 
 
 class RLRunner:
@@ -158,7 +168,7 @@ class RLRunner:
             finite = outcome.finite.to(outcome.pixels.device)
             prompts = [text for text, keep in zip(outcome.prompts, finite.tolist(), strict=True) if keep]
             raw = self.reward.raw_scores(outcome.pixels[finite], prompts) if prompts else {}
-            parts = {name: self._gathered(raw.get(name), finite) for name in self.reward_names}
+            parts = {name: self.shard.gathered(raw.get(name), finite) for name in self.reward_names}
             self.reward.observe(parts)
             return Scores(self.reward.combine(parts).double(), parts)
 
@@ -190,18 +200,15 @@ class RLRunner:
         solver = self.solver.with_numbers(table, sigmas)
         numbers = (*table.columns().values(), *(() if sigmas is None else (sigmas,)))
         differentiable = torch.is_grad_enabled() and any(part.requires_grad for part in numbers)
-        pixels, finite = [], []
-        start = 0
-        while start < len(prompts):
-            rows = slice(start, min(start + self._micro_batch(solver), len(prompts)))
+
+        def sample(rows: slice) -> tuple[Tensor, Tensor]:
             with torch.set_grad_enabled(differentiable):
-                result = self._sample_if_it_fits(solver.select(rows), prompts[rows], seeds[rows], known)
-            if result is None:
-                self._halve(rows.stop - rows.start, solver)
-                continue
-            pixels.append(result[0])
-            finite.append(result[1])
-            start = rows.stop
+                return self._sample(solver.select(rows), prompts[rows], seeds[rows], known)
+
+        parts = in_parts_that_fit(
+            len(prompts), lambda: self._micro_batch(solver), sample, lambda images: self._halve(images, solver)
+        )
+        pixels, finite = zip(*parts, strict=True)
         return Images(torch.cat(pixels), tuple(prompts), torch.cat(finite).cpu())
 
     def noise_seed(self, step: int, prompt: int, member: int) -> int:
@@ -226,15 +233,6 @@ class RLRunner:
         if state["configured_max_rows"] == self._configured_max_rows and state["max_rows"] is not None:
             self._limit(operator.index(state["max_rows"]))
 
-    def _sample_if_it_fits(
-        self, solver: Solver, prompts: Sequence[str], seeds: Sequence[int], known: RecentTensors[Tensor] | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """`_sample`, or None when the device ran out of memory: past the handler, what it allocated is free."""
-        try:
-            return self._sample(solver, prompts, seeds, known)
-        except torch.OutOfMemoryError:
-            return None
-
     def _sample(
         self, solver: Solver, prompts: Sequence[str], seeds: Sequence[int], known: RecentTensors[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
@@ -245,13 +243,6 @@ class RLRunner:
         with self.clock.measure("decode"):
             decoded = decode(self.denoiser, latents, self.decode_chunk_size)
             return decoded.images, decoded.fine
-
-    def _gathered(self, scores: Tensor | None, finite: Tensor) -> Tensor:
-        """Raw scores of the finite images of this process to those of all images of all processes [N], on the CPU."""
-        local = torch.full(finite.shape, torch.nan, device=finite.device)
-        if scores is not None:
-            local[finite] = scores.to(local)
-        return self.shard.gather(local).cpu()
 
     def _micro_batch(self, solver: Solver) -> int:
         """Images that go through the solver together."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from errors import InputError
 from models import clip
 from models.devices import check_memory
-from models.generate import recomputed
+from models.generate import in_parts_that_fit, recomputed
 
 log = logging.getLogger(__name__)
 
@@ -79,24 +79,11 @@ class BatchedScorer:
         """
         if not images.is_floating_point():
             raise ValueError(f"images must be floating-point numbers in [0, 1], not {images.dtype}")
-        answers: list[Tensor] = []
-        start = 0
-        while start < len(images):
-            rows = slice(start, min(start + self.batch_size, len(images)))
-            answer = self._ask_if_it_fits(images, rows, ask)
-            if answer is None:
-                self._halve(rows.stop - rows.start)
-                continue
-            answers.append(answer)
-            start = rows.stop
-        return torch.cat(answers)
 
-    def _ask_if_it_fits(self, images: Tensor, rows: slice, ask: Callable[[Tensor, slice], Tensor]) -> Tensor | None:
-        """The answer for one batch, or None when memory ran out: past the handler, what it held is free."""
-        try:
+        def answer(rows: slice) -> Tensor:
             return recomputed(self._answer, images[rows], rows, ask)
-        except torch.OutOfMemoryError:
-            return None
+
+        return torch.cat(in_parts_that_fit(len(images), lambda: self.batch_size, answer, self._halve))
 
     def _answer(self, images: Tensor, rows: slice, ask: Callable[[Tensor, slice], Tensor]) -> Tensor:
         pixels = clip.preprocess(images.to(self.device, non_blocking=True), self._image_size, whole=self.sees_whole)
