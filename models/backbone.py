@@ -215,13 +215,8 @@ class Backbone(ABC):
         with_text = prediction[rows]
         return prediction.index_copy(0, rows, without + per_row(scales[guided], both) * (with_text - without))
 
-    def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
+    def check_guidance(self, scales: float | Tensor) -> None:
         """Raise `InputError` where the model is asked for guidance of a kind that it does not have."""
-        if negative_prompt and self.guidance is not GuidanceKind.CLASSIFIER_FREE:
-            raise InputError(
-                f"Model {self.name} has no classifier-free guidance (its guidance is {self.guidance.value}), so a "
-                "negative prompt does nothing: leave it out."
-            )
         if self.guidance is GuidanceKind.NONE and bool((torch.as_tensor(scales) != 1).any()):
             raise InputError(f"Model {self.name} has no guidance: its guidance scale must be 1 everywhere.")
 

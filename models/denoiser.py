@@ -124,17 +124,12 @@ class Denoiser(Protocol):
         """Whether the model would read no more than a prompt's beginning."""
         ...
 
-    def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
+    def check_guidance(self, scales: float | Tensor) -> None:
         """Raise `InputError` where the model is asked for guidance of a kind that it does not have."""
         ...
 
-    def encode(
-        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
-    ) -> Conditioning:
-        """Encode the prompts and bind the guidance: None is the model's default, 1 for none.
-
-        negative_prompt: what guidance leads away from; None is the one that the model was loaded with.
-        """
+    def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Conditioning:
+        """Encode the prompts and bind the guidance: None is the model's default, 1 for none."""
         ...
 
     def compile_network(self, rows: Collection[int] = ()) -> None:

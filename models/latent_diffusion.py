@@ -147,9 +147,7 @@ class LatentDiffusion(Backbone):
         """See `Denoiser.too_long`."""
         return any(encoder.fault(prompt) for encoder in self.text_encoders)
 
-    def encode(
-        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
-    ) -> Conditioning:
+    def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Conditioning:
         """Encode the prompts and bind the guidance: None is the model's default, 1 for none.
 
         Each prompt is encoded once, in a batch of always one size, so that its embedding depends neither on the other
@@ -160,12 +158,12 @@ class LatentDiffusion(Backbone):
             raise InputError(f"The guidance scale must be a finite number of at least 0, not {scale}.")
         if not prompts:
             raise InputError("No prompts to encode.")
-        self.check_guidance(scale, negative_prompt)
+        self.check_guidance(scale)
         texts = self._texts_of(prompts)
         return Conditioning(
             count=len(prompts),
             text={name: torch.stack([text[name] for text in texts]) for name in texts[0]},
-            unconditional=self._unconditional(self._negative_prompt if negative_prompt is None else negative_prompt),
+            unconditional=self._unconditional(),
             guidance_scale=scale,
         )
 
@@ -187,12 +185,12 @@ class LatentDiffusion(Backbone):
     def _read(self, prompts: Sequence[str]) -> Text:
         """What the network reads of prompts, a row each."""
 
-    def _unconditional(self, negative_prompt: str) -> Text | None:
+    def _unconditional(self) -> Text | None:
         """What it reads in the unconditional half, one row; None where there is no such half."""
         if self.guidance is not GuidanceKind.CLASSIFIER_FREE:
             return None
-        zeros = self._zero_unconditional and not negative_prompt
-        (text,) = self._texts_of([negative_prompt])
+        zeros = self._zero_unconditional and not self._negative_prompt
+        (text,) = self._texts_of([self._negative_prompt])
         return {name: (torch.zeros_like(part) if zeros else part)[None] for name, part in text.items()}
 
     def _prompt_faults(self, prompt: str) -> list[str]:

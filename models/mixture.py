@@ -70,12 +70,10 @@ class MixtureWorld:
         """It reads none."""
         return False
 
-    def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
+    def check_guidance(self, scales: float | Tensor) -> None:
         """Take any: it changes nothing."""
 
-    def encode(
-        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
-    ) -> Conditioning:
+    def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Conditioning:
         """So many prompts: there is nothing to say, and nothing to guide."""
         return Conditioning(len(prompts), {}, None, self.default_guidance_scale)
 

@@ -49,12 +49,10 @@ class GuidedMixture:
     def too_long(self, prompt: str) -> bool:
         return False
 
-    def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
+    def check_guidance(self, scales: float | Tensor) -> None:
         """Any is taken."""
 
-    def encode(
-        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
-    ) -> Conditioning:
+    def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Conditioning:
         text = {"number": torch.tensor([int(prompt) for prompt in prompts])}
         scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         return Conditioning(len(prompts), text, None, scale)

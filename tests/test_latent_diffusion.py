@@ -22,6 +22,7 @@ from models import devices, load_denoiser
 from models.backbone import frozen
 from models.denoiser import Conditioning
 from models.families.stable_diffusion import StableDiffusion
+from models.options import ModelOptions
 from models.pipelines import load_folder
 from models.recent import RecentTensors
 from schedules import get_schedule
@@ -175,9 +176,11 @@ def test_each_row_has_its_own_guidance_and_costs_one_row_of_the_network_at_1(exa
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-9, atol=1e-9)
 
 
-def test_a_negative_prompt_takes_the_unconditional_place(exact):
+def test_a_negative_prompt_takes_the_unconditional_place(folder, exact):
     x, sigma = noise(1, 3.0), torch.tensor(3.0, dtype=torch.float64)
-    negated = exact.denoise(x, sigma, exact.encode(["red box"], 0.0, negative_prompt="cat"))
+    options = ModelOptions(negative_prompt="cat")
+    told = load_denoiser(folder, device="cpu", dtype=torch.float64, options=options)
+    negated = told.denoise(x, sigma, told.encode(["red box"], 0.0))
     torch.testing.assert_close(negated, exact.denoise(x, sigma, exact.encode(["cat"], 1.0)), rtol=1e-9, atol=1e-9)
 
 

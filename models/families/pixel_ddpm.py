@@ -77,15 +77,13 @@ class PixelDDPM(Backbone):
         """It reads none."""
         return False
 
-    def encode(
-        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
-    ) -> Conditioning:
+    def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Conditioning:
         """As many images as there are prompts, all of them empty; see `Denoiser.encode`."""
         self.validate_prompts(prompts)
         if not prompts:
             raise InputError("No images to draw.")
         scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
-        self.check_guidance(scale, negative_prompt)
+        self.check_guidance(scale)
         return Conditioning(len(prompts), {}, None, scale)
 
     def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Tensor | None = None) -> Tensor:

@@ -51,12 +51,10 @@ class GaussianDenoiser:
     def too_long(self, prompt: str) -> bool:
         return False
 
-    def check_guidance(self, scales: float | Tensor, negative_prompt: str | None = None) -> None:
+    def check_guidance(self, scales: float | Tensor) -> None:
         """Any is taken."""
 
-    def encode(
-        self, prompts: Sequence[str], guidance_scale: float | None = None, negative_prompt: str | None = None
-    ) -> Conditioning:
+    def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Conditioning:
         seeds = [sum(prompt.encode()) for prompt in prompts]
         means = [torch.randn(1, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
