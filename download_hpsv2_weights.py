@@ -19,8 +19,8 @@ from models.assets import fetch
 EXAMPLE = "Example:  python download_hpsv2_weights.py --version v2.1"
 
 
-@click.command(epilog=EXAMPLE)
-@click.option("--version", type=click.Choice(list(HPS)), default="v2.1", show_default=True, help="Of the score.")
+@click.command(epilog=EXAMPLE, context_settings={"show_default": True})
+@click.option("--version", type=click.Choice(list(HPS)), default="v2.1", help="Of the score.")
 @click.option("--output-dir", type=click.Path(file_okay=False, path_type=Path), help="[default: weights/]")
 @shows_input_errors
 def main(version: str, output_dir: Path | None) -> None:

@@ -115,7 +115,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     return protocol
 
 
-@click.command(epilog=EXAMPLES, cls=EitherDash)
+@click.command(epilog=EXAMPLES, cls=EitherDash, context_settings={"show_default": True})
 @click.option(
     "--protocol",
     is_eager=True,
@@ -129,20 +129,16 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     is_flag=True,
     help="Say what it would cost, and which files are missing and how to fetch them; draw nothing.",
 )
-@click.option(
-    "--model", "--model_path", default="shapes", show_default=True, help="Registered name, pipeline folder or file."
-)
+@click.option("--model", "--model_path", default="shapes", help="Registered name, pipeline folder or file.")
 @click.option(
     "--solvers",
     default=",".join(["epd", *CLASSICAL]),
-    show_default=True,
     help="Separated by commas; multistep ones with an order after a colon where not the highest is meant: dpmpp:2.",
 )
-@click.option("--nfe", default="4,6,8,12,20", show_default=True, help="Parallel evaluations, before guidance.")
+@click.option("--nfe", default="4,6,8,12,20", help="Parallel evaluations, before guidance.")
 @click.option(
     "--schedules",
     default=",".join(TRIED_SCHEDULES),
-    show_default=True,
     help="Tried for every classical solver, NAME or NAME:RHO, with @LEVEL from a lower noise level (discrete@5 suits "
     "few evaluations); each metric is reported at the best.",
 )
@@ -161,7 +157,6 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     "--validation-number",
     type=click.IntRange(min=2),
     default=64,
-    show_default=True,
     help="How many of them, from the top.",
 )
 @click.option(
@@ -170,13 +165,12 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     multiple=True,
     help="EPD table: file, folder or experiment number; may be repeated. [all in --exps that were made for the model]",
 )
-@click.option("--exps", type=click.Path(path_type=Path), default=Path("exps"), show_default=True, help="Experiments.")
+@click.option("--exps", type=click.Path(path_type=Path), default=Path("exps"), help="Experiments.")
 @click.option(
     "--baseline",
     "baselines",
     multiple=True,
     default=(CLASSICAL_BASELINE, f"{CLASSICAL_BASELINE}@{TOTAL}"),
-    show_default=True,
     help="What differences are taken to, may be repeated: classical (the best of them), or a solver's or predictor's "
     "label; at as many parallel evaluations, at those after an @ (classical@8), or at as many in all (@total).",
 )
@@ -192,7 +186,6 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     "--number",
     type=click.IntRange(min=2),
     default=128,
-    show_default=True,
     help="Prompts of each, from the top; or images.",
 )
 @click.option(
@@ -200,9 +193,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     is_flag=True,
     help="Take the prompts as they stand, repeated ones too: prompt i with seed i, as published numbers are made.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First noise seed; bootstrap seed."
-)
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, help="First noise seed; bootstrap seed.")
 @click.option(
     "--guidance",
     type=Finite(min=0),
@@ -232,14 +223,12 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     "--resize",
     type=click.Choice(RESIZES),
     default="clean",
-    show_default=True,
     help="For FID and KID: clean as clean-fid does, or legacy, by the network, as most published numbers.",
 )
 @click.option(
     "--reference-steps",
     type=click.IntRange(0, 1000),
     default=REFERENCE_STEPS,
-    show_default=True,
     help="Steps of the fine reference that latent and pixel RMS are taken to; 0 for none, which saves its evaluations.",
 )
 @click.option(
@@ -252,25 +241,20 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     "--batch",
     type=click.IntRange(min=1),
     default=32,
-    show_default=True,
     help="Images at once; raise it where the device has the memory.",
 )
-@click.option(
-    "--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("outputs/evaluation"), show_default=True
-)
+@click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("outputs/evaluation"))
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("outputs/evaluation-cache"),
-    show_default=True,
     help="Where latents and measurements are kept; latents of Stable Diffusion take 64 kB an image and sampler.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(
     "--num-devices",
     type=click.IntRange(min=1),
     default=1,
-    show_default=True,
     help="Devices, each with a process of its own, that share the prompts out; they must share --cache.",
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the network. [float32; on CUDA half precision]")

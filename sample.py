@@ -44,7 +44,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, cls=EitherDash)
+@click.command(epilog=EXAMPLES, cls=EitherDash, context_settings={"show_default": True})
 @click.option(
     "--predictor_path",
     help="EPD table: a .pkl or .json, a run or export folder, an experiment's number, or OWNER/NAME on the Hub.",
@@ -59,7 +59,7 @@ Examples:
 @click.option("--afs", is_flag=True, help="Classical solvers: estimate the first evaluation instead of making it.")
 @click.option("--prompt", "prompts", multiple=True, help="What to draw; may be repeated.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A .txt (one a line) or .csv (column `text`).")
-@click.option("--seeds", default="0-3", show_default=True, help="Numbers and ranges; each is used with each prompt.")
+@click.option("--seeds", default="0-3", help="Numbers and ranges; each is used with each prompt.")
 @click.option("--pair", is_flag=True, help="Prompt i with seed i only; as many seeds as prompts.")
 @click.option(
     "--guidance",
@@ -69,16 +69,15 @@ Examples:
 @click.option(
     "--model_path", "--model", help="Registered name, pipeline folder or single file. [what the predictor was made for]"
 )
-@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at once.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, help="Images at once.")
 @click.option(
     "--outdir",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("outputs/samples"),
-    show_default=True,
     help="A folder for these images alone: where it holds some already, FOLDER-2 is taken, or the next that is free.",
 )
 @click.option("--grid", is_flag=True, help=f"Also write {SHEET_NAME}: a row for each prompt, a column for each seed.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the network. [float32; on CUDA half precision]")
 @click.option(
     "--compile",

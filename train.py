@@ -53,7 +53,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, cls=EitherDash)
+@click.command(epilog=EXAMPLES, cls=EitherDash, context_settings={"show_default": True})
 @click.option("--dataset_name", help="The model's world: shapes, ms_coco (Stable Diffusion 1.5), or a name of yours.")
 @click.option(
     "--model_path", "--model", help="Registered name, pipeline folder or file. [what dataset_name stands for]"
@@ -62,36 +62,31 @@ Examples:
     "--prompt-file",
     help="A .txt (one a line) or .csv (column `text`); none of an unconditional model. [the model's usual ones]",
 )
-@click.option("--num_steps", type=click.IntRange(2, 1000), default=4, show_default=True, help="Grid points.")
+@click.option("--num_steps", type=click.IntRange(2, 1000), default=4, help="Grid points.")
 @click.option(
     "--num_points",
     type=click.IntRange(0, SEARCHED_POSITIONS),
     default=2,
-    show_default=True,
     help="Points an interval, K; 0 for a multistep solver, one evaluation an interval.",
 )
-@click.option("--sampler_stu", type=click.Choice(["epd"]), default="epd", show_default=True, help="The student.")
+@click.option("--sampler_stu", type=click.Choice(["epd"]), default="epd", help="The student.")
 @click.option(
     "--sampler_tea",
     type=click.Choice([name for name in SAMPLERS if name != "epd"]),
     default="dpm2",
-    show_default=True,
     help="The teacher.",
 )
-@click.option(
-    "--M", "M", type=click.IntRange(1, 1000), default=9, show_default=True, help="Its extra steps an interval."
-)
-@click.option("--afs", type=bool, default=False, show_default=True, help="Estimate the student's first evaluation.")
+@click.option("--M", "M", type=click.IntRange(1, 1000), default=9, help="Its extra steps an interval.")
+@click.option("--afs", type=bool, default=False, help="Estimate the student's first evaluation.")
 @click.option(
     "--scale_dir",
     type=Finite(0, 1, max_open=True),
     default=0.0,
-    show_default=True,
     help="Directions scale by 1 +- this.",
 )
-@click.option("--scale_time", type=Finite(0, 1, max_open=True), default=0.0, show_default=True, help="Times likewise.")
+@click.option("--scale_time", type=Finite(0, 1, max_open=True), default=0.0, help="Times likewise.")
 @click.option("--guidance_rate", "--guidance", type=Finite(0), help="Guidance scale; 1 for none. [the model's own]")
-@click.option("--schedule_type", type=click.Choice(list(SCHEDULES)), default="discrete", show_default=True)
+@click.option("--schedule_type", type=click.Choice(list(SCHEDULES)), default="discrete")
 @click.option("--schedule_rho", type=Finite(0, min_open=True), help="Exponent of the grid. [7 polynomial, otherwise 1]")
 @click.option(
     "--sigma_max",
@@ -102,19 +97,17 @@ Examples:
     "--trajectories",
     type=click.IntRange(2, 10**9),
     default=128,
-    show_default=True,
     help="The teacher is followed on so many; a quarter is held out.",
 )
-@click.option("--batch", type=click.IntRange(1, 10**9), default=16, show_default=True, help="Trajectories an update.")
-@click.option("--batch-gpu", type=click.IntRange(1, 10**9), default=16, show_default=True, help="Trajectories at once.")
-@click.option("--total_kimg", type=Finite(0), default=1.6, show_default=True, help="Thousands of trajectories in all.")
-@click.option("--lr", type=Finite(0, 1e30, min_open=True), default=0.1, show_default=True, help="Adam's step size.")
-@click.option("--coslr/--no-coslr", default=True, show_default=True, help="Let it decay to 0 along a cosine.")
+@click.option("--batch", type=click.IntRange(1, 10**9), default=16, help="Trajectories an update.")
+@click.option("--batch-gpu", type=click.IntRange(1, 10**9), default=16, help="Trajectories at once.")
+@click.option("--total_kimg", type=Finite(0), default=1.6, help="Thousands of trajectories in all.")
+@click.option("--lr", type=Finite(0, 1e30, min_open=True), default=0.1, help="Adam's step size.")
+@click.option("--coslr/--no-coslr", default=True, help="Let it decay to 0 along a cosine.")
 @click.option(
     "--target",
     type=click.Choice(["latent", "image"]),
     default="latent",
-    show_default=True,
     help="What the last states are compared as.",
 )
 @click.option("--recompute", is_flag=True, help="Less memory for a third more time: for large models.")
@@ -123,7 +116,7 @@ Examples:
     type=Parts(),
     help=f"What is learned, of {', '.join(DISTILLABLE)}. [positions,weights; history,grid without points]",
 )
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0)
 @click.option("--init-only", is_flag=True, help="Write a table to start from; train nothing.")
 @click.option(
     "--start",
@@ -131,9 +124,9 @@ Examples:
     "sampler as a table: ddim, ipndm, dpmpp:2 (no points), dpm2 (one point); ipndm with points is EPD's plug-in. "
     "[search where it can; with --init-only near_euler, without points ddim]",
 )
-@click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("exps"), show_default=True)
+@click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("exps"))
 @click.option("--resume", help="Go on with an interrupted run: its folder or its number in --outdir.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the options and the cost, do nothing.")
 @click.pass_context
 @shows_input_errors

@@ -96,17 +96,16 @@ def best(solvers: Sequence[Solver]) -> str:
     return f"{distance(nearest):.4f} ({name})"
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option(
     "--evaluations",
     type=click.IntRange(2, 1000),
     multiple=True,
     default=(3, 4, 5, 6, 8),
-    show_default=True,
     help="Of an image; for several, again.",
 )
-@click.option("--updates", type=click.IntRange(1, 10**6), default=200, show_default=True, help="Of each distillation.")
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of the distillations.")
+@click.option("--updates", type=click.IntRange(1, 10**6), default=200, help="Of each distillation.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the distillations.")
 @shows_input_errors
 def main(evaluations: tuple[int, ...], updates: int, seed: int) -> None:
     """Distance to the exact solution of classical and of distilled solvers at equal numbers of evaluations."""

@@ -171,8 +171,8 @@ def ratio(gradients: Tensor, weights: Tensor) -> Tensor:
     return (length - noise / count) / noise
 
 
-@click.command()
-@click.option("--batches", type=click.IntRange(min=2), default=512, show_default=True, help="Of 32 images each.")
+@click.command(context_settings={"show_default": True})
+@click.option("--batches", type=click.IntRange(min=2), default=512, help="Of 32 images each.")
 def main(batches: int) -> None:
     """Print the table."""
     for tuned, policy in policies().items():

@@ -48,10 +48,13 @@ def step_seconds(world: World, repeats: int, *, images: int, intervals: int, poi
     return statistics.median(trainer.step()["seconds/step"] for _ in range(repeats))
 
 
-@click.command(epilog="Example:  OMP_NUM_THREADS=1 python -m benchmarks.linearity --repeats 5")
-@click.option("--model", default="shapes", show_default=True, help="As in benchmarks.gpu_hour.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Steps at each place.")
+@click.command(
+    epilog="Example:  OMP_NUM_THREADS=1 python -m benchmarks.linearity --repeats 5",
+    context_settings={"show_default": True},
+)
+@click.option("--model", default="shapes", help="As in benchmarks.gpu_hour.")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, help="Steps at each place.")
 @shows_input_errors
 def main(model: str, device: str, repeats: int) -> None:
     """Print the time of a step against images, intervals and points (each with the others fixed), and a line."""

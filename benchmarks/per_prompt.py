@@ -76,10 +76,13 @@ def reward_scores(
     return torch.stack(rows).unflatten(1, (len(prompts), noises))
 
 
-@click.command(epilog="Example:  OMP_NUM_THREADS=1 python -m benchmarks.per_prompt --nfe 4")
-@click.option("--nfe", type=click.IntRange(min=1), default=3, show_default=True, help="Evaluations.")
-@click.option("--number", type=click.IntRange(min=2), default=48, show_default=True, help="Prompts.")
-@click.option("--pairs", type=click.IntRange(min=1), default=4, show_default=True, help="Of noises, for each prompt.")
+@click.command(
+    epilog="Example:  OMP_NUM_THREADS=1 python -m benchmarks.per_prompt --nfe 4",
+    context_settings={"show_default": True},
+)
+@click.option("--nfe", type=click.IntRange(min=1), default=3, help="Evaluations.")
+@click.option("--number", type=click.IntRange(min=2), default=48, help="Prompts.")
+@click.option("--pairs", type=click.IntRange(min=1), default=4, help="Of noises, for each prompt.")
 @shows_input_errors
 def main(nfe: int, number: int, pairs: int) -> None:
     """Print what each choice scores, and its paired difference to the one choice for all prompts."""

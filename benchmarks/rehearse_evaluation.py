@@ -118,24 +118,24 @@ def run_commands(house: Path, intervals: int, solvers: str | None, dtype: str, d
     only_one(house, "outputs/evaluation/index.html")
 
 
-@click.command(epilog="Example:  python -m benchmarks.rehearse_evaluation --intervals 1")
+@click.command(
+    epilog="Example:  python -m benchmarks.rehearse_evaluation --intervals 1", context_settings={"show_default": True}
+)
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("scratch/rehearsal"),
-    show_default=True,
     help="Scratch, about 9 GB; removed at the end. After a failure the same command goes on with what was made.",
 )
 @click.option(
     "--intervals",
     type=click.IntRange(min=1),
     default=9,
-    show_default=True,
     help="Of the table, two evaluations each; the classical solvers take as many. The baseline has nine.",
 )
 @click.option("--solvers", help="As evaluate.py takes them. [the protocol's]")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="Of the network.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", help="Of the network.")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--keep", is_flag=True, help="Leave the folder.")
 @shows_input_errors
 def main(folder: Path, intervals: int, solvers: str | None, dtype: str, device: str, keep: bool) -> None:

@@ -304,15 +304,17 @@ def rehearse(folder: Path, commands: Callable[[Path, Path], Iterator[Passed]], n
     return house
 
 
-@click.command(epilog="Example:  python -m benchmarks.rehearse_sd15 --folder scratch/rehearsal")
+@click.command(
+    epilog="Example:  python -m benchmarks.rehearse_sd15 --folder scratch/rehearsal",
+    context_settings={"show_default": True},
+)
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("scratch/rehearsal"),
-    show_default=True,
     help="Scratch, about 7 GB; removed at the end. After a failure the same command goes on with what was made.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--keep", is_flag=True, help="Leave the folder.")
 @shows_input_errors
 def main(folder: Path, device: str, keep: bool) -> None:

@@ -29,24 +29,22 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--distances",
     default="fid",
-    show_default=True,
     help=f"What it is to serve, of {', '.join(DISTANCES)}: KID and CMMD keep every image's features.",
 )
 @click.option(
     "--resize",
     type=click.Choice(RESIZES),
     default="clean",
-    show_default=True,
     help="clean: as clean-fid; legacy: by the network itself, as most published numbers.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The file to write. [FOLDER_RESIZE.npz]")
-@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--batch", type=click.IntRange(min=1), default=32, help="Images at once.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @shows_input_errors
 def main(folder: Path, distances: str, resize: Resize, out: Path | None, batch: int, device: str) -> None:
     """Write a statistics file of all images in FOLDER: mu and sigma of InceptionV3's features, as other code has it."""

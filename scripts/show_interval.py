@@ -139,12 +139,11 @@ def _draw_asked(axes: Axes, asked: Sequence[tuple[float, float, float]], colour:
         axes.scatter([sigma], [state], s=42, color=colour, zorder=5)
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("outputs/interval.png"),
-    show_default=True,
     help="PNG to draw into.",
 )
 @shows_input_errors

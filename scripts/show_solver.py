@@ -80,11 +80,11 @@ def _numbers(row: Tensor) -> str:
     return "[" + " ".join(f"{value + 0.0:.3g}" for value in row.tolist()) + "]"
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 @click.argument("solver")
 @click.option("--beside", help="Another solver, drawn hollow: the one before tuning.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="PNG to draw into. [text only]")
-@click.option("--exps", type=click.Path(path_type=Path), default=Path("exps"), show_default=True, help="Experiments.")
+@click.option("--exps", type=click.Path(path_type=Path), default=Path("exps"), help="Experiments.")
 @shows_input_errors
 def main(solver: str, beside: str | None, output: Path | None, exps: Path) -> None:
     """Describe SOLVER (a file, a folder, or an experiment's number), and draw it. Needs no model."""

@@ -50,7 +50,7 @@ class Export:
     config_hash: str
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",
@@ -58,7 +58,7 @@ class Export:
     help="A path, also relative to the run: checkpoints/policy-step000050.pt. [the one with the largest step]",
 )
 @click.option("--best", is_flag=True, help="The checkpoint with the best held-out reward.")
-@click.option("--device", default="cpu", show_default=True, help="Where the policy's mean is computed: cpu or cuda.")
+@click.option("--device", default="cpu", help="Where the policy's mean is computed: cpu or cuda.")
 @click.option("--no-manifest", is_flag=True, help="Leave out export-manifest-*.json.")
 @click.option("--base", help="What diffusers loads the model by, in diffusers/: a folder, or OWNER/NAME. [the run's]")
 @click.option("--no-diffusers", is_flag=True, help="Leave out diffusers/, for which the model is loaded.")
