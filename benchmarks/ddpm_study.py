@@ -10,7 +10,6 @@ after an interrupt.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ from errors import InputError, shows_input_errors
 from files import write_atomically
 from interrupts import goes_on_by
 from models.asset_table import ROOT
-from models.pictures import contact_sheet, to_pixels
+from models.pictures import as_png, contact_sheet, to_pixels
 from models.shapes import verify
 from models.shapes.scenes import IMAGE_SIZE, MOST_OBJECTS
 from scripts.preference import preference_reward
@@ -239,10 +238,8 @@ def picture(seeds: Sequence[int], measured: Sequence[Mapping[str, Any]]) -> byte
     ]
     named.append(("real", measured[0]["real"]["pictures"]))
     rows = [[image.numpy() for image in pictures] for _, pictures in named]
-    buffer = io.BytesIO()
     columns = [str(column) for column in range(len(rows[0]))]
-    contact_sheet(rows, [name for name, _ in named], columns).save(buffer, format="png")
-    return buffer.getvalue()
+    return as_png(contact_sheet(rows, [name for name, _ in named], columns))
 
 
 @click.command(cls=SeveralPairs, context_settings={"show_default": True})

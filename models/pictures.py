@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import textwrap
@@ -111,12 +112,13 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return images.detach().nan_to_num().clamp(0, 1).mul(255).round().byte().movedim(-3, -1).cpu().numpy()
 
 
-def png_text(entries: Mapping[str, str]) -> PngImagePlugin.PngInfo:
-    """Text chunks (iTXt, so any language) for `Image.save(..., pnginfo=...)`."""
-    chunks = PngImagePlugin.PngInfo()
-    for key, value in entries.items():
+def as_png(image: Image.Image | np.ndarray, story: Mapping[str, str] | None = None) -> bytes:
+    """An image, or uint8 [H, W, 3], as the content of a PNG file; `story`: its text chunks (iTXt: any language)."""
+    chunks, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    for key, value in (story or {}).items():
         chunks.add_itxt(key, value)
-    return chunks
+    Image.fromarray(np.asarray(image)).save(buffer, format="png", pnginfo=chunks)
+    return buffer.getvalue()
 
 
 def file_stem(prompt: str, limit: int = 60) -> str:

@@ -7,7 +7,6 @@ is what distillation looks for.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from errors import shows_input_errors
-from files import write_atomically
+from files import replacing
 from models.mixture import MixtureWorld
 from solvers import EPDTable, epd_sampler
 from training.ppo.figures import COLOURS, GRID, INK, MUTED
@@ -149,9 +148,8 @@ def _draw_asked(axes: Axes, asked: Sequence[tuple[float, float, float]], colour:
 @shows_input_errors
 def main(output: Path) -> None:
     """Draw how a solver takes one interval. Needs no model."""
-    picture = io.BytesIO()
-    interval_figure().savefig(picture, format="png", dpi=RESOLUTION)
-    write_atomically(output, picture.getvalue())
+    with replacing(output) as temporary:
+        interval_figure().savefig(temporary, format="png", dpi=RESOLUTION)
     click.echo(f"wrote {output}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import click
 from torch import Tensor
 
 from errors import InputError, shows_input_errors
-from files import write_atomically
+from files import replacing
 from schedules import FlowTime, get_schedule
 from training.parameters import neutral_entries
 from training.ppo.figures import solver_figure
@@ -98,9 +97,8 @@ def main(solver: str, beside: str | None, output: Path | None, exps: Path) -> No
         drawn.append((shown.label, sigmas, table))
         click.echo(description(shown, sigmas, schedule) + "\n")
     if output is not None:
-        picture = io.BytesIO()
-        solver_figure(drawn[0], drawn[1] if beside else None).savefig(picture, format="png", dpi=RESOLUTION)
-        write_atomically(output, picture.getvalue())
+        with replacing(output) as temporary:
+            solver_figure(drawn[0], drawn[1] if beside else None).savefig(temporary, format="png", dpi=RESOLUTION)
         click.echo(f"wrote {output}")
 
 

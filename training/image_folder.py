@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import re
@@ -14,7 +13,6 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from errors import InputError
@@ -22,7 +20,7 @@ from files import append_whole, write_atomically
 from models.denoiser import Denoiser
 from models.generate import Decoded, decode
 from models.options import AS_IT_IS, ModelOptions
-from models.pictures import contact_sheet, file_stem, opened_picture, png_text, to_pixels
+from models.pictures import as_png, contact_sheet, file_stem, opened_picture, to_pixels
 from training.networks import Plain
 from training.solver import Solver
 
@@ -185,9 +183,7 @@ def write_sheet(
     path: Path, rows: Sequence[Sequence[np.ndarray]], row_captions: Sequence[str], column_captions: Sequence[str]
 ) -> None:
     """Write a contact sheet (`models.pictures.contact_sheet`) as a PNG file, at once."""
-    buffer = io.BytesIO()
-    contact_sheet(rows, row_captions, column_captions).save(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, as_png(contact_sheet(rows, row_captions, column_captions)))
 
 
 def _drawn(request: ImageRequest, denoiser: Denoiser, batch: Sequence[tuple[int, str, int]]) -> Decoded:
@@ -243,6 +239,4 @@ def _write_images(
 def _png(image: np.ndarray, record: ImageRecord, more: Mapping[str, str]) -> bytes:
     described = {key: value for key, value in asdict(record).items() if value is not None and key != "file"}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png", pnginfo=png_text({**texts, **more}))
-    return buffer.getvalue()
+    return as_png(image, {**texts, **more})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from errors import InputError
 from files import only_writer, write_atomically
 from models.devices import resolve_device
-from models.pictures import contact_sheet, to_pixels
+from models.pictures import as_png, contact_sheet, to_pixels
 from models.pixel_diffusion import PixelDiffusion, load_pixel_diffusion, save_pixel_diffusion
 from training.ddpm.comparison import Comparison, Judged, comparison_lines, require_finite
 from training.ddpm.config import PREFERENCE, RENDERED, SAMPLED, DDPMConfig, judge_file, reward_file
@@ -245,9 +244,8 @@ def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> R
     write_atomically(folder.metrics, (json.dumps({"step": 0, **found.metrics}) + "\n").encode())
     images = {"start": found.before.images, "fine-tuned": found.after.images, "a real image": found.real.images}
     images |= {} if found.fake is None else {"a fake image": found.fake}
-    picture, drawn, buffer = folder.samples / "before_after.png", side_by_side(images, config.eval.shown), io.BytesIO()
-    drawn.save(buffer, format="png")
-    write_atomically(picture, buffer.getvalue())
+    picture, drawn = folder.samples / "before_after.png", side_by_side(images, config.eval.shown)
+    write_atomically(picture, as_png(drawn))
     say(f"{config.path.ddpm} -> {config.finetune.save}, {config.eval.num_img} images of equal seeds:")
     for line in comparison_lines(found.metrics):
         say(line)

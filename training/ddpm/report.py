@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import shlex
 from collections.abc import Mapping
 from html import escape
 
-from PIL import Image
 from torch import Tensor
 
-from models.pictures import to_pixels
+from models.pictures import as_png, to_pixels
 from training.ddpm.comparison import comparison_lines
 from training.ddpm.config import SAMPLED, DDPMConfig
 from training.measuring.page import StripRow, commands, folded, page, strip, verdict
@@ -29,7 +27,7 @@ def evaluation_page(
     if metrics["heldout/suspected_reward_hacking"]:
         kind, headline = "worse", "Suspected reward hacking"
     rows = [
-        StripRow(f"image {number + 1}", "", {name: _png(ones[number]) for name, ones in images.items()})
+        StripRow(f"image {number + 1}", "", {name: as_png(to_pixels(ones[number])) for name, ones in images.items()})
         for number in range(min(config.eval.shown, *map(len, images.values())))
     ]
     said = [f"{config.eval.num_img} images of equal seeds from {config.path.ddpm} and from {config.finetune.save}."]
@@ -53,9 +51,3 @@ def evaluation_page(
             folded("Configuration", [f"<pre>{escape(to_yaml(config))}</pre>"]),
         ],
     )
-
-
-def _png(image: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(to_pixels(image[None])[0]).save(buffer, format="png")
-    return buffer.getvalue()

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
-from files import replacing
+from files import write_atomically
 from interrupts import Interrupts
-from models.pictures import contact_sheet, png_text, read_pixels, to_pixels
+from models.pictures import as_png, contact_sheet, read_pixels, to_pixels
 from solvers import EPDTable
 from training.ppo.assembly import Parts, Start, to_plain
 from training.ppo.checkpoint import Numbers, save_checkpoint, table_to_plain
@@ -94,9 +93,7 @@ class RunWriter:
     def _write_previews(self, step: int | str, images: Tensor) -> None:
         for number, pixels in enumerate(to_pixels(images)):
             story = {"prompt": self._prompts[number], "seed": str(self._seeds[number]), "step": str(step)}
-            path = self.folder.samples / preview_name(step, number)
-            with replacing(path) as temporary:
-                Image.fromarray(pixels).save(temporary, format="png", pnginfo=png_text(story))
+            write_atomically(self.folder.samples / preview_name(step, number), as_png(pixels, story))
 
     def _sheet(self, step: int, count: int) -> np.ndarray:
         """The saved images of the first `count` prompts, a row each: by the start, and by the table after `step`."""

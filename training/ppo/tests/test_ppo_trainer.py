@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 
 import schedules
 from errors import InputError
 from models.mixture import MixtureWorld
-from models.pictures import png_text, to_pixels
+from models.pictures import as_png, to_pixels
 from solvers import EPDTable, classical_table, epd_sampler
 from training.ppo import algorithm
 from training.ppo.cold_start import prepare_table
@@ -471,9 +470,9 @@ def test_it_trains_a_real_start_and_the_images_can_be_looked_at(integration):
     assert images.finite.all()
     integration.pictures.mkdir(exist_ok=True)
     for number, pixels in enumerate(to_pixels(images.pixels)):
-        story = png_text({"prompt": prompts[number], "seed": str(number), "step": "2"})
+        story = {"prompt": prompts[number], "seed": str(number), "step": "2"}
         file = integration.pictures / f"ppo_trainer_integration_sample_{number}.png"
-        Image.fromarray(pixels).save(file, pnginfo=story)
+        file.write_bytes(as_png(pixels, story))
 
 
 if __name__ == "__main__":

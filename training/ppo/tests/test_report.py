@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from errors import InputError
-from models.pictures import png_text
+from models.pictures import as_png
 from training.ppo.assembly import make_policy, prepare
 from training.ppo.checkpoint import save_checkpoint, table_to_plain
 from training.ppo.config import load_config
@@ -85,8 +85,8 @@ def make_run(tmp_path: Path, start, *, evaluations: bool = True, hacked: bool = 
             row |= heldout(step, hacked)
             for number in range(2):
                 image = Image.new("RGB", (16, 16), (40 * step, 0, 0))
-                story = png_text({"prompt": PROMPT, "seed": str(number), "step": str(step)})
-                image.save(folder.samples / preview_name(step, number), pnginfo=story)
+                story = {"prompt": PROMPT, "seed": str(number), "step": str(step)}
+                (folder.samples / preview_name(step, number)).write_bytes(as_png(image, story))
         log.append(row)
     return folder
 
@@ -176,8 +176,8 @@ def test_the_classical_solver_and_the_reference_stand_beside_it(tmp_path: Path, 
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("classical", "reference"):
         for number in range(2):
-            story = png_text({"prompt": PROMPT, "seed": "0"})
-            Image.new("RGB", (16, 16)).save(folder.samples / preview_name(name, number), pnginfo=story)
+            content = as_png(Image.new("RGB", (16, 16)), {"prompt": PROMPT, "seed": "0"})
+            (folder.samples / preview_name(name, number)).write_bytes(content)
     page = read(folder)
     assert "Better than its start: reward +0.0200; not told from the best classical solver" in page.text
     assert "(ddim, discrete, 6 evaluations, reward 0.7100): not told apart, +0.0100" in page.text
