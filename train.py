@@ -21,7 +21,7 @@ from errors import InputError, shows_input_errors
 from interrupts import goes_on_by
 from models import Denoiser, load_denoiser
 from models.devices import resolve_device
-from models.options import ModelOptions
+from models.options import CHANGING, ModelOptions
 from models.prompts import read_prompts
 from models.registry import REGISTERED, is_unconditional, usual_prompts
 from schedules import SCHEDULES
@@ -145,7 +145,7 @@ def main(
     Interrupt it at will: --resume goes on and ends in the same table.
     """
     require_one_process()
-    told |= {name: value for name, value in asdict(model_options).items() if name != "text_on_cpu"}
+    told |= {name: getattr(model_options, name) for name in CHANGING}
     folder = None
     if resume is None:
         options = _options(told)

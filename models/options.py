@@ -44,8 +44,7 @@ class ModelOptions:
 
     def changes(self) -> dict[str, Any]:
         """What is asked for of all that changes an image."""
-        asked = dataclasses.asdict(dataclasses.replace(self, text_on_cpu=False))
-        return {name: value for name, value in asked.items() if value not in (None, False)}
+        return {name: value for name in CHANGING if (value := getattr(self, name)) not in (None, False)}
 
     def files(self) -> list[Path]:
         """The files and folders that are read beside the model's own."""
@@ -69,6 +68,8 @@ class ModelOptions:
 
 
 AS_IT_IS = ModelOptions()
+CHANGING = tuple(field.name for field in dataclasses.fields(ModelOptions) if field.name != "text_on_cpu")
+"""The options that change an image."""
 
 
 def _parsed_lora(text: str) -> tuple[Path, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from errors import InputError
 from models.denoiser import Denoiser
-from models.options import ModelOptions
+from models.options import CHANGING, ModelOptions
 from models.registry import default_guidance_scale
 from solvers import network_evaluations
 from training.distillation import HELD_OUT_SHARE, SEARCHED_POSITIONS, SEARCHED_TRAJECTORIES, Target
@@ -97,9 +97,7 @@ class Options:
     @property
     def model_options(self) -> ModelOptions:
         """And how."""
-        return ModelOptions(
-            self.lora, self.vae, self.height, self.width, self.negative_prompt, without_t5=self.without_t5
-        )
+        return ModelOptions(**{name: getattr(self, name) for name in CHANGING})
 
     @property
     def learned(self) -> tuple[str, ...]:

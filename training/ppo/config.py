@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.options import ModelOptions
+from models.options import CHANGING, ModelOptions
 from models.registry import is_unconditional, usual_prompts
 from schedules import SCHEDULES
 from training.ppo.cold_start import DRAWN, TRAINED
@@ -319,9 +319,9 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
             f"model.backend={model.backend}: {snapshot.where} was made for the family {metadata['backend']}: choose "
             f"a table for {model.backend}, or leave the key null"
         )
-    for name, theirs in dataclasses.asdict(snapshot.model_options).items():
-        key, ours = f"model.{name}", getattr(model, name)
-        if name == "text_on_cpu" or ours == theirs:
+    for name in CHANGING:
+        key, ours, theirs = f"model.{name}", getattr(model, name), getattr(snapshot.model_options, name)
+        if ours == theirs:
             continue
         if not ours:
             chosen[name] = theirs
@@ -386,12 +386,7 @@ FIXED = (
     "model.guidance_rate",
     "model.schedule_type",
     "model.schedule_rho",
-    "model.lora",
-    "model.vae",
-    "model.height",
-    "model.width",
-    "model.negative_prompt",
-    "model.without_t5",
+    *(f"model.{name}" for name in CHANGING),
     "reward.mix",
     "ppo.train",
     *(f"ppo.{key}" for key in dict.fromkeys(drawn.spread for drawn in DRAWN.values())),
