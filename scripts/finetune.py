@@ -26,8 +26,8 @@ def main(
     python -m scripts.finetune --cfg configs/shapes.yaml --override finetune.kl_coef=0.01 seed=1
     python -m scripts.finetune --resume runs/<timestamp>-finetune
     """
-    job = load_job(FINETUNE, cfg, overrides, device, resume)
-    finetune(job.config, job.resumed, preference_reward, overwrite=overwrite, say=click.echo)
+    config, resumed = load_job(FINETUNE, cfg, overrides, device, resume)
+    finetune(config, resumed, preference_reward, overwrite=overwrite, say=click.echo)
 
 
 if __name__ == "__main__":

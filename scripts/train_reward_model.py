@@ -24,8 +24,8 @@ def main(
     python -m scripts.train_reward_model --cfg configs/smoke.yaml
     python -m scripts.train_reward_model --cfg configs/default.yaml --override path.real_img=photos path.fake_img=drawn
     """
-    job = load_job(TRAIN_REWARD_MODEL, cfg, overrides, device, resume)
-    train_reward_model(job.config, job.resumed, overwrite=overwrite, say=click.echo)
+    config, resumed = load_job(TRAIN_REWARD_MODEL, cfg, overrides, device, resume)
+    train_reward_model(config, resumed, overwrite=overwrite, say=click.echo)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,14 +16,6 @@ from training.ddpm.run import Resumed, open_run
 from training.runs.command_line import require_one_process
 
 Command = TypeVar("Command", bound=Callable[..., None])
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to do: under which configuration, and the run to go on with, if any."""
-
-    config: DDPMConfig
-    resumed: Resumed | None
 
 
 def common_options(command: Command) -> Command:
@@ -64,19 +55,21 @@ def load_config(cfg: Path | None, overrides: tuple[str, ...], device: str | None
     return SCHEMA.load(cfg, _pairs(overrides, device)).config
 
 
-def load_job(name: str, cfg: Path | None, overrides: tuple[str, ...], device: str | None, resume: Path | None) -> Job:
-    """A new run, or one to go on with.
+def load_job(
+    name: str, cfg: Path | None, overrides: tuple[str, ...], device: str | None, resume: Path | None
+) -> tuple[DDPMConfig, Resumed | None]:
+    """The configuration of a new run, or of one to go on with, and then that run.
 
     Raises:
         InputError: the configuration has faults, or there is no such run of the command `name`.
     """
     if resume is None:
-        return Job(load_config(cfg, overrides, device), None)
+        return load_config(cfg, overrides, device), None
     _begin()
     if cfg is not None:
         raise InputError("--resume goes on with a run's own configuration: change it by --override only")
     resumed = open_run(resume, name, _pairs(overrides, device))
-    return Job(resumed.config, resumed)
+    return resumed.config, resumed
 
 
 def _pairs(overrides: tuple[str, ...], device: str | None) -> tuple[str, ...]:
