@@ -11,7 +11,7 @@ was trained on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from torch import Tensor
 from errors import shows_input_errors
 from models.mixture import MixtureWorld
 from models.randomness import derived_seed, generator_of
+from train import main as train_command
 from training.distillation_options import Options, settled
 from training.distillation_run import distil, prepare
 from training.solver import Schedule, Solver, classical_solvers, load_solver
@@ -55,34 +56,19 @@ def classical(evaluations: int) -> list[Solver]:
 
 def distilled(evaluations: int, train: str, schedule: Schedule, *, updates: int = 200, seed: int = 0) -> Solver:
     """What `train.py --num_points 0 --train ...` makes in this world, with its usual settings but `updates`."""
-    told = {
+    asked = {
         "dataset_name": WORLD.name,
-        "model_path": None,
         "num_steps": evaluations + 1,
         "num_points": 0,
-        "sampler_stu": "epd",
-        "sampler_tea": "dpm2",
-        "M": 9,
-        "afs": False,
-        "scale_dir": 0.0,
-        "scale_time": 0.0,
-        "guidance_rate": None,
         "schedule_type": schedule.schedule_type,
         "schedule_rho": schedule.rho,
-        "trajectories": 128,
-        "batch": 16,
-        "batch_gpu": 64,
+        "batch-gpu": 64,
         "total_kimg": 0.016 * updates,
-        "lr": 0.1,
-        "coslr": True,
-        "target": "latent",
-        "recompute": False,
-        "seed": seed,
-        "prompt_file": None,
-        "init_only": False,
-        "start": None,
         "train": train,
+        "seed": seed,
     }
+    usual = train_command.make_context("train", [f"--{option}={value}" for option, value in asked.items()]).params
+    told = {field.name: usual[field.name] for field in fields(Options) if field.default is MISSING}
     options = Options(**told | settled(told))
     with TemporaryDirectory() as folder:
         lesson = prepare(options, WORLD, [""] * options.trajectories)
