@@ -480,7 +480,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
 
     fabric = fabric_of(asked.device, asked.num_devices)
     fabric.launch()
-    say = click.echo if fabric.is_global_zero else _nothing
+    say = click.echo if fabric.is_global_zero else lambda _: None
     if not fabric.is_global_zero:
         logging.disable(logging.WARNING)  # said by the first process
     tables = asked.tables(say)
@@ -613,10 +613,6 @@ def _refuse_prompts(asked: Asked) -> None:
             f"--reward is missing: {asked.model} is unconditional, so name one that looks at the image alone: "
             "aesthetic, or a function of yours, my_module:my_reward"
         )
-
-
-def _nothing(*_: object) -> None:
-    """Is said."""
 
 
 def _counted(count: int | None) -> str:

@@ -786,7 +786,7 @@ def _march(
     callback: Callback | None,
 ) -> Tensor:
     """Take all intervals, then perhaps the estimate of the last state, and show every state on the way."""
-    observe = callback or _ignore
+    observe = callback or (lambda done, x: None)
     observe(0, x)
     for i in range(num_intervals):
         x = step(x, i)
@@ -795,10 +795,6 @@ def _march(
         x = final(x)
         observe(num_intervals + 1, x)
     return x
-
-
-def _ignore(done: int, x: Tensor) -> None:
-    """Observe nothing."""
 
 
 def _afs_estimate(x: Tensor, sigma: float | Tensor) -> Tensor:

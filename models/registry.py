@@ -216,10 +216,10 @@ def _found(spec: str) -> Path:
     model = REGISTERED.get(spec)
     if model is None or not model.weights:
         return locate(spec)
-    found = any((SOURCE / asset.path).exists() for asset in model.weights)
+    found = [file for asset in model.weights if (file := SOURCE / asset.path).exists()]
     weights = [] if found else [", or ".join(str(asset) for asset in model.weights)]
     _check_nothing_missing(f"Model {spec}", [*weights, *_missing(model.companions)], model.remedy)
-    return _first_present(model.weights)
+    return found[0]
 
 
 def locate(spec: str) -> Path:
@@ -279,10 +279,6 @@ def _open_single_file(path: Path) -> dict[str, Tensor]:
     state = read_compvis(path)
     _check_nothing_missing(f"The tokenizer of {path}", _missing(TOKENIZER), FETCH_TOKENIZER)
     return state
-
-
-def _first_present(assets: Sequence[Asset]) -> Path:
-    return next(SOURCE / asset.path for asset in assets if (SOURCE / asset.path).exists())
 
 
 def _missing(assets: Sequence[Asset]) -> list[str]:

@@ -209,13 +209,13 @@ class Schema(Generic[Config]):
                 unsound.add(key)
                 faults.append(f"{where}: {key}={_shown(value)}: {reason} ({self.knobs[key].metadata['meaning']})")
         config = OmegaConf.to_object(node)
-        for key, complaint in self._out_of_range(config):
-            if key not in unsound:
+        for key, known in self.knobs.items():
+            value = value_of(config, key)
+            complaint = known.metadata["limits"].complaint(value)
+            if complaint and key not in unsound:
                 unsound.add(key)
-                where = origins.get(key, origin)
-                value = value_of(config, key)
                 shown = key if value in ("", {}, []) else f"{key}={_shown(value)}"
-                faults.append(f"{where}: {shown} {complaint} ({self.knobs[key].metadata['meaning']})")
+                faults.append(f"{origins.get(key, origin)}: {shown} {complaint} ({known.metadata['meaning']})")
         # A pair is judged only where each of its values stands on its own; in the place of others the defaults do.
         for key in unsound:
             *section, leaf = key.split(".")
@@ -295,12 +295,6 @@ class Schema(Generic[Config]):
         leaves = {known.rpartition(".")[2]: known for known in self.knobs}
         candidates += [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
         return f"; did you mean {candidates[0]}?" if candidates else ""
-
-    def _out_of_range(self, config: Config) -> Iterator[tuple[str, str]]:
-        for key, known in self.knobs.items():
-            complaint = known.metadata["limits"].complaint(value_of(config, key))
-            if complaint:
-                yield key, complaint
 
 
 def read_yaml_file(path: Path, *, whole: bool = False) -> Any:
