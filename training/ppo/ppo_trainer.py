@@ -235,6 +235,9 @@ class PPOTrainer(Search):
         distribution: TableDistribution = self.policy()
         return {
             **reward_metrics(number, batch.scores, self.settings.rloo_k),
+            "reward_mean": batch.rewards.mean().item(),  # of whole groups: they alone are learned from
+            "reward_min": batch.rewards.min().item(),
+            "reward_max": batch.rewards.max().item(),
             "saturated_share": algorithm.saturated_share(batch.rewards, self.settings.rloo_k),
             **update,
             "parameters_at_bounds": distribution.at_bounds,
