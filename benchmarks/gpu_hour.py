@@ -8,11 +8,6 @@ as it ends, and the same command goes on with what is left. On a CPU the same pa
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 import itertools
 import json
 import statistics

@@ -8,11 +8,6 @@ that does something else at the same time it says little. What does not scale (l
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 import os
 import re
 import subprocess

@@ -8,11 +8,6 @@ prints what it took, minute by minute. Ends with status 1 where a promise is not
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 import os
 import signal
 import subprocess

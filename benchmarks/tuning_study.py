@@ -9,11 +9,6 @@ runs lie in runs/, what they printed in logs/. Needs the package cma, which the 
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from interrupts import end_at_once_on_signals
-
-    end_at_once_on_signals()
-
 import dataclasses
 import io
 import json
