@@ -52,6 +52,7 @@ RUN_BY = {
     "benchmarks.estimators": "tests/test_estimators.py",
     "benchmarks.gpu_hour": "tests/test_gpu_hour.py",
     "benchmarks.linearity": "tests/test_linearity.py",
+    "benchmarks.screen_shapes": "tests/test_screen_shapes.py",
     "benchmarks.per_prompt": "tests/test_per_prompt.py",
     "benchmarks.rehearse_evaluation": "tests/test_rehearsal.py",
     "benchmarks.rehearse_sd15": "tests/test_rehearsal.py",
