@@ -95,9 +95,9 @@ def conditioned(
         asked(len(x))
         with measure("network"):
             inputs = (x, sigma, conditioning, *guidance)
-            return (
-                recomputed(denoiser.denoise, *inputs, dtype=denoiser.dtype) if recompute else denoiser.denoise(*inputs)
-            )
+            if recompute:
+                return recomputed(denoiser.denoise, *inputs, dtype=denoiser.dtype)
+            return denoiser.denoise(*inputs)
 
     return denoise
 
