@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from models.devices import resolve_dtype
 from models.fingerprints import model_fingerprint
 from models.prompts import first_prompts, read_prompts
 from models.registry import load_denoiser
+from solvers import NetworkEvaluations
 from training.measuring.comparison import Entry
 from training.measuring.evaluation import PREVIEWS, Evaluation, Setting, Store
 from training.measuring.statistics import Interval, bootstrap_indices, paired_difference_interval
@@ -38,7 +39,12 @@ TABLES: Mapping[str, str] = {
 }
 METRICS: Mapping[str, str] = {"reward": "preference reward", "verifier": "verifier score"}
 OVER_PROMPTS, OVER_BOTH = "prompts", "seeds and prompts"
-TIMES = (1, 2)  # the classical solvers' parallel evaluations, in those of the table
+BUDGETS: Mapping[str, Callable[[NetworkEvaluations], int]] = {
+    "as many in sequence": lambda spent: spent.parallel,
+    "as many in all": lambda spent: spent.total,
+    "twice as many in all": lambda spent: 2 * spent.total,
+}
+"""What a classical solver may spend beside a table: evaluations, of which it makes all in sequence."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Group:
     runs: Sequence[Finished]
     start: Entry
     tables: Mapping[str, Sequence[Entry]]
-    classical: Mapping[int, Sequence[Entry]]
+    classical: Mapping[str, Sequence[Entry]]
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,8 @@ class Line:
         parallel, total: evaluations of an image by the table, before guidance.
         table: `final` or `best`.
         metric: of `METRICS`.
-        times: None against the starting table; 1 and 2 against the best classical solver (by this metric) with so many
-            times the parallel evaluations.
-        baseline: what the difference is taken to, with its evaluations `baseline_parallel` and `baseline_total`.
+        budget: None against the starting table; of `BUDGETS` against the best classical solver (by this metric).
+        baseline: what the difference is taken to, with its evaluations in all, `baseline_total`.
         seed: of the run; None for the mean over all seeds.
         over: what the interval's bootstrap draws.
         value, baseline_value: means over the prompts.
@@ -96,9 +101,8 @@ class Line:
     total: int
     table: str
     metric: str
-    times: int | None
+    budget: str | None
     baseline: str
-    baseline_parallel: int
     baseline_total: int
     seed: int | None
     over: str
@@ -247,8 +251,8 @@ class Scorer:
 
 def measure(finished: Sequence[Finished], scorer: Scorer) -> list[Group]:
     """Measure all tables and what they are compared with."""
-    budgets = sorted({scale * one.start.evaluations.parallel for one in finished for scale in TIMES})
-    classical = {nfe: scorer.classical(nfe) for nfe in budgets}
+    budgets = {nfe for one in finished for nfe in budgets_of(one.start.evaluations).values()}
+    classical = {nfe: scorer.classical(nfe) for nfe in sorted(budgets)}
     starts = {one.run.name: scorer.on_model(one.start) for one in finished}
     tables = {(one.run.name, name): scorer.on_model(table) for one in finished for name, table in one.tables.items()}
     all_classical = [solver for solvers in classical.values() for solver in solvers]
@@ -266,10 +270,16 @@ def measure(finished: Sequence[Finished], scorer: Scorer) -> list[Group]:
             runs,
             measured_starts[runs[0].run.name],
             {name: [measured_tables[one.run.name, name] for one in runs] for name in TABLES},
-            {times: rivals[times * runs[0].start.evaluations.parallel] for times in TIMES},
+            {budget: rivals[nfe] for budget, nfe in budgets_of(runs[0].start.evaluations).items()},
         )
         for (arm, start), runs in groups.items()
     ]
+
+
+def budgets_of(spent: NetworkEvaluations) -> dict[str, int]:
+    """What a classical solver may spend beside a table that spends so much; where two are the same, the latter."""
+    by_number = {of(spent): budget for budget, of in BUDGETS.items()}
+    return {budget: nfe for nfe, budget in by_number.items()}
 
 
 def lines_of(group: Group) -> Iterator[Line]:
@@ -279,8 +289,8 @@ def lines_of(group: Group) -> Iterator[Line]:
             if metric not in group.start.measured.values:
                 continue
             yield from _against(group, table, entries, metric, None, group.start)
-            for times, rivals in group.classical.items():
-                yield from _against(group, table, entries, metric, times, _best(rivals, metric))
+            for budget, rivals in group.classical.items():
+                yield from _against(group, table, entries, metric, budget, _best(rivals, metric))
 
 
 def _best(entries: Sequence[Entry], metric: str) -> Entry:
@@ -289,14 +299,14 @@ def _best(entries: Sequence[Entry], metric: str) -> Entry:
 
 
 def _against(
-    group: Group, table: str, entries: Sequence[Entry], metric: str, times: int | None, baseline: Entry
+    group: Group, table: str, entries: Sequence[Entry], metric: str, budget: str | None, baseline: Entry
 ) -> Iterator[Line]:
     ours = torch.stack([entry.measured.values[metric] for entry in entries])  # [R, N]
     theirs = baseline.measured.values[metric]  # [N]
     seeds = [one.run.seed for one in group.runs]
     spent, rival = entries[0].solver.evaluations, baseline.solver
     scale = "" if rival.guidance_scale is None else f" g{rival.guidance_scale:g}"
-    name = group.start_name if times is None else f"{rival.label}, {rival.grid_name}{scale}"
+    name = group.start_name if budget is None else f"{rival.label}, {rival.grid_name}{scale}"
     for seed, over, difference in paired_differences(ours, theirs, seeds):
         yield Line(
             arm=group.arm,
@@ -305,9 +315,8 @@ def _against(
             total=spent.total,
             table=table,
             metric=metric,
-            times=times,
+            budget=budget,
             baseline=name,
-            baseline_parallel=rival.evaluations.parallel,
             baseline_total=rival.evaluations.total,
             seed=seed,
             over=over,

@@ -31,7 +31,6 @@ from benchmarks.tuning_results import (
     METRICS,
     OVER_BOTH,
     TABLES,
-    TIMES,
     Finished,
     Group,
     Learning,
@@ -142,28 +141,32 @@ class StudyReport:
             headings += [f"{METRICS[name]}: start", "tuned", "difference"]
         rows: dict[tuple[str, ...], list[str]] = {}
         for line in self.lines:
-            if line.table == table and line.times is None:
+            if line.table == table and line.budget is None:
                 key = (line.arm, line.start, f"{line.parallel} / {line.total}", _seed(line))
                 rows.setdefault(key, [*key])
                 rows[key] += [f"{line.baseline_value:.3f}", f"{line.value:.3f}", _difference(line.difference)]
         return headings, list(rows.values())
 
     def _against_classical(self, table: str) -> tuple[list[str], list[list[str]]]:
-        headings = ["arm", "start", "NFE parallel / all", "seed", "metric"]
-        for times in TIMES:
-            headings += [f"{times}x parallel NFE: best classical", "NFE parallel / all", "its value", "difference"]
-        rows: dict[tuple[str, ...], list[str]] = {}
-        for line in self.lines:
-            if line.table == table and line.times is not None:
-                key = (line.arm, line.start, f"{line.parallel} / {line.total}", _seed(line), METRICS[line.metric])
-                rows.setdefault(key, [*key])
-                rows[key] += [
-                    line.baseline,
-                    f"{line.baseline_parallel} / {line.baseline_total}",
-                    f"{line.baseline_value:.3f}",
-                    _difference(line.difference),
-                ]
-        return headings, list(rows.values())
+        headings = [
+            "arm",
+            "start",
+            "NFE parallel / all",
+            "seed",
+            "metric",
+            "the classical solver has",
+            "best classical",
+        ]
+        rows = [
+            [
+                *(line.arm, line.start, f"{line.parallel} / {line.total}", _seed(line), METRICS[line.metric]),
+                *(f"{line.budget}: {line.baseline_total}", line.baseline, f"{line.baseline_value:.3f}"),
+                _difference(line.difference),
+            ]
+            for line in self.lines
+            if line.table == table and line.budget is not None
+        ]
+        return [*headings, "its value", "difference"], rows
 
     def _learned(self) -> tuple[list[str], list[list[str]]]:
         headings = [

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import tuning_results, tuning_runs
 from benchmarks.tuning_results import (
+    BUDGETS,
     OVER_BOTH,
     OVER_PROMPTS,
     Finished,
@@ -332,11 +333,15 @@ def test_the_rival_is_the_best_classical_solver_of_its_budget(world: Path, tmp_p
     poor, good, rich = (entry(name, nfe, draw(7, 20) + mean) for name, nfe, mean in
                         (("poor", 4, 0.0), ("good", 4, 1.0), ("rich", 8, 3.0)))  # fmt: skip
     tuned = {"final": [entry("a", 4, draw(7, 20) + 2)]}
-    lines = list(lines_of(group("a", runs, tables=tuned, classical={1: [poor, good], 2: [rich]})))
-    assert [(line.times, line.baseline, line.baseline_total) for line in lines] == [
+    lines = list(
+        lines_of(
+            group("a", runs, tables=tuned, classical={"as many in all": [poor, good], "twice as many in all": [rich]})
+        )
+    )
+    assert [(line.budget, line.baseline, line.baseline_total) for line in lines] == [
         (None, "epd-start", 4),
-        (1, "good, discrete", 4),
-        (2, "rich, discrete", 8),
+        ("as many in all", "good, discrete", 4),
+        ("twice as many in all", "rich, discrete", 8),
     ]
     assert [line.difference.estimate for line in lines[1:]] == pytest.approx([1.0, -1.0])
     assert lines[1].difference.low == pytest.approx(1.0)  # the same prompts and noise: their spread falls out
@@ -435,7 +440,7 @@ def test_the_scores_are_those_of_the_exported_tables(studied: tuple[Path, Result
     before, after = scores(START), scores(exported.table)
     (line,) = (
         line for line in content["differences"]
-        if (line["arm"], line["seed"], line["table"], line["times"]) == ("ppo", 0, "final", None)
+        if (line["arm"], line["seed"], line["table"], line["budget"]) == ("ppo", 0, "final", None)
     )  # fmt: skip
     assert (line["baseline_value"], line["value"]) == pytest.approx(
         (before.mean().item(), after.mean().item()), abs=1e-5
@@ -448,20 +453,20 @@ def test_the_scores_are_those_of_the_exported_tables(studied: tuple[Path, Result
 def test_every_comparison_is_there(studied: tuple[Path, Result]):
     output, result = studied
     content = json.loads((output / "study.json").read_text())
-    keys = {(line["arm"], line["seed"], line["over"], line["table"], line["times"]) for line in content["differences"]}
+    keys = {(line["arm"], line["seed"], line["over"], line["table"], line["budget"]) for line in content["differences"]}
     seeds = [("ppo", 0, "prompts"), ("ppo", 1, "prompts"), ("ppo", None, "prompts"), ("ppo", None, OVER_BOTH)]
     assert keys == {
-        (*who, table, times)
+        (*who, table, budget)
         for who in (*seeds, ("cma", 0, "prompts"))
         for table in ("final", "best")
-        for times in (None, 1, 2)
+        for budget in (None, *BUDGETS)
     }
-    twice = [line for line in content["differences"] if line["times"] == 2]
-    assert {line["baseline_parallel"] for line in twice} == {8}
-    assert {line["baseline"].split(" g")[1] for line in content["differences"] if line["times"]} <= {"1", "2", "4"}
+    spent = {line["budget"]: line["baseline_total"] for line in content["differences"] if line["budget"]}
+    assert list(spent.values()) == [4, 6, 12]
+    assert {line["baseline"].split(" g")[1] for line in content["differences"] if line["budget"]} <= {"1", "2", "4"}
     assert [(item["arm"], item["images"]) for item in content["learning"]] == [("ppo", 32), ("cma", 32)]
     written = (output / "study.md").read_text()
-    for text in ("all seeds, over seeds and prompts", "| 4 / 6 |", "## Learning", "2x parallel NFE: best classical"):
+    for text in ("all seeds, over seeds and prompts", "| 4 / 6 |", "## Learning", "twice as many in all: 12"):
         assert text in written
         assert text in result.output
     with Image.open(output / "study.png") as picture:
