@@ -387,6 +387,8 @@ def test_a_predictor_that_cannot_be_used_is_refused(tmp_path, metadata, message)
         ({"schedule_rho": -1.0}, "rho must be positive"),
         ({"afs": "yes"}, "afs is 'yes'"),
         ({"backend": "flux"}, "was made for a model of the family flux"),
+        ({"sigmas": [80.0, 3.0, 0.5]}, "its noise levels go from 80 to 0.5, those of "),
+        ({"sigmas": [14.0, 3.0, 0.001]}, "its noise levels go from 14 to 0.001, those of "),
     ],
 )
 def test_a_predictor_whose_settings_make_no_sense_is_refused(pipeline, tmp_path, metadata, message):

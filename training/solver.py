@@ -228,8 +228,8 @@ class Solver:
     def on(self, denoiser: Denoiser) -> Solver:
         """The same solver with its noise levels and its guidance settled for a model.
 
-        Raises InputError where nothing says the noise levels, the schedule does not suit the model, or the model is of
-        another family than the solver was made for, has no guidance where the solver has, or is no place for AFS.
+        Raises InputError where nothing says the noise levels, they or the schedule do not suit the model, or the model
+        is of another family than the solver was made for, has no guidance where the solver has, or is no place for AFS.
         """
         backend = None if self.origin is None else self.origin.metadata.get("backend")
         if backend is not None and backend != denoiser.backend:
@@ -238,6 +238,8 @@ class Solver:
                 f"{denoiser.backend}: choose a model of its family"
             )
         sigmas, schedule, scale = self.sigmas, self.schedule, self.guidance_scale
+        if sigmas is not None:
+            self._check_levels(sigmas, denoiser)
         try:
             if self.afs:
                 check_afs(denoiser)
@@ -253,6 +255,15 @@ class Solver:
                 log.warning("%s: does not say its guidance; the model's own is taken: %g", self.where, scale)
         denoiser.check_guidance(self.table.guidance if self.has_guidance_column else scale)
         return replace(self, sigmas=sigmas, schedule=schedule, guidance_scale=scale, guidance_kind=denoiser.guidance)
+
+    def _check_levels(self, sigmas: Tensor, denoiser: Denoiser) -> None:
+        """Raise InputError where noise levels of its own are none of the model's: it would draw from noise to noise."""
+        if sigmas.max() > denoiser.sigma_max * (1 + NEAR) or sigmas.min() < denoiser.sigma_min * (1 - NEAR):
+            raise InputError(
+                f"{self.where}: its noise levels go from {sigmas.max():g} to {sigmas.min():g}, those of "
+                f"{denoiser.name} from {denoiser.sigma_max:g} to {denoiser.sigma_min:g}: choose a model like the one "
+                "that it was made for"
+            )
 
     def _scheduled(self, denoiser: Denoiser) -> Tensor:
         """The noise levels that the schedule names."""
