@@ -10,8 +10,6 @@ from training.ddpm.reward_model import new_classifier
 from training.measuring.distances import frechet, gaussian_of
 from training.runs.run_folder import RunFolder
 
-CPU = torch.device("cpu")
-
 
 def brightness(images):
     return images.mean((1, 2, 3))
@@ -23,7 +21,7 @@ def comparison(tmp_path):
     judge = new_classifier((8, 8), 8, seed=0).eval()
     policy = tiny_policy(model)
     seeds = list(range(16))
-    return Comparison(brightness, judge, real, seeds=seeds, shape=SHAPE, batch_size=8, device=CPU, start=policy), policy
+    return Comparison(brightness, judge, real, seeds=seeds, batch_size=8, start=policy), policy
 
 
 def test_a_ddpm_is_no_better_and_no_worse_than_itself(tmp_path):

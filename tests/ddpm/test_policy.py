@@ -10,10 +10,8 @@ from torch import nn
 
 from errors import InputError
 from tests.ddpm.tiny_ddpm import SCHEDULER, SHAPE, tiny_model, tiny_policy
-from training.ddpm.policy import DDIMSteps, DenoisingPolicy, StepDistribution, episode_noise
+from training.ddpm.policy import DDIMSteps, DenoisingPolicy, StepDistribution
 from training.ddpm.rollout import roll_out, sample_images, seeds_of
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -106,24 +104,24 @@ def test_eta_outside_its_range_is_refused():
 def test_without_randomness_there_are_no_actions_and_the_image_depends_on_its_start_alone(tmp_path):
     model = tiny_model(tmp_path / "ddpm")
     policy = tiny_policy(model, 4, 0.0)
-    episodes = roll_out(policy, [1, 2], SHAPE, CPU)
+    episodes = roll_out(policy, [1, 2])
     assert episodes.num_actions == 0
     assert episodes.states.shape == (1, 2, *SHAPE)
 
 
 def test_an_image_depends_on_its_seed_alone(tmp_path):
     policy = tiny_policy(tiny_model(tmp_path / "ddpm"))
-    whole = sample_images(policy, [3, 4, 5], SHAPE, CPU, 3)
-    single = sample_images(policy, [4], SHAPE, CPU, 1)
+    whole = sample_images(policy, [3, 4, 5], 3)
+    single = sample_images(policy, [4], 1)
     torch.testing.assert_close(whole[1:2], single, rtol=1e-5, atol=1e-5)
-    assert torch.equal(episode_noise([3, 4], policy.steps, SHAPE)[1:], episode_noise([4], policy.steps, SHAPE))
+    assert torch.equal(policy.episode_noise([3, 4])[1:], policy.episode_noise([4]))
 
 
 def test_a_rollout_keeps_every_state_with_its_probability(tmp_path):
     policy = tiny_policy(tiny_model(tmp_path / "ddpm"), 4)
-    episodes = roll_out(policy, [1, 2, 3], SHAPE, CPU)
+    episodes = roll_out(policy, [1, 2, 3])
     assert episodes.states.shape == (4, 3, *SHAPE)
-    assert torch.equal(episodes.states[0], episode_noise([1, 2, 3], policy.steps, SHAPE)[:, 0])
+    assert torch.equal(episodes.states[0], policy.episode_noise([1, 2, 3])[:, 0])
     for action in range(episodes.num_actions):
         with torch.no_grad():
             again = policy(episodes.states[action], action).log_prob(episodes.states[action + 1])

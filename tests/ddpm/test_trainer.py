@@ -15,7 +15,6 @@ from training.ddpm.policy import DenoisingPolicy
 from training.ddpm.rollout import Episodes, roll_out
 from training.ddpm.trainer import METRICS, DDPMTrainer, accumulate_gradient
 
-CPU = torch.device("cpu")
 SETTINGS = FinetuneConfig(
     lr=1e-3, ddim_steps=4, episodes_per_epoch=8, microbatch=4, eval_interval=0, grad_clip=1e9, clip_eps=0.2
 )
@@ -34,7 +33,7 @@ def make_trainer(model, settings=SETTINGS, reward=brightness, seed=0):
     reference = tiny_policy(model, settings.ddim_steps, settings.eta)
     network = trained_copy(model.network, settings.lora_rank, seed)
     policy = DenoisingPolicy(network, model, reference.steps)
-    return DDPMTrainer(policy, reference, reward, settings, shape=SHAPE, seed=seed)
+    return DDPMTrainer(policy, reference, reward, settings, seed=seed)
 
 
 def moved(policy, model, scale=0.02):
@@ -76,7 +75,7 @@ def full_graph_loss(policy, reference, groups, advantages, settings):
 @pytest.mark.parametrize("ratio", ["step", "trajectory"])
 def test_before_the_first_update_every_ratio_is_one(model, ratio, lora_rank):
     trainer = make_trainer(model, replace(SETTINGS, ratio=ratio, lora_rank=lora_rank, kl_coef=0.1))
-    groups = [roll_out(trainer.policy, seeds, SHAPE, CPU) for seeds in ([1, 2, 3, 4], [5, 6, 7, 8])]
+    groups = [roll_out(trainer.policy, seeds) for seeds in ([1, 2, 3, 4], [5, 6, 7, 8])]
     advantages = [torch.ones(4, dtype=torch.float64)] * 2
     seen = accumulate_gradient(trainer.policy, trainer.reference, groups, advantages, trainer.settings)
     assert seen.log_probs.shape == (3, 8)
@@ -93,7 +92,7 @@ def test_the_gradient_is_the_score_function_gradient_by_finite_differences(model
     reference = tiny_policy(model)
     network = copy.deepcopy(model.network).double().requires_grad_()
     policy = DenoisingPolicy(network, model, reference.steps)
-    group = double(roll_out(reference, [1, 2, 3], SHAPE, CPU))
+    group = double(roll_out(reference, [1, 2, 3]))
     steps = range(group.num_actions)
 
     def log_probs():
@@ -124,7 +123,7 @@ def test_the_gradient_is_the_score_function_gradient_by_finite_differences(model
 def test_the_accumulated_gradient_is_that_of_the_full_graph(model, ratio, kl_coef):
     settings = replace(SETTINGS, ratio=ratio, kl_coef=kl_coef)
     reference = tiny_policy(model)
-    groups = [double(roll_out(reference, seeds, SHAPE, CPU)) for seeds in ([1, 2], [3, 4])]
+    groups = [double(roll_out(reference, seeds)) for seeds in ([1, 2], [3, 4])]
     advantages = [torch.tensor([1.0, -2.0]).double(), torch.tensor([0.5, 0.5]).double()]
     policy = moved(reference, model)
     policy.network.double()
@@ -150,7 +149,7 @@ def test_how_episodes_are_grouped_does_not_change_the_gradient(model, ratio):
     policy = moved(reference, model)
     found = []
     for size in (4, 2, 1):
-        groups = [roll_out(reference, seeds.tolist(), SHAPE, CPU) for seeds in torch.arange(4).split(size)]
+        groups = [roll_out(reference, seeds.tolist()) for seeds in torch.arange(4).split(size)]
         policy.network.zero_grad()
         accumulate_gradient(policy, reference, groups, advantages.split(size), settings)
         found.append(gradients(policy.network))
@@ -161,7 +160,7 @@ def test_how_episodes_are_grouped_does_not_change_the_gradient(model, ratio):
 def test_clipped_steps_give_no_gradient(model):
     settings = replace(SETTINGS, clip_eps=1e-6)
     reference = tiny_policy(model)
-    group = roll_out(reference, [1], SHAPE, CPU)
+    group = roll_out(reference, [1])
     policy = moved(reference, model)
     with torch.no_grad():
         now = torch.stack([policy(group.states[a], a).log_prob(group.states[a + 1]) for a in range(3)])

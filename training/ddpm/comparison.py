@@ -89,9 +89,7 @@ class Comparison:
         real: Tensor,
         *,
         seeds: list[int],
-        shape: tuple[int, int, int],
         batch_size: int,
-        device: torch.device,
         start: DenoisingPolicy,
     ) -> None:
         """Judge the starting DDPM.
@@ -101,19 +99,17 @@ class Comparison:
             judge: never trained against.
             real: [M, 3, H, W] in [0, 1], real images that nothing was trained on.
             seeds: one image each.
-            shape: (C, H, W) of an image.
             batch_size: images at once.
-            device: where the models are.
-            start: the DDPM that the others are compared with.
+            start: the DDPM that the others are compared with; all models are where it is.
         """
         self._reward, self._judge, self._seeds = reward, judge, seeds
-        self._shape, self._batch_size, self._device = shape, batch_size, device
+        self._batch_size, self._device = batch_size, start.device
         self.real = self._rated(real)
         self.start = self.judged(start)
 
     def judged(self, policy: DenoisingPolicy) -> Judged:
         """Draw and judge the images of a DDPM."""
-        return self._rated(sample_images(policy, self._seeds, self._shape, self._device, self._batch_size))
+        return self._rated(sample_images(policy, self._seeds, self._batch_size))
 
     def against_start(self, now: Judged) -> dict[str, float]:
         """`COMPARISON_METRICS` of the images of a later DDPM."""

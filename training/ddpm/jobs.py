@@ -50,23 +50,8 @@ Say = Callable[[str], None]
 PreferenceReward = Callable[[DDPMConfig, torch.device], ImageReward]
 
 
-@dataclass(frozen=True)
-class Start:
-    """The DDPM that everything starts from, on its device."""
-
-    model: PixelDiffusion
-    steps: DDIMSteps
-    policy: DenoisingPolicy
-    device: torch.device
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
-        return (3, *self.model.image_size)
-
-
-def load_start(config: DDPMConfig) -> Start:
-    """Read path.ddpm and lay out its steps.
+def load_start(config: DDPMConfig) -> DenoisingPolicy:
+    """The DDPM that everything starts from, on its device, with its steps laid out.
 
     Raises:
         InputError: the DDPM or the device is not there, or has fewer training steps than finetune.ddim_steps.
@@ -77,7 +62,7 @@ def load_start(config: DDPMConfig) -> Start:
     model = load_pixel_diffusion(config.path.ddpm, config.path.architecture)
     model.network.requires_grad_(False).to(device, memory_format=FASTEST_LAYOUT)
     steps = DDIMSteps(model.alphas_cumprod, config.finetune.ddim_steps, config.finetune.eta)
-    return Start(model, steps, DenoisingPolicy(model.network, model, steps), device)
+    return DenoisingPolicy(model.network, model, steps)
 
 
 def real_images(config: DDPMConfig, size: tuple[int, int]) -> ImageSet:
@@ -93,13 +78,13 @@ def heldout_real_images(config: DDPMConfig, size: tuple[int, int]) -> Tensor:
     return to_unit(_shares(config, "path.real_img", real_images(config, size)).heldout)
 
 
-def fake_images(config: DDPMConfig, start: Start) -> ImageSet:
+def fake_images(config: DDPMConfig, start: DenoisingPolicy) -> ImageSet:
     """The generated images, read or drawn from the DDPM now."""
     if config.path.fake_img != SAMPLED:
         return _folder_images(config, "path.fake_img", config.path.fake_img, start.model.image_size)
     number, eta = config.train_reward.num_img, config.finetune.eta
     seeds = seeds_of("fake", config.seed, count=number)
-    images = sample_images(start.policy, seeds, start.shape, start.device, config.eval.batch_size, doing="fake images")
+    images = sample_images(start, seeds, config.eval.batch_size, doing="fake images")
     return ImageSet(
         (images * 255).round().byte(),
         (f"fake images: {number} drawn from {config.path.ddpm} in {len(start.steps)} steps, eta {eta:g}",),
@@ -180,7 +165,7 @@ def finetune(
     reward = _training_reward(config, start.device, preference)
     network = trained_copy(start.model.network, settings.lora_rank, config.seed)
     policy = DenoisingPolicy(network, start.model, start.steps)
-    trainer = DDPMTrainer(policy, start.policy, reward, settings, shape=start.shape, seed=config.seed)
+    trainer = DDPMTrainer(policy, start, reward, settings, seed=config.seed)
     numbers, actions = sum(weight.numel() for weight in trainer.parameters), start.steps.num_actions
     say(
         f"{numbers:,} trained numbers; {settings.episodes_per_epoch} images an epoch, of {len(start.steps)} steps, "
@@ -190,7 +175,7 @@ def finetune(
     plan = Plan(settings.num_epochs, settings.save_interval, settings.eval_interval)
     folder = _trained(FINETUNE, config, resumed, trainer, plan, observe, say)
     seeds = seeds_of("last look", config.seed, count=settings.microbatch)
-    drawn = sample_images(_policy_of_result(trainer, start), seeds, start.shape, start.device, settings.microbatch)
+    drawn = sample_images(_policy_of_result(trainer, start), seeds, settings.microbatch)
     require_finite(drawn, "images of the fine-tuned DDPM")
     result = merged(trainer.result).to("cpu", memory_format=torch.contiguous_format)  # safetensors writes no other
     _refuse_overtaken(target, overwrite, folder)
@@ -259,7 +244,7 @@ def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> R
     return folder
 
 
-def _tuned(config: DDPMConfig, start: Start) -> PixelDiffusion:
+def _tuned(config: DDPMConfig, start: DenoisingPolicy) -> PixelDiffusion:
     """The fine-tuned DDPM.
 
     Raises:
@@ -284,26 +269,26 @@ def _training_reward(config: DDPMConfig, device: torch.device, preference: Prefe
     return load_classifier(reward_file(config), "path.rm", device)
 
 
-def _comparison(config: DDPMConfig, start: Start, reward: ImageReward, stream: str) -> Comparison:
+def _comparison(config: DDPMConfig, start: DenoisingPolicy, reward: ImageReward, stream: str) -> Comparison:
     judge = load_classifier(judge_file(config), "path.judge", start.device)
     return Comparison(
         reward,
         judge,
         heldout_real_images(config, start.model.image_size),
         seeds=seeds_of(stream, config.seed, count=config.eval.num_img),
-        shape=start.shape,
         batch_size=config.eval.batch_size,
-        device=start.device,
-        start=start.policy,
+        start=start,
     )
 
 
-def _policy_of_result(trainer: DDPMTrainer, start: Start) -> DenoisingPolicy:
+def _policy_of_result(trainer: DDPMTrainer, start: DenoisingPolicy) -> DenoisingPolicy:
     """The network that would be kept now, as a policy."""
     return DenoisingPolicy(trainer.result, start.model, start.steps)
 
 
-def _watch(config: DDPMConfig, start: Start, trainer: DDPMTrainer, reward: ImageReward) -> Callable[[], Observation]:
+def _watch(
+    config: DDPMConfig, start: DenoisingPolicy, trainer: DDPMTrainer, reward: ImageReward
+) -> Callable[[], Observation]:
     comparison = _comparison(config, start, reward, "watch")
 
     def observe() -> Observation:

@@ -86,8 +86,12 @@ class DenoisingPolicy:
 
     def __init__(self, network: nn.Module, model: PixelDiffusion, steps: DDIMSteps) -> None:
         """Use `network`, which may be `model.network` or a changed copy of it, as `model` says it is to be used."""
-        self.network, self.steps = network, steps
-        self._prediction_type, self._clip_range = model.prediction_type, model.clip_range
+        self.network, self.model, self.steps = network, model, steps
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
 
     def clean_and_noise(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Estimates of the clean image x0 (clamped, where the model says so) and of the noise, [N, C, H, W] each.
@@ -98,15 +102,15 @@ class DenoisingPolicy:
         alpha = self.steps.alphas[step]
         signal, spread = math.sqrt(alpha), math.sqrt(1 - alpha)
         output = self.network(x, self.steps.timesteps[step]).sample
-        match self._prediction_type:
+        match self.model.prediction_type:
             case "epsilon":
                 clean = (x - spread * output) / signal
             case "sample":
                 clean = output
             case _:  # v_prediction, arXiv 2202.00512, appendix D
                 clean = signal * x - spread * output
-        if self._clip_range is not None:
-            clean = clean.clamp(-self._clip_range, self._clip_range)
+        if (reach := self.model.clip_range) is not None:
+            clean = clean.clamp(-reach, reach)
         return clean, (x - signal * clean) / spread
 
     def __call__(self, x: Tensor, step: int) -> StepDistribution:
@@ -116,12 +120,11 @@ class DenoisingPolicy:
         towards = math.sqrt(max(1 - after - deviation**2, 0.0))
         return StepDistribution(math.sqrt(after) * clean + towards * noise, deviation)
 
+    def episode_noise(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal noise [N, S, C, H, W] on the CPU: of each episode's start and of its S - 1 draws.
 
-def episode_noise(seeds: Sequence[int], policy_steps: DDIMSteps, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise [N, S, C, H, W]: of each episode's start and of its S - 1 draws.
-
-    Each row comes from a CPU generator of its own, so that an episode depends on its seed alone, whatever the batch and
-    the device.
-    """
-    size = (len(policy_steps), *shape)
-    return torch.stack([torch.randn(size, generator=generator_of(seed)) for seed in seeds])
+        Each row comes from a generator of its own, so that an episode depends on its seed alone, whatever the batch and
+        the device.
+        """
+        size = (len(self.steps), 3, *self.model.image_size)
+        return torch.stack([torch.randn(size, generator=generator_of(seed)) for seed in seeds])

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from models.pictures import to_images
 from models.randomness import derived_seed
-from training.ddpm.policy import DenoisingPolicy, episode_noise
+from training.ddpm.policy import DenoisingPolicy
 
 ImageReward = Callable[[Tensor], Tensor]
 """images [N, 3, H, W] in [0, 1] -> scores [N], higher is better."""
@@ -43,11 +43,9 @@ def seeds_of(stream: str, *numbers: int, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def roll_out(
-    policy: DenoisingPolicy, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device
-) -> Episodes:
-    """One episode a seed, all in one batch; `shape`: (C, H, W)."""
-    noise = episode_noise(seeds, policy.steps, shape).to(device)  # [N, S, C, H, W]
+def roll_out(policy: DenoisingPolicy, seeds: Sequence[int]) -> Episodes:
+    """One episode a seed, all in one batch."""
+    noise = policy.episode_noise(seeds).to(policy.device)  # [N, S, C, H, W]
     x = noise[:, 0]
     states, log_probs = [x], []
     actions = policy.steps.num_actions
@@ -59,23 +57,16 @@ def roll_out(
             log_probs.append(distribution.log_prob(x))
         else:
             x = distribution.mean
-    chances = torch.stack(log_probs) if log_probs else torch.empty(0, len(seeds), dtype=torch.float64, device=device)
+    chances = torch.stack(log_probs) if log_probs else torch.empty(0, len(seeds), dtype=torch.float64, device=x.device)
     return Episodes(torch.stack(states), chances, to_images(x))
 
 
 @torch.no_grad()
-def sample_images(
-    policy: DenoisingPolicy,
-    seeds: Sequence[int],
-    shape: tuple[int, int, int],
-    device: torch.device,
-    batch_size: int,
-    doing: str | None = None,
-) -> Tensor:
+def sample_images(policy: DenoisingPolicy, seeds: Sequence[int], batch_size: int, doing: str | None = None) -> Tensor:
     """Images [N, 3, H, W] in [0, 1] on the CPU, one a seed, `batch_size` at a time.
 
     `doing`: what a progress bar says; None: there is none.
     """
     batches = [seeds[start : start + batch_size] for start in range(0, len(seeds), batch_size)]
     progress = tqdm(batches, desc=doing, unit="batch", disable=doing is None)
-    return torch.cat([roll_out(policy, batch, shape, device).images.cpu() for batch in progress])
+    return torch.cat([roll_out(policy, batch).images.cpu() for batch in progress])

@@ -138,7 +138,6 @@ class DDPMTrainer:
         reward: ImageReward,
         settings: FinetuneConfig,
         *,
-        shape: tuple[int, int, int],
         seed: int,
     ) -> None:
         """Train `policy`.
@@ -148,13 +147,11 @@ class DDPMTrainer:
             reference: the starting DDPM, for the KL divergence.
             reward: of images [N, 3, H, W] in [0, 1].
             settings: section `finetune` of the configuration.
-            shape: (C, H, W) of an image.
             seed: of the rollouts and of the order of the updates.
         """
         self.policy, self.reference, self.reward, self.settings = policy, reference, reward, settings
-        self.shape, self.seed = shape, seed
+        self.seed = seed
         self.parameters = [weight for weight in policy.network.parameters() if weight.requires_grad]
-        self.device = self.parameters[0].device
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
         self.average: AveragedModel | None = None
         if settings.ema_decay:
@@ -228,14 +225,14 @@ class DDPMTrainer:
         settings = self.settings
         seeds = seeds_of("rollout", self.seed, self.completed_steps, count=settings.episodes_per_epoch)
         return [
-            roll_out(self.policy, seeds[start : start + settings.microbatch], self.shape, self.device)
+            roll_out(self.policy, seeds[start : start + settings.microbatch])
             for start in range(0, settings.episodes_per_epoch, settings.microbatch)
         ]
 
     @torch.no_grad()
     def _rewards(self, groups: Sequence[Episodes]) -> Tensor:
         """Rewards [N] float64 of all episodes, in their order."""
-        rewards = torch.cat([self.reward(group.images) for group in groups]).to(self.device, torch.float64)
+        rewards = torch.cat([self.reward(group.images) for group in groups]).to(self.policy.device, torch.float64)
         if not rewards.isfinite().all():
             raise InputError(
                 f"epoch {self.completed_steps + 1}: {int((~rewards.isfinite()).sum())} of {len(rewards)} rewards are "
