@@ -456,9 +456,9 @@ def test_an_interrupt_before_the_first_epoch_leaves_something_to_go_on_with(done
     folder, _, _ = done
     look = EpochRun._look
 
-    def interrupted(self, events):
+    def interrupted(self):
         os.kill(os.getpid(), signal.SIGINT)
-        return look(self, events)
+        return look(self)
 
     own = (f"path.runs={tmp_path / 'my runs'}", f"finetune.save={tmp_path / 'late'}")
     with monkeypatch.context() as patch:

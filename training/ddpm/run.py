@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,12 +14,10 @@ from tqdm import tqdm
 from errors import InputError
 from interrupts import Interrupted, Interrupts
 from training.ddpm.config import SCHEMA, DDPMConfig
-from training.runs.checkpoint import CheckpointFormat, fitting, is_due, newest_checkpoint, set_aside, step_path
+from training.runs.checkpoint import CheckpointFormat, fitting, newest_checkpoint, step_path
 from training.runs.configuration import config_hash, refuse_changes, to_plain
-from training.runs.events import EventFile
-from training.runs.run_folder import MetricsLog, RunFolder
-
-log = logging.getLogger(__name__)
+from training.runs.record import RunRecord
+from training.runs.run_folder import RunFolder
 
 TRAIN_REWARD_MODEL, FINETUNE, EVALUATE = "train_reward_model", "finetune", "eval"
 CHECKPOINT = CheckpointFormat("the DDPM job", 1, frozenset({"job", "step", "trainer", "config", "config_hash"}))
@@ -136,8 +133,7 @@ class EpochRun:
         """
         self.job, self.config, self.folder, self.trainer, self.plan = job, config, folder, trainer, plan
         self._observe = observe if plan.observe_interval else None
-        self._metrics = MetricsLog(folder.metrics)
-        self._saved_step = -1
+        self._record = RunRecord(folder, "epoch")
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; from that of the last epoch, only what comes after training is done.
@@ -157,11 +153,7 @@ class EpochRun:
                 f"{self.folder.path}: its checkpoint is of epoch {state['step']}, and the trainer's state in it of "
                 f"epoch {self.trainer.completed_steps}"
             )
-        self._saved_step = self.trainer.completed_steps
-        moved = self._metrics.rewind(self.trainer.completed_steps)
-        set_aside(self.folder.checkpoints, self.trainer.completed_steps)
-        if moved:
-            log.warning("%d epochs are made again; their log is kept in %s", moved, self.folder.logs)
+        self._record.rewind(self.trainer.completed_steps)
 
     def run(self) -> None:
         """Train. A checkpoint of the last epoch made is saved.
@@ -171,70 +163,50 @@ class EpochRun:
             Interrupted: a signal came before the last epoch.
         """
         first, epochs = self.trainer.completed_steps, self.plan.epochs
-        events = EventFile(self.folder.logs, first + 1)
         with Interrupts() as interrupts, tqdm(total=epochs, initial=first, unit="epoch") as bar:
             if first == 0 and self._observe is not None:
-                self._write(events, {"step": 0, **self._look(events)})
+                self._record.row({"step": 0, **self._look()})
             while self.trainer.completed_steps < epochs and interrupts.received is None:
-                self._epoch(events)
+                self._epoch()
                 bar.update()
             self._save(last=True)
         if self.trainer.completed_steps < epochs:
             go_on = f"go on: python -m scripts.{self.job} --resume {shlex.quote(str(self.folder.path))}"
             raise Interrupted(interrupts.received, f"nothing but its checkpoint was written; {go_on}")
 
-    def _epoch(self, events: EventFile) -> None:
+    def _epoch(self) -> None:
         row = self.trainer.step()
         step = self.trainer.completed_steps
         due = self.plan.observe_interval and (step % self.plan.observe_interval == 0 or step == self.plan.epochs)
         if due and self._observe is not None:
-            row |= self._look(events)
-        self._write(events, row)
+            row |= self._look()
+        self._record.row(row)
         tqdm.write(_line(row, self.plan.epochs))
-        if is_due(step, self._saved_step, self.plan.save_interval):
+        if self._record.is_due(step, self.plan.save_interval):
             self._save(last=False)
 
-    def _look(self, events: EventFile) -> dict[str, float]:
+    def _look(self) -> dict[str, float]:
         step = self.trainer.completed_steps
         seen = self._observe()
-        self._try("pictures", lambda: events.picture("held-out", seen.picture, step))
+        self._record.attempt("pictures", lambda: self._record.events(step).picture("held-out", seen.picture, step))
         for line in seen.lines:
             tqdm.write(f"epoch {step} held out: {line}")
         return dict(seen.metrics)
 
-    def _write(self, events: EventFile, row: Mapping[str, float]) -> None:
-        scalars = {name: value for name, value in row.items() if name != "step"}
-        self._try("TensorBoard", lambda: events.scalars(scalars, int(row["step"])))
-        self._try("metrics", lambda: self._metrics.append(row))
-
-    @staticmethod
-    def _try(what: str, write: Callable[[], None]) -> None:
-        """Training outlives a disk that is full for a while: what cannot be written now is said and passed over."""
-        try:
-            write()
-        except InputError as error:
-            log.warning("%s: %s", what, error)
-
     def _save(self, *, last: bool) -> None:
-        """Save a checkpoint of this epoch, if there is none; only the last one must succeed."""
         step = self.trainer.completed_steps
-        if self._saved_step == step:
-            return
-        state = {
-            "job": self.job,
-            "step": step,
-            "trainer": self.trainer.state_dict(),
-            "config": to_plain(self.config),
-            "config_hash": config_hash(self.config),
-        }
-        try:
+
+        def write() -> None:
+            state = {
+                "job": self.job,
+                "step": step,
+                "trainer": self.trainer.state_dict(),
+                "config": to_plain(self.config),
+                "config_hash": config_hash(self.config),
+            }
             CHECKPOINT.save(step_path(self.folder.checkpoints, step), state)
-        except InputError as error:
-            if last:
-                raise
-            log.warning("no checkpoint of epoch %d, it is tried again later: %s", step, error)
-        else:
-            self._saved_step = step
+
+        self._record.save(step, write, last=last)
 
 
 def _line(row: Mapping[str, float], epochs: int) -> str:

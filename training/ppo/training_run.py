@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,13 +22,11 @@ from training.ppo.checkpoint import Numbers, save_checkpoint, table_to_plain
 from training.ppo.figures import solver_figure
 from training.ppo.heldout import HeldoutScores
 from training.ppo.rivals import best_classical, reference_images
-from training.runs.checkpoint import best_path, fitting, is_due, set_aside, step_path
+from training.runs.checkpoint import best_path, fitting, step_path
 from training.runs.configuration import config_hash
 from training.runs.configuration import to_plain as config_to_plain
-from training.runs.events import EventFile
-from training.runs.run_folder import MetricsLog, RunFolder
-
-log = logging.getLogger(__name__)
+from training.runs.record import RunRecord
+from training.runs.run_folder import RunFolder
 
 SHOWN = {
     "kl": "KL {:.3f}",
@@ -44,56 +41,39 @@ CLASSICAL, REFERENCE = "classical", "reference"
 FINISHED, INTERRUPTED, HACKED = "finished", "interrupted", "stopped for suspected reward hacking"
 
 
-class RunWriter:
-    """What one process of a run, the first, writes to its folder and to the console."""
+class RunWriter(RunRecord):
+    """What one process of a run, the first, writes to its folder: beside what every run does, pictures."""
 
     def __init__(self, folder: RunFolder, start: Start, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> None:
         """`prompts` and `seeds` belong to the held-out images, in their order."""
-        self.folder = folder
+        super().__init__(folder, "step")
         self._start = start
         self._prompts, self._seeds = prompts, seeds
-        self._metrics = MetricsLog(folder.metrics)
-        self._events: EventFile | None = None
-
-    def rewind(self, step: int) -> None:
-        """Take back what was written about the steps after `step`; a copy stays."""
-        moved = self._metrics.rewind(step)
-        set_aside(self.folder.checkpoints, step)
-        if moved:
-            log.warning("%d steps after step %d are made again; their log is kept in %s", moved, step, self.folder.logs)
-
-    def row(self, row: Mapping[str, float], numbers: Numbers) -> None:
-        """Log a step: its metrics and the numbers of the policy's mean after it."""
-        rows = {name: part.tolist() for name, part in numbers.items()}
-        self._try("metrics", lambda: self._metrics.append({**row, "table": rows}))
-        step = int(row["step"])
-        scalars = {name: value for name, value in row.items() if name != "step"}
-        self._try("TensorBoard", lambda: self._tensorboard(step).scalars(scalars, step))
 
     def previews(self, step: int, images: Tensor) -> None:
-        """Save images [P, 3, H, W] of the first held-out prompts by the table after `step`."""
-        self._try("previews", lambda: self._write_previews(step, images))
+        """Save images [P, 3, H, W] of the first held-out prompts by the table after `step`, and draw them."""
+        self.images(step, images)
         if len(images):
-            self._try(
-                "TensorBoard", lambda: self._tensorboard(step).picture("held-out", self._sheet(step, len(images)), step)
+            self.attempt(
+                "TensorBoard", lambda: self.events(step).picture("held-out", self._sheet(step, len(images)), step)
             )
 
-    def beside(self, name: str, images: Tensor) -> None:
-        """Save images [P, 3, H, W] of the same prompts by another solver, `CLASSICAL` or `REFERENCE`."""
-        self._try("previews", lambda: self._write_previews(name, images))
+    def images(self, source: int | str, images: Tensor) -> None:
+        """Save images [P, 3, H, W] of the first held-out prompts by what `preview_name` calls their source."""
+        self.attempt("previews", lambda: self._write_images(source, images))
 
     def table_plot(self, step: int, table: EPDTable, sigmas: Tensor | None) -> None:
         """Plot the policy's mean beside the start."""
         start = self._start.solver
         now = start.with_numbers(table, sigmas)
         drawn = ("now", now.sigmas, table), ("start", start.sigmas, start.table)
-        self._try("table plot", lambda: self._tensorboard(step).figure("table", solver_figure(*drawn), step))
+        self.attempt("table plot", lambda: self.events(step).figure("table", solver_figure(*drawn), step))
         gc.collect()  # drawing leaves cycles, 1.2 MB of them, and Python looks for those once 140,000 objects wait
 
-    def _write_previews(self, step: int | str, images: Tensor) -> None:
+    def _write_images(self, source: int | str, images: Tensor) -> None:
         for number, pixels in enumerate(to_pixels(images)):
-            story = {"prompt": self._prompts[number], "seed": str(self._seeds[number]), "step": str(step)}
-            write_atomically(self.folder.samples / preview_name(step, number), as_png(pixels, story))
+            story = {"prompt": self._prompts[number], "seed": str(self._seeds[number]), "step": str(source)}
+            write_atomically(self.folder.samples / preview_name(source, number), as_png(pixels, story))
 
     def _sheet(self, step: int, count: int) -> np.ndarray:
         """The saved images of the first `count` prompts, a row each: by the start, and by the table after `step`."""
@@ -104,22 +84,10 @@ class RunWriter:
         ]
         return np.asarray(contact_sheet(rows, captions, list(names.values())))
 
-    def _tensorboard(self, step: int) -> EventFile:
-        self._events = self._events or EventFile(self.folder.logs, step)
-        return self._events
 
-    @staticmethod
-    def _try(what: str, write: Callable[[], None]) -> None:
-        """Training outlives a disk that is full for a while: what cannot be written now is said and passed over."""
-        try:
-            write()
-        except (InputError, OSError) as error:
-            log.warning("%s: %s", what, error)
-
-
-def preview_name(step: int | str, number: int) -> str:
-    """File name of the image of held-out prompt `number` by the table after `step`, or by what another solver is."""
-    return f"{step if isinstance(step, str) else f'step{step:06d}'}-prompt{number:02d}.png"
+def preview_name(source: int | str, number: int) -> str:
+    """File name of the image of held-out prompt `number` by the table after a step, `CLASSICAL` or `REFERENCE`."""
+    return f"{source if isinstance(source, str) else f'step{source:06d}'}-prompt{number:02d}.png"
 
 
 class TrainingRun:
@@ -134,7 +102,6 @@ class TrainingRun:
         seeds = () if parts.judge is None else parts.judge.seeds
         prompts = () if parts.judge is None else parts.judge.prompts
         self._writer = RunWriter(folder, self.start, prompts, seeds) if fabric.is_global_zero else None
-        self._saved_step = -1
         self.interrupted_by = 0
         """The signal that ended `run`, in whatever process it came; 0: none."""
 
@@ -160,7 +127,6 @@ class TrainingRun:
         if self.watch is not None:
             with fitting(f"{self.folder.path}: its checkpoint"):
                 self.watch.load_state_dict(state["watch"], len(self.judge.prompts))
-        self._saved_step = self.step
         if self._writer is not None:
             self._writer.rewind(self.step)
 
@@ -213,7 +179,7 @@ class TrainingRun:
             tqdm.write(console_line(row, self.config.ppo.steps))
         if self.step % logging.save_interval == 0:
             self._require_one_policy()
-        if is_due(self.step, self._saved_step, logging.save_interval):
+        if self._writer is not None and self._writer.is_due(self.step, logging.save_interval):
             self._save(last=False)
         return bool(row.get("heldout/suspected_reward_hacking"))
 
@@ -233,7 +199,7 @@ class TrainingRun:
                 )
         for what, images in drawn.items():
             if self._writer is not None and images is not None:
-                self._writer.beside(what, images)
+                self._writer.images(what, images)
 
     def _evaluate(self) -> dict[str, float]:
         """Score the policy's mean on the held-out prompts; keeps its checkpoint where it is the best so far."""
@@ -246,32 +212,20 @@ class TrainingRun:
             self._writer.table_plot(self.step, *mean)
             tqdm.write(heldout_line(self.step, metrics))
             if self.step and self.watch.best_step == self.step:
-                self._try_save(best=True)
+                path = best_path(self.folder.checkpoints)
+                self._writer.attempt(
+                    f"no best checkpoint of step {self.step}", lambda: save_checkpoint(path, self._state())
+                )
         return metrics
 
     def _record(self, row: Mapping[str, float]) -> None:
         if self._writer is not None:
-            self._writer.row(row, self._mean())
+            self._writer.row(row, table={name: part.tolist() for name, part in self._mean().items()})
 
     def _save(self, *, last: bool) -> None:
-        """Save a checkpoint of this step, if there is none; only the last one must succeed."""
-        if self._writer is None or self._saved_step == self.step:
-            return
-        if last:
-            save_checkpoint(step_path(self.folder.checkpoints, self.step), self._state())
-            self._saved_step = self.step
-        else:
-            self._try_save(best=False)
-
-    def _try_save(self, *, best: bool) -> None:
-        folder = self.folder.checkpoints
-        try:
-            save_checkpoint(best_path(folder) if best else step_path(folder, self.step), self._state())
-        except InputError as error:
-            log.warning("no checkpoint of step %d, it is tried again later: %s", self.step, error)
-            return
-        if not best:
-            self._saved_step = self.step
+        if self._writer is not None:
+            path = step_path(self.folder.checkpoints, self.step)
+            self._writer.save(self.step, lambda: save_checkpoint(path, self._state()), last=last)
 
     def _state(self) -> dict[str, Any]:
         return {

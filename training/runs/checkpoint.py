@@ -183,11 +183,6 @@ def set_aside(folder: Path, step: int) -> None:
         raise InputError(f"{error.filename}: cannot be moved ({error.strerror})") from error
 
 
-def is_due(step: int, saved_step: int, interval: int) -> bool:
-    """Whether a multiple of `interval` was passed since the last step whose checkpoint could be saved."""
-    return step // interval > max(saved_step, 0) // interval
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """The numbered checkpoints of a folder, the largest step last."""
     found = [(int(match[1]), path) for path in folder.glob("policy-step*.pt") if (match := NAME.fullmatch(path.name))]
