@@ -23,7 +23,7 @@ from models.fingerprints import fingerprint, model_fingerprint
 from models.prompts import read_prompts
 from models.registry import SHAPES_WORLD, check_assets, default_guidance_scale, load_denoiser, traits_of
 from models.shapes.scenes import parse
-from solvers import EPDTable, NetworkEvaluations
+from solvers import EPDTable
 from training.measuring.evaluation import LIBRARIES, SAMPLING_CODE, Store
 from training.parameters import GRID, PARTS
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
@@ -83,54 +83,6 @@ class Start:
     def table(self) -> EPDTable:
         """The table that the policy begins at."""
         return self.solver.table
-
-
-@dataclass(frozen=True)
-class Costs:
-    """The arithmetic of a run.
-
-    Attributes:
-        evaluations: what one image costs.
-        images: images per step.
-        prompts: prompts per step.
-        updates: optimizer updates per step.
-        first_rows: network rows of an image's evaluation at its start.
-    """
-
-    evaluations: NetworkEvaluations
-    images: int
-    prompts: int
-    updates: int
-    first_rows: int
-
-    def lines(self, config: Config) -> list[str]:
-        """For people, one fact a line."""
-        model, ppo = config.model, config.ppo
-        parallel, total, rows = self.evaluations
-        spared = self.spared_rows(config)
-        alike = f", {spared} of them spared where a prompt's images begin alike" if spared else ""
-        guided = "" if rows == total else ", twice for guidance" if rows == 2 * total else ", some twice for guidance"
-        return [
-            f"num_steps {model.num_steps} ({model.num_steps - 1} intervals), num_points {model.num_points}",
-            f"{parallel} network calls an image one after another, {rows} network rows ({total} evaluations{guided})",
-            f"{self.images} images a step: {self.prompts} prompts x {group_size(config)} tables",
-            f"{self.images * rows} network rows a step{alike}",
-            *self._update(config),
-            f"{ppo.steps} steps, {ppo.steps * self.images} images in all",
-        ]
-
-    def spared_rows(self, config: Config) -> int:
-        """Network rows of a step that are not asked: first evaluations that a prompt's images have in common."""
-        return (self.images - self.prompts) * self.first_rows if config.ppo.shared_noise else 0
-
-    def _update(self, config: Config) -> list[str]:
-        passes, minibatch = config.ppo.ppo_epochs, config.ppo.minibatch_size
-        plural = "s" if self.updates > 1 else ""
-        return {
-            "ppo": [f"{self.updates} update{plural} a step: passes {passes}, minibatches of {minibatch} images"],
-            "cma_es": [],
-            "reward_gradient": ["every network row again, and backwards, for the gradient: about four times the work"],
-        }[config.search.method]
 
 
 @dataclass(frozen=True)
@@ -298,19 +250,32 @@ def guidance_scale(config: Config) -> float | None:
     return 1.0 if config.model.guidance_type == "uncond" else config.model.guidance_rate
 
 
-def costs(start: Start) -> Costs:
-    """What a step costs; looks into the model's files, if they are there, and loads none."""
+def cost_lines(start: Start) -> list[str]:
+    """The arithmetic of a run, one fact a line; looks into the model's files, if they are there, and loads none."""
     config, solver = start.config, start.solver
     with suppress(InputError):  # a dry run says the costs of a model that is still to be fetched
         solver = replace(solver, guidance_kind=traits_of(model_spec(config)).guidance.kind)
-    updates_a_pass = -(-config.ppo.rollout_batch_size // config.ppo.minibatch_size)
-    return Costs(
-        evaluations=solver.evaluations,
-        images=config.ppo.rollout_batch_size,
-        prompts=config.ppo.rollout_batch_size // group_size(config),
-        updates=config.ppo.ppo_epochs * updates_a_pass,
-        first_rows=solver.first_rows,
-    )
+    parallel, total, rows = solver.evaluations
+    model, ppo, images = config.model, config.ppo, config.ppo.rollout_batch_size
+    prompts = images // group_size(config)
+    # First evaluations that a prompt's images have in common are asked once.
+    spared = (images - prompts) * solver.first_rows if ppo.shared_noise else 0
+    alike = f", {spared} of them spared where a prompt's images begin alike" if spared else ""
+    guided = "" if rows == total else ", twice for guidance" if rows == 2 * total else ", some twice for guidance"
+    updates = ppo.ppo_epochs * -(-images // ppo.minibatch_size)
+    passes = f"passes {ppo.ppo_epochs}, minibatches of {ppo.minibatch_size} images"
+    return [
+        f"num_steps {model.num_steps} ({model.num_steps - 1} intervals), num_points {model.num_points}",
+        f"{parallel} network calls an image one after another, {rows} network rows ({total} evaluations{guided})",
+        f"{images} images a step: {prompts} prompts x {group_size(config)} tables",
+        f"{images * rows} network rows a step{alike}",
+        *{
+            "ppo": [f"{updates} update{'s' if updates > 1 else ''} a step: {passes}"],
+            "cma_es": [],
+            "reward_gradient": ["every network row again, and backwards, for the gradient: about four times the work"],
+        }[config.search.method],
+        f"{ppo.steps} steps, {ppo.steps * images} images in all",
+    ]
 
 
 def path_faults(config: Config, start: Start | None = None) -> Iterator[str]:

@@ -21,7 +21,7 @@ from training.ppo.algorithm import learning_rate
 from training.ppo.assembly import (
     Start,
     build,
-    costs,
+    cost_lines,
     from_plain,
     make_fabric,
     path_faults,
@@ -161,7 +161,7 @@ def resumed_job(source: Path, overrides: Sequence[str]) -> Launch:
 def describe(job: Launch) -> None:
     """Print what a run costs, what it starts from, and what was changed on the way to it."""
     start = job.start
-    for line in costs(start).lines(start.config):
+    for line in cost_lines(start):
         click.echo(line)
     click.echo(f"start: {start.snapshot.where}")
     for line in (*start.notes, *changes(job)):

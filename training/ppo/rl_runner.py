@@ -22,7 +22,7 @@ from models.recent import RecentTensors
 from solvers import EPDTable
 from training.ppo.phase_clock import PhaseClock, timer_of
 from training.ppo.rewards.mix import WeightedMix
-from training.ppo.rollout import PromptBatch, Scores
+from training.ppo.rollout import Scores
 from training.solver import Solver
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class RLRunner:
         at_once = min(images, self._micro_batch(self.solver))
         self.denoiser.compile_network([at_once * self.solver.rows_at_start])
 
-    def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int, sigmas: Tensor | None = None) -> Images:
+    def roll_out(self, tables: EPDTable, prompts: Sequence[str], step: int, sigmas: Tensor | None = None) -> Images:
         """This process's part of the images of tables [B * k, S, K] on B prompts, k for each, prompt-major.
 
         `sigmas`: noise levels of each [B * k, S + 1], or None for the solver's.
@@ -154,7 +154,7 @@ class RLRunner:
         samples = slice(groups.start * self.group_size, groups.stop * self.group_size)
         return self._images(
             tables.select(samples),
-            [prompts.texts[group] for group in groups for _ in range(self.group_size)],
+            [prompts[group] for group in groups for _ in range(self.group_size)],
             [self.noise_seed(step, group, member) for group in groups for member in range(self.group_size)],
             None if sigmas is None else sigmas[samples],
         )

@@ -25,18 +25,6 @@ class DivergenceError(InputError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class PromptBatch:
-    """The B prompts of a step: their texts, and their places in the list of all prompts."""
-
-    texts: tuple[str, ...]
-    indices: tuple[int, ...]
-
-    def __len__(self) -> int:
-        """B."""
-        return len(self.texts)
-
-
-@dataclass(frozen=True)
 class Scores:
     """What N samples were worth.
 
@@ -56,7 +44,7 @@ Outcome = TypeVar("Outcome")
 class RolloutSource(Protocol[Outcome]):
     """Tries tables on prompts. The trainer's only view of models, images and rewards."""
 
-    def roll_out(self, tables: EPDTable, prompts: PromptBatch, step: int, sigmas: Tensor | None = None) -> Outcome:
+    def roll_out(self, tables: EPDTable, prompts: Sequence[str], step: int, sigmas: Tensor | None = None) -> Outcome:
         """Use tables [B * k, S, K] on B prompts; `step` (0, 1, ...) seeds whatever is random in it.
 
         `sigmas`: noise levels of each [B * k, S + 1]; None where they are not drawn.
@@ -98,11 +86,11 @@ class PromptStream:
         self.fingerprint = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def take(self, number: int) -> PromptBatch:
+    def take(self, number: int) -> tuple[str, ...]:
         """The next `number` prompts."""
-        indices = tuple(self._index(place) for place in range(self.cursor, self.cursor + number))
+        places = range(self.cursor, self.cursor + number)
         self.cursor += number
-        return PromptBatch(tuple(self.prompts[index] for index in indices), indices)
+        return tuple(self.prompts[self._index(place)] for place in places)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, and what the stream is made of."""

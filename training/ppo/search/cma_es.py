@@ -62,28 +62,22 @@ class CMAES(Search):
         policy: Candidates,
         source: RolloutSource[Any],
         prompts: PromptStream,
-        *,
-        images: int,
-        population: int,
-        sigma0: float,
-        seed: int,
+        config: Config,
     ) -> None:
         """Search around the policy's start.
 
         Args:
             policy: kept at the mean of the search distribution.
-            source: tries `population` solvers on each prompt.
+            source: tries `search.population` solvers on each prompt.
             prompts: where each generation's prompts come from.
-            images: of a generation, a multiple of the population.
-            population: candidates of a generation.
-            sigma0: standard deviation of the first candidates, in `policy.spread`.
-            seed: of the candidates.
+            config: of it section `search`, `ppo.rollout_batch_size`, the images of a generation, and `run.seed`.
 
         Raises:
             InputError: there is but one parameter to search.
         """
         super().__init__(policy, source, prompts)
-        self._images, self._population, self._sigma0, self._seed = images, population, sigma0, seed
+        self._population: int = config.search.population
+        self._config = config
         self._told: list[list[float]] = []  # the fitnesses of each generation
         self._evolution = self._begin()
 
@@ -115,7 +109,7 @@ class CMAES(Search):
         size = len(self.policy.base)
         if size < 2:
             raise InputError(f"CMA-ES needs at least two parameters, and ppo.train leaves it {size}: name more there")
-        draw = np.random.default_rng(derived_seed("candidates", self._seed))
+        draw = np.random.default_rng(derived_seed("candidates", self._config.run.seed))
         options = {
             "popsize": self._population,
             "seed": np.nan,  # the global generator is neither seeded nor used
@@ -123,13 +117,13 @@ class CMAES(Search):
             "verbose": -9,
             "verb_log": 0,
         }
-        return cma.CMAEvolutionStrategy(np.zeros(size), self._sigma0, options)
+        return cma.CMAEvolutionStrategy(np.zeros(size), self._config.search.sigma0, options)
 
     def _score(self, candidates: list[np.ndarray]) -> Scores:
         """Every candidate on each prompt of the generation, prompt-major."""
         tables, grids = zip(*map(self._at, candidates), strict=True)
         columns = {name: torch.stack([getattr(table, name) for table in tables]) for name in tables[0].columns()}
-        prompts = self.prompts.take(self._images // self._population)
+        prompts = self.prompts.take(self._config.ppo.rollout_batch_size // self._population)
         every = torch.arange(self._population).repeat(len(prompts))
         sigmas = None if grids[0] is None else torch.stack(grids)[every]
         outcome = self.source.roll_out(EPDTable(**columns).select(every), prompts, self.completed_steps, sigmas)
@@ -161,20 +155,4 @@ class CMAES(Search):
         self._told.append(fitness)
 
 
-def make_policy(solver: Solver, config: Config) -> Candidates:
-    """The free parameters that are searched, at the start."""
-    return Candidates(solver, config)
-
-
-def make_search(policy: Candidates, source: RolloutSource[Any], prompts: PromptStream, config: Config) -> CMAES:
-    """CMA-ES with the settings in section `search`, with ppo.rollout_batch_size images a generation."""
-    search, images = config.search, config.ppo.rollout_batch_size
-    return CMAES(
-        policy,
-        source,
-        prompts,
-        images=images,
-        population=search.population,
-        sigma0=search.sigma0,
-        seed=config.run.seed,
-    )
+make_policy, make_search = Candidates, CMAES

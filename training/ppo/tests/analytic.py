@@ -13,7 +13,7 @@ from models.denoiser import Conditioning, GuidanceKind
 from solvers import EPDTable
 from training.ppo.cold_start import prepare_table
 from training.ppo.rewards.mix import WeightedMix
-from training.ppo.rollout import PromptBatch, Scores
+from training.ppo.rollout import Scores
 
 PROMPTS = ("red", "green", "blue", "dark grey", "white", "a long list of colours")
 
@@ -106,15 +106,15 @@ class QuadraticSource:
         self.group_size = group_size
 
     def roll_out(
-        self, tables: EPDTable, prompts: PromptBatch, step: int, sigmas: Tensor | None = None
-    ) -> tuple[EPDTable, PromptBatch]:
+        self, tables: EPDTable, prompts: Sequence[str], step: int, sigmas: Tensor | None = None
+    ) -> tuple[EPDTable, Sequence[str]]:
         assert tables.batch_size == len(prompts) * self.group_size
         return tables, prompts
 
-    def score(self, outcome: tuple[EPDTable, PromptBatch]) -> Scores:
+    def score(self, outcome: tuple[EPDTable, Sequence[str]]) -> Scores:
         tables, prompts = outcome
         distance = (tables.positions - self.target.positions) ** 2 + (tables.weights - self.target.weights) ** 2
-        offsets = torch.tensor(prompts.indices).repeat_interleave(self.group_size)
+        offsets = torch.tensor([PROMPTS.index(prompt) for prompt in prompts]).repeat_interleave(self.group_size)
         return Scores(3.0 * offsets - distance.sum((1, 2)), {"distance": distance.sum((1, 2))})
 
     def take_seconds(self) -> dict[str, float]:

@@ -465,7 +465,7 @@ def test_it_trains_a_real_start_and_the_images_can_be_looked_at(integration):
     with torch.no_grad():
         table = subject.policy().mean_table().to(device="cpu")
     assert 0 < (table.positions - start.positions).abs().max() < 0.5
-    prompts = subject.prompts.take(4).texts
+    prompts = subject.prompts.take(4)
     images = subject.source.sample_images(table, prompts, range(4))
     assert images.finite.all()
     integration.pictures.mkdir(exist_ok=True)

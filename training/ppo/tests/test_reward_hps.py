@@ -415,7 +415,7 @@ def test_build_reward_refuses_two_of_one_name(tmp_path):
 
 @pytest.mark.integration
 def test_a_real_image_scores_higher_for_its_own_prompt(integration):
-    source, prompts = integration.parts.trainer.source, integration.parts.trainer.prompts.take(8).texts
+    source, prompts = integration.parts.trainer.source, integration.parts.trainer.prompts.take(8)
     images = source.sample_images(integration.start.table, prompts, range(8)).pixels
     own, others = (source.reward.score(images, texts).mean() for texts in (prompts, [*prompts[1:], prompts[0]]))
     assert own > others

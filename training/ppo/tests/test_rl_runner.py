@@ -20,7 +20,7 @@ from training.ppo.cold_start import DRAWN, prepare_table
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner, Shard, usual_rows
-from training.ppo.rollout import PromptBatch, PromptStream
+from training.ppo.rollout import PromptStream
 from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
 from training.solver import Solver
 
@@ -35,7 +35,7 @@ def runner(denoiser=None, reward=None, solver=SOLVER, **settings):
     return RLRunner(denoiser, solver.on(denoiser), reward or brightness(), **settings)
 
 
-def batch(number=4) -> PromptBatch:
+def batch(number=4) -> tuple[str, ...]:
     return PromptStream(PROMPTS, shuffle=False, seed=0).take(number)
 
 
@@ -298,7 +298,7 @@ def test_drawn_guidance_shares_both_halves_of_the_first_evaluation(tmp_path):
     sigmas = schedules.get_schedule("logsnr", 3, denoiser.sigma_min, denoiser.sigma_max)
     table, _ = drawn(("guidance", "positions"))
     rolled = runner(denoiser, solver=replace(SOLVER, sigmas=sigmas), shared_noise=True)
-    prompts = PromptBatch(("red", "green"), (0, 1))
+    prompts = ("red", "green")
     rows = []
     handle = denoiser.network.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     images = rolled.roll_out(table.select(slice(2 * K)), prompts, 7).pixels
@@ -306,7 +306,7 @@ def test_drawn_guidance_shares_both_halves_of_the_first_evaluation(tmp_path):
     assert rows == [2 * 2, 2 * 4 * K, 2 * 2 * K, 2 * 4 * K]
     for row in range(2 * K):
         seed = rolled.noise_seed(7, row // K, row % K)
-        alone = rolled.sample_images(table.select(row), [prompts.texts[row // K]], [seed]).pixels[0]
+        alone = rolled.sample_images(table.select(row), [prompts[row // K]], [seed]).pixels[0]
         torch.testing.assert_close(images[row], alone, rtol=0, atol=1e-6)
 
 
@@ -366,7 +366,7 @@ def test_images_that_are_not_finite_get_no_score():
     scores = source.score(images)
     assert scores.rewards.isnan().view(4, K).tolist() == (~images.finite).view(4, K).tolist()
     assert source.state_dict()["reward"]["strict"]["count"] == 3 * K
-    only = PromptBatch(("blue", "blue"), (2, 2))
+    only = ("blue", "blue")
     assert source.score(source.roll_out(tables(2 * K), only, 0)).rewards.isnan().all()
 
 
@@ -411,19 +411,19 @@ def test_every_phase_is_timed():
 
 def test_prompts_in_order_wrap_around():
     stream = PromptStream(PROMPTS, shuffle=False, seed=0)
-    assert stream.take(4).indices == (0, 1, 2, 3)
-    assert stream.take(4) == PromptBatch((PROMPTS[4], PROMPTS[5], PROMPTS[0], PROMPTS[1]), (4, 5, 0, 1))
+    assert stream.take(4) == PROMPTS[:4]
+    assert stream.take(4) == (PROMPTS[4], PROMPTS[5], PROMPTS[0], PROMPTS[1])
 
 
 def test_shuffled_prompts_come_once_an_epoch_in_a_new_order():
     stream = PromptStream(PROMPTS, shuffle=True, seed=3)
-    taken = [index for _ in range(9) for index in stream.take(4).indices]  # 36 prompts, 6 epochs
+    taken = [prompt for _ in range(9) for prompt in stream.take(4)]  # 36 prompts, 6 epochs
     epochs = [tuple(taken[start : start + 6]) for start in range(0, 36, 6)]
-    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert all(sorted(epoch) == sorted(PROMPTS) for epoch in epochs)
     assert len(set(epochs)) > 3
     again = PromptStream(PROMPTS, shuffle=True, seed=3)
-    assert list(again.take(36).indices) == taken  # the batch size does not matter
-    assert list(PromptStream(PROMPTS, shuffle=True, seed=4).take(36).indices) != taken
+    assert list(again.take(36)) == taken  # the batch size does not matter
+    assert list(PromptStream(PROMPTS, shuffle=True, seed=4).take(36)) != taken
 
 
 def test_a_prompt_stream_goes_on_where_it_was():
