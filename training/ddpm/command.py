@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 from errors import InputError
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.ddpm.run import Resumed, open_run
-from training.runs.command_line import require_one_process
+from training.runs.command_line import RESUME, require_one_process, takes_overrides, with_options
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -21,26 +20,14 @@ Command = TypeVar("Command", bound=Callable[..., None])
 def common_options(command: Command) -> Command:
     """Add --cfg, --override and --device."""
     command = click.option("--device", help="auto, cpu, cuda or cuda:N (device).")(command)
-    command = click.option(
-        "--override",
-        "overrides",
-        multiple=True,
-        metavar="SECTION.KEY=VALUE ...",
-        help="Has the last word over the file; takes several pairs, may be repeated.",
-    )(command)
+    command = takes_overrides("the file")(command)
     return click.option("--cfg", type=click.Path(path_type=Path), help="Configuration, YAML; see configs/.")(command)
 
 
 def training_options(command: Command) -> Command:
     """Add the common options, --resume and --overwrite."""
     command = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")(command)
-    command = click.option(
-        "--resume",
-        type=click.Path(path_type=Path),
-        metavar="RUN",
-        help="Go on with a run of this command, from its newest checkpoint, or from the checkpoint given.",
-    )(command)
-    return common_options(command)
+    return common_options(RESUME(command))
 
 
 def load_config(cfg: Path | None, overrides: tuple[str, ...], device: str | None) -> DDPMConfig:
@@ -52,7 +39,7 @@ def load_config(cfg: Path | None, overrides: tuple[str, ...], device: str | None
     _begin()
     if cfg is None:
         raise InputError("--cfg is missing: name a configuration, for example configs/smoke.yaml")
-    return SCHEMA.load(cfg, _pairs(overrides, device)).config
+    return SCHEMA.load(cfg, with_options(overrides, {"device": device})).config
 
 
 def load_job(
@@ -68,12 +55,8 @@ def load_job(
     _begin()
     if cfg is not None:
         raise InputError("--resume goes on with a run's own configuration: change it by --override only")
-    resumed = open_run(resume, name, _pairs(overrides, device))
+    resumed = open_run(resume, name, with_options(overrides, {"device": device}))
     return resumed.config, resumed
-
-
-def _pairs(overrides: tuple[str, ...], device: str | None) -> tuple[str, ...]:
-    return (*overrides, *([f"device={json.dumps(device)}"] if device else []))
 
 
 def _begin() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from training.ppo.config import FIXED, FIXED_FILES, Config, build_config, load_c
 from training.ppo.report import write_report
 from training.ppo.training_run import INTERRUPTED, TrainingRun
 from training.runs.checkpoint import fitting, newest_checkpoint
-from training.runs.command_line import SeveralPairs
+from training.runs.command_line import RESUME, SeveralPairs, takes_overrides, with_options
 from training.runs.configuration import LoadedConfig, refuse_changes, to_plain, to_yaml
 from training.runs.run_folder import RunFolder, read_metrics, seconds_by_phase
 
@@ -54,20 +53,9 @@ class Launch:
 
 @click.command(cls=SeveralPairs, context_settings={"max_content_width": 110})
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help=f"[default: cfgs/{DEFAULT_CONFIG.name}]")
-@click.option(
-    "--override",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE ...",
-    help="Has the last word over file and snapshot; takes several pairs, may be repeated.",
-)
+@takes_overrides("file and snapshot")
 @click.option("--run-name", help="Last part of the run folder's name (run.run_name).")
-@click.option(
-    "--resume",
-    type=click.Path(path_type=Path),
-    metavar="RUN",
-    help="Go on with a run, from its newest checkpoint, or from the checkpoint given.",
-)
+@RESUME
 @click.option("--dry-run", is_flag=True, help="Print the merged configuration, check every path, count; train nothing.")
 @click.option("--device", help="auto, cpu, cuda, cuda:N or mps (run.device).")
 @shows_input_errors
@@ -87,7 +75,7 @@ def main(
     python -m training.ppo.launch --resume exps/<timestamp>-shapes
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    pairs = with_options(overrides, run_name, device)
+    pairs = with_options(overrides, {"run.run_name": run_name, "run.device": device})
     if resume is None:
         loaded = load_config(config_path or DEFAULT_CONFIG, pairs)
         require_processes(loaded.config)
@@ -116,12 +104,6 @@ def preview(loaded: LoadedConfig) -> None:
         return
     click.echo(to_yaml(start.config))
     describe(Launch(start, None, None))
-
-
-def with_options(overrides: Sequence[str], run_name: str | None, device: str | None) -> list[str]:
-    """The overrides, and after them what the options of their own say."""
-    options = {"run.run_name": run_name, "run.device": device}
-    return [*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value)]
 
 
 def resumed_job(source: Path, overrides: Sequence[str]) -> Launch:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Generic
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from models.randomness import derived_seed, generator_of
 from training.ppo import algorithm
 from training.ppo.config import PPOConfig
 from training.ppo.policy import EPDParamPolicy, TableDistribution, TableSample
-from training.ppo.rollout import DivergenceError, Outcome, PromptStream, RolloutSource, Scores
-from training.ppo.search.protocol import Search, reward_metrics
-from training.runs.checkpoint import load_optimizer
+from training.ppo.rollout import PromptStream, RolloutSource, Scores
+from training.ppo.search.protocol import AdamSearch, reward_metrics
+
+TOO_FAR = "the update went too far; lower ppo.learning_rate or ppo.ppo_epochs"
 
 METRICS: Mapping[str, str] = {
     "step": "number of this step, from 1",
@@ -45,15 +46,6 @@ METRICS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Trial(Generic[Outcome]):
-    """Tables as drawn, their log-probability [N] then, and what the source made of them."""
-
-    sample: TableSample
-    log_prob: Tensor
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
 class Batch:
     """The n <= N samples that an update uses: all groups whose rewards were finite, prompt-major.
 
@@ -70,7 +62,7 @@ class Batch:
     scores: Scores
 
 
-class PPOTrainer(Search):
+class PPOTrainer(AdamSearch):
     """PPO (arXiv 1707.06347) of a policy over tables, with leave-one-out baselines (arXiv 2402.14740).
 
     In a run of several processes each holds a trainer with the same seed; they differ only in what their source rolls
@@ -95,10 +87,8 @@ class PPOTrainer(Search):
             settings: section `ppo` of the configuration.
             seed: of the tables drawn and of the order of the minibatches.
         """
-        super().__init__(policy, source, prompts)
-        self.settings = settings
+        super().__init__(policy, source, prompts, settings, settings.learning_rate, settings.learning_rate_schedule)
         self.generator = generator_of(derived_seed("tables and minibatches", seed))
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
 
     def _step(self, number: int) -> dict[str, float]:
         """One rollout and its updates; returns the metrics named in `METRICS`.
@@ -106,48 +96,39 @@ class PPOTrainer(Search):
         Raises:
             DivergenceError: too many rewards, or a gradient, were not finite, or the mean table is none any more.
         """
-        trial = self._roll_out()
-        batch = self._score(trial)
+        sample, log_prob, outcome = self._roll_out()
+        batch = self._score(sample, log_prob, outcome)
         advantages = self._advantages(batch.rewards)
         update = self._update(batch, advantages)
         return self._log(number, batch, update)
 
     def _own_state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        return {**super()._own_state(), "generator": self.generator.get_state()}
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        load_optimizer(self.optimizer, state["optimizer"])
+        super()._load_own_state(state)
         self.generator.set_state(state["generator"])
 
     @torch.no_grad()
-    def _roll_out(self) -> Trial[Any]:
+    def _roll_out(self) -> tuple[TableSample, Tensor, Any]:
+        """Tables as drawn, their log-probability [N] then, and what the source made of them."""
         prompts = self.prompts.take(self.settings.rollout_batch_size // self.settings.rloo_k)
         distribution = self.policy()
         sample = distribution.sample(self.settings.rollout_batch_size, self.generator)
         outcome = self.source.roll_out(sample.table(), prompts, self.completed_steps, sample.sigmas())
-        return Trial(sample, distribution.log_prob(sample), outcome)
+        return sample, distribution.log_prob(sample), outcome
 
-    def _score(self, trial: Trial[Any]) -> Batch:
-        scores = self.source.score(trial.outcome)
+    def _score(self, sample: TableSample, log_prob: Tensor, outcome: Any) -> Batch:
+        scores = self.source.score(outcome)
         groups = scores.rewards.view(-1, self.settings.rloo_k).isfinite().all(1)  # [B]
-        self._require_enough(groups)
-        kept = groups.repeat_interleave(self.settings.rloo_k)  # [N]
-        return Batch(
-            trial.sample.select(kept),
-            trial.log_prob[kept],
-            scores.rewards[kept].to(trial.log_prob),
-            scores,
+        self._require_enough(
+            groups,
+            "groups have rewards that are",
+            "the tables leave the range in which the solver is stable, or the reward is broken; lower "
+            "ppo.learning_rate, raise ppo.dirichlet_concentration, or use model.dtype=float32",
         )
-
-    def _require_enough(self, finite_groups: Tensor) -> None:
-        dropped = 1.0 - finite_groups.double().mean().item()
-        if dropped > self.settings.max_nonfinite_share or not finite_groups.any():
-            raise DivergenceError(
-                f"step {self.completed_steps + 1}: {dropped:.0%} of the groups have rewards that are NaN or infinite, "
-                f"and ppo.max_nonfinite_share={self.settings.max_nonfinite_share:g}: the tables leave the range in "
-                f"which the solver is stable, or the reward is broken; lower ppo.learning_rate, raise "
-                f"ppo.dirichlet_concentration, or use model.dtype=float32, and resume from the last checkpoint"
-            )
+        kept = groups.repeat_interleave(self.settings.rloo_k)  # [N]
+        return Batch(sample.select(kept), log_prob[kept], scores.rewards[kept].to(log_prob), scores)
 
     def _advantages(self, rewards: Tensor) -> Tensor:
         return algorithm.normalize(
@@ -167,7 +148,7 @@ class PPOTrainer(Search):
         log_prob = self._log_prob(batch)
         moved = algorithm.approximate_kl(log_prob, batch.log_prob)
         self._require_finite(moved, "the KL divergence between the policies before and after the update")
-        self._require_table()
+        self._require_solver("the mean table", TOO_FAR)
         return {
             "learning_rate": rate,
             **{name: sum(metrics[name] for metrics in passes) / len(passes) for name in passes[0]},
@@ -202,32 +183,11 @@ class PPOTrainer(Search):
 
     def _require_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
-            raise DivergenceError(
-                f"step {self.completed_steps + 1}: {what} is {value}: the update went too far; lower ppo.learning_rate "
-                f"or ppo.ppo_epochs, and resume from the last checkpoint"
-            )
-
-    def _require_table(self) -> None:
-        try:
-            self.policy.mean()
-        except ValueError as error:
-            raise DivergenceError(
-                f"step {self.completed_steps + 1}: the mean table is none any more ({error}): the update went too far; "
-                f"lower ppo.learning_rate or ppo.ppo_epochs, and resume from the last checkpoint"
-            ) from error
+            raise self._diverged(f"{what} is {value}: {TOO_FAR}")
 
     @torch.no_grad()
     def _log_prob(self, batch: Batch) -> Tensor:
         return self.policy().log_prob(batch.sample)
-
-    def _set_learning_rate(self) -> float:
-        settings = self.settings
-        rate = algorithm.learning_rate(
-            self.completed_steps, settings.steps, settings.learning_rate, settings.learning_rate_schedule
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
 
     @torch.no_grad()
     def _log(self, number: int, batch: Batch, update: Mapping[str, float]) -> dict[str, float]:

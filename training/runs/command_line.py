@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -101,6 +103,26 @@ class EitherDash(click.Command):
         words = [word.partition("=") for word in args]
         spelled = [declared.get(name.replace("_", "-"), name) + equals + value for name, equals, value in words]
         return super().parse_args(context, spelled)
+
+
+RESUME = click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Go on with a run of this command, from its newest checkpoint, or from the checkpoint given.",
+)
+
+
+def takes_overrides(over: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """The option `--override` of a `SeveralPairs` command, which gets `overrides`; `over`: what they win over."""
+    told = f"Has the last word over {over}; takes several pairs, may be repeated."
+    return click.option("--override", "overrides", multiple=True, metavar="SECTION.KEY=VALUE ...", help=told)
+
+
+def with_options(overrides: Sequence[str], options: Mapping[str, str | None]) -> tuple[str, ...]:
+    """The overrides, and after them what options of their own say of dotted keys."""
+    told = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value)
+    return (*overrides, *told)
 
 
 class SeveralPairs(click.Command):

@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import math
+import operator
 import re
 import reprlib
 import types
@@ -49,6 +50,9 @@ Disagreements = Iterator[tuple[set[str], str]]
 """Values that are each allowed and cannot go together: their keys, why, and what to set instead."""
 
 
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
 @dataclass(frozen=True)
 class Limits:
     """Which values a knob accepts: an inclusive or exclusive range, or some of a list of choices.
@@ -79,14 +83,10 @@ class Limits:
             return "must be a finite number"
         if isinstance(value, int) and self.at_most is self.below is None and value > LARGEST_NUMBER:
             return f"must be at most {LARGEST_NUMBER}"
-        if self.at_least is not None and value < self.at_least:
-            return f"must be at least {self.at_least:g}"
-        if self.above is not None and value <= self.above:
-            return f"must be above {self.above:g}"
-        if self.at_most is not None and value > self.at_most:
-            return f"must be at most {self.at_most:g}"
-        if self.below is not None and value >= self.below:
-            return f"must be below {self.below:g}"
+        for name, holds in BOUNDS.items():
+            bound = getattr(self, name)
+            if bound is not None and not holds(value, bound):
+                return f"must be {name.replace('_', ' ')} {bound:g}"
         return None
 
     def _complaint_of_several(self, values: list[str]) -> str | None:
@@ -100,19 +100,9 @@ class Limits:
         return None
 
 
-def knob(
-    default: Any,
-    meaning: str,
-    *,
-    required: bool = False,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A configuration field: its default, what it means with unit and scope, and the values it accepts."""
-    metadata = {"meaning": meaning, "limits": Limits(required, at_least, above, at_most, below, choices)}
+def knob(default: Any, meaning: str, **limits: Any) -> Any:
+    """A configuration field: its default, what it means with unit and scope, and the values it accepts (`Limits`)."""
+    metadata = {"meaning": meaning, "limits": Limits(**limits)}
     if isinstance(default, dict | list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -134,9 +134,8 @@ class CMAES(Search):
         try:
             return self.policy.at(point)
         except ValueError as error:
-            raise DivergenceError(
-                f"step {self.completed_steps + 1}: a candidate is no solver ({error}): the search went too far; lower "
-                f"search.sigma0, and resume from the last checkpoint"
+            raise self._diverged(
+                f"a candidate is no solver ({error}): the search went too far; lower search.sigma0"
             ) from error
 
     def _fitness(self, rewards: Tensor) -> Tensor:

@@ -29,6 +29,6 @@ def make_policy(solver: Solver, config: Config) -> EPDParamPolicy:
 
 def make_search(
     policy: EPDParamPolicy, source: RolloutSource[Any], prompts: PromptStream, config: Config
-) -> PPOTrainer[Any]:
+) -> PPOTrainer:
     """PPO with the settings in section `ppo`."""
     return PPOTrainer(policy, source, prompts, config.ppo, seed=config.run.seed)

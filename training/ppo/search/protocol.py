@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from solvers import EPDTable
 from training.ppo import algorithm
-from training.ppo.config import Config
-from training.ppo.rollout import PromptStream, RolloutSource, Scores
+from training.ppo.config import Config, PPOConfig
+from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores
+from training.runs.checkpoint import load_optimizer
 from training.solver import Solver
 
 
@@ -93,6 +95,56 @@ class Search(ABC):
     @abstractmethod
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         """Take it from the whole state."""
+
+    def _diverged(self, why: str) -> DivergenceError:
+        return DivergenceError(f"step {self.completed_steps + 1}: {why}, and resume from the last checkpoint")
+
+
+class AdamSearch(Search):
+    """A search whose policy Adam moves."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        source: RolloutSource[Any],
+        prompts: PromptStream,
+        settings: PPOConfig,
+        learning_rate: float,
+        schedule: algorithm.LearningRateSchedule,
+    ) -> None:
+        """See `Search`; `settings` is section `ppo` of the configuration, `learning_rate` Adam's step size at first."""
+        super().__init__(policy, source, prompts)
+        self.settings = settings
+        self.optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
+        self._rate = learning_rate, schedule
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        load_optimizer(self.optimizer, state["optimizer"])
+
+    def _set_learning_rate(self) -> float:
+        """That of this step by the schedule."""
+        rate = algorithm.learning_rate(self.completed_steps, self.settings.steps, *self._rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _require_enough(self, kept: Tensor, what: str, remedy: str) -> None:
+        """Raise DivergenceError where too few of the step's groups, or images, are `kept`, bool [n]."""
+        dropped, most = 1.0 - kept.double().mean().item(), self.settings.max_nonfinite_share
+        if dropped > most or not kept.any():
+            raise self._diverged(
+                f"{dropped:.0%} of the {what} NaN or infinite, and ppo.max_nonfinite_share={most:g}: {remedy}"
+            )
+
+    def _require_solver(self, what: str, remedy: str) -> None:
+        """Raise DivergenceError where what the policy has come to is no solver."""
+        try:
+            self.policy.mean()
+        except ValueError as error:
+            raise self._diverged(f"{what} is none any more ({error}): {remedy}") from error
 
 
 class Method(Protocol):

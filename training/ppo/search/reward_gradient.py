@@ -17,20 +17,15 @@ from torch import Tensor
 
 from errors import InputError
 from training.parameters import GRID, SolverParameters
-from training.ppo.algorithm import learning_rate
 from training.ppo.cold_start import trainable
 from training.ppo.config import Config, PPOConfig
 from training.ppo.rl_runner import RLRunner
-from training.ppo.rollout import DivergenceError, PromptStream, RolloutSource, Scores
-from training.ppo.search.protocol import Search, reward_metrics
-from training.runs.checkpoint import load_optimizer
+from training.ppo.rollout import PromptStream, RolloutSource, Scores
+from training.ppo.search.protocol import AdamSearch, reward_metrics
 from training.solver import Solver
 
-SCHEDULE = "cosine"
-"""Of the step size, over the whole run."""
 
-
-class RewardGradient(Search):
+class RewardGradient(AdamSearch):
     """Adam on a solver's free parameters."""
 
     def __init__(
@@ -42,18 +37,11 @@ class RewardGradient(Search):
         *,
         learning_rate: float,
     ) -> None:
-        """Move `policy`.
+        """Move `policy` in place, by a step size that starts at `learning_rate`.
 
-        Args:
-            policy: changed in place.
-            source: tries one solver on each prompt; its scores are differentiable in the solvers' numbers.
-            prompts: where each step's prompts come from.
-            settings: section `ppo` of the configuration: steps, images a step, limits.
-            learning_rate: Adam's step size at first.
+        `source` tries one solver on each prompt; its scores are differentiable in the solvers' numbers.
         """
-        super().__init__(policy, source, prompts)
-        self.settings, self.learning_rate = settings, learning_rate
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
+        super().__init__(policy, source, prompts, settings, learning_rate, "cosine")
 
     def _step(self, number: int) -> dict[str, float]:
         """One batch of images, and one step of the optimizer.
@@ -66,12 +54,6 @@ class RewardGradient(Search):
         scores, slopes, kept = self._slopes(numbers)
         update = self._update(numbers, slopes)
         return {**reward_metrics(number, scores, 1), "dropped_groups": int((~kept).sum()), **update}
-
-    def _own_state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict()}
-
-    def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        load_optimizer(self.optimizer, state["optimizer"])
 
     def _slopes(self, numbers: Mapping[str, Tensor]) -> tuple[Scores, dict[str, Tensor], Tensor]:
         """The step's scores; the gradient of their mean in the learned numbers; the images [N] that it is made of.
@@ -93,34 +75,19 @@ class RewardGradient(Search):
                 "reward.batch_size"
             ) from error
         kept = torch.stack([part.flatten(1).isfinite().all(1) for part in gradients]).all(0) & scores.rewards.isfinite()
-        self._require_enough(kept)
+        self._require_enough(
+            kept, "images have rewards or gradients that are", "lower search.learning_rate, or use model.dtype=float32"
+        )
         return scores, {name: part[kept].mean(0) for name, part in zip(own, gradients, strict=True)}, kept
-
-    def _require_enough(self, kept: Tensor) -> None:
-        dropped = 1.0 - kept.double().mean().item()
-        if dropped > self.settings.max_nonfinite_share or not kept.any():
-            raise DivergenceError(
-                f"step {self.completed_steps + 1}: the rewards of {dropped:.0%} of the images, or their gradients, are "
-                f"NaN or infinite, and ppo.max_nonfinite_share={self.settings.max_nonfinite_share:g}: lower "
-                f"search.learning_rate, or use model.dtype=float32, and resume from the last checkpoint"
-            )
 
     def _update(self, numbers: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> dict[str, float]:
         """A step of the optimizer, uphill."""
-        rate = learning_rate(self.completed_steps, self.settings.steps, self.learning_rate, SCHEDULE)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = self._set_learning_rate()
         self.optimizer.zero_grad()
         torch.autograd.backward(list(numbers.values()), [-slopes[name] for name in numbers])
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
-        try:
-            self.policy.mean()
-        except ValueError as error:
-            raise DivergenceError(
-                f"step {self.completed_steps + 1}: the table is none any more ({error}): lower search.learning_rate, "
-                f"and resume from the last checkpoint"
-            ) from error
+        self._require_solver("the table", "lower search.learning_rate")
         return {"learning_rate": rate, "gradient_norm": norm.item()}
 
 
