@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -31,21 +31,15 @@ class AestheticScore(FolderScorer):
     reward_name = "aesthetic"
     reads_prompts = False
 
-    def __init__(
-        self,
-        head: Path,
-        clip_folder: Path,
-        *,
-        tokenizer_folder: Path,
-        **scoring: Unpack[Scoring],
-    ) -> None:
-        """Load the predictor and the CLIP model in its folder; the rest as `FolderScorer` takes it.
+    def __init__(self, files: RewardFiles, **scoring: Unpack[Scoring]) -> None:
+        """Load the predictor and the CLIP model among its other files; the rest as `FolderScorer` takes it.
 
         Raises:
             InputError: a file is missing or malformed, they do not fit each other, or there is too little memory.
         """
-        super().__init__(clip_folder, tokenizer_folder=tokenizer_folder, **scoring)
-        weight, bias = read_head(head, self.model.config.projection_dim)
+        model = next(path for path in files.others if path.name == Path(CLIP[1].path).name)
+        super().__init__(files._replace(weights=model), **scoring)
+        weight, bias = read_head(files.weights, self.model.config.projection_dim)
         self.weight, self.bias = weight.to(self.device), bias.to(self.device)
 
     def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -93,9 +87,4 @@ def linear_head(state: Mapping[str, Tensor], features: int, source: str) -> tupl
     return weight[0].float(), bias[0].float()
 
 
-def _load(files: RewardFiles, **scoring: Any) -> AestheticScore:
-    clip_folder = next(path.parent for path in files.others if path.name == Path(CLIP[1].path).name)
-    return AestheticScore(files.weights, clip_folder, tokenizer_folder=files.tokenizer, **scoring)
-
-
-REWARD = NamedReward("aesthetic", _load)
+REWARD = NamedReward("aesthetic", AestheticScore)

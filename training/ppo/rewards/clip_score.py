@@ -20,4 +20,4 @@ class ClipScore(FolderScorer):
         return 100 * self.cosine(features, prompts).clamp(min=0)
 
 
-REWARD = NamedReward("clip", ClipScore.load)
+REWARD = NamedReward("clip", ClipScore)

@@ -25,13 +25,7 @@ class ClipScorer(BatchedScorer):
 
     reads_prompts = True
 
-    def __init__(
-        self,
-        name: str,
-        model: CLIPModel,
-        tokenizer: CLIPTokenizer,
-        **scoring: Unpack[Scoring],
-    ) -> None:
+    def __init__(self, name: str, model: CLIPModel, tokenizer: CLIPTokenizer, **scoring: Unpack[Scoring]) -> None:
         """Take over a model (float32, on the CPU); `tokenizer`: of its texts, the rest as `BatchedScorer` takes it.
 
         Raises:
@@ -44,8 +38,7 @@ class ClipScorer(BatchedScorer):
                 f"The tokenizer in {tokenizer.name_or_path} does not belong to {name}: its end-of-text token is "
                 f"number {end}, the model's vocabulary ends with number {expected_end}."
             )
-        size = model.config.vision_config.image_size
-        super().__init__(name, model, size, **scoring)
+        super().__init__(name, model, model.config.vision_config.image_size, **scoring)
         self.tokenizer = tokenizer
         self._context_length: int = model.config.text_config.max_position_embeddings
         self._text_features = RecentTensors()

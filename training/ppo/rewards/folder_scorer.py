@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import ClassVar, Unpack
 
 from models import clip
 from models.loading import load_tokenizer
@@ -17,26 +16,11 @@ class FolderScorer(FeatureScorer):
 
     reward_name: ClassVar[str]
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        tokenizer_folder: Path,
-        **scoring: Unpack[Scoring],
-    ) -> None:
-        """Load config.json and model.safetensors; the rest as `ClipScorer` takes it.
+    def __init__(self, files: RewardFiles, **scoring: Unpack[Scoring]) -> None:
+        """Load config.json and model.safetensors, where the weights are; the rest as `ClipScorer` takes it.
 
         Raises:
             InputError: a file is missing or malformed, or there is too little memory.
         """
-        super().__init__(
-            self.reward_name,
-            clip.load_transformers_checkpoint(folder),
-            load_tokenizer(tokenizer_folder),
-            **scoring,
-        )
-
-    @classmethod
-    def load(cls, files: RewardFiles, **scoring: Any) -> Self:
-        """See `NamedReward`: of a kind that its folder is all of."""
-        return cls(files.weights.parent, tokenizer_folder=files.tokenizer, **scoring)
+        model = clip.load_transformers_checkpoint(files.weights.parent)
+        super().__init__(self.reward_name, model, load_tokenizer(files.tokenizer), **scoring)

@@ -74,31 +74,25 @@ class ImageReward(BatchedScorer):
 
     reads_prompts = True
 
-    def __init__(
-        self,
-        weights: Path,
-        med_config: Mapping[str, Any],
-        *,
-        tokenizer_folder: Path,
-        **scoring: Unpack[Scoring],
-    ) -> None:
-        """Load the checkpoint, described by `med_config`; the rest as `BatchedScorer` takes it.
+    def __init__(self, files: RewardFiles, **scoring: Unpack[Scoring]) -> None:
+        """Load the checkpoint, described by med_config.json; the rest as `BatchedScorer` takes it.
 
         Raises:
             InputError: a file is missing or malformed, they do not fit each other, or there is too little memory.
         """
+        weights, tokenizer = files.weights, files.tokenizer
         state = {name: tensor for name, tensor in read_state_dict(weights).items() if not _UNUSED.fullmatch(name)}
-        blip = load_blip(_below(state, "blip."), med_config, weights)
+        blip = load_blip(_below(state, "blip."), files.model_cfg, weights)
         width = blip.text.config.hidden_size
         left = {name: tensor for name, tensor in state.items() if not name.startswith("blip.")}
         weight, bias = linear_head(_below(left, "mlp."), width, f"{weights}: its head")
         size = blip.vision.config.image_size
         super().__init__("imagereward", blip, size, **scoring)
         self.weight, self.bias = weight.to(self.device), bias.to(self.device)
-        self.tokenizer = load_tokenizer(tokenizer_folder, BertTokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, BertTokenizer)
         if len(self.tokenizer) > blip.text.config.vocab_size:
             raise InputError(
-                f"The tokenizer in {tokenizer_folder} does not belong to {weights}: it has {len(self.tokenizer)} "
+                f"The tokenizer in {tokenizer} does not belong to {weights}: it has {len(self.tokenizer)} "
                 f"tokens, the model knows {blip.text.config.vocab_size}."
             )
 
@@ -187,8 +181,4 @@ def _vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
     )
 
 
-def _load(files: RewardFiles, **scoring: Any) -> ImageReward:
-    return ImageReward(files.weights, files.model_cfg, tokenizer_folder=files.tokenizer, **scoring)
-
-
-REWARD = NamedReward("imagereward", _load, tokenizer="weights/bert-base-uncased")
+REWARD = NamedReward("imagereward", ImageReward, tokenizer="weights/bert-base-uncased")

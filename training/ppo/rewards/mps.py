@@ -122,20 +122,14 @@ class Preference(nn.Module):
 class MPS(ClipScorer):
     """Temperature times the cosine of the prompt and of the image that looked at it; some 5 to 20 of good images."""
 
-    def __init__(
-        self,
-        weights: Path,
-        model_cfg: Mapping[str, Any],
-        *,
-        tokenizer_folder: Path,
-        **scoring: Unpack[Scoring],
-    ) -> None:
-        """Load the checkpoint; `model_cfg` as in `models.clip`, the rest as `ClipScorer` takes it.
+    def __init__(self, files: RewardFiles, **scoring: Unpack[Scoring]) -> None:
+        """Load the checkpoint, a CLIP ViT-H/14's unless it is described; the rest as `ClipScorer` takes it.
 
         Raises:
             InputError: a file is missing or malformed, or there is too little memory.
         """
-        super().__init__("mps", load_preference(weights, model_cfg), load_tokenizer(tokenizer_folder), **scoring)
+        model = load_preference(files.weights, files.model_cfg.get("model_cfg") or read_json(clip.VIT_H_14))
+        super().__init__("mps", model, load_tokenizer(files.tokenizer), **scoring)
         self._texts: RecentTensors[dict[str, Tensor]] = RecentTensors()
         self._condition = self._embedded([CONDITION])[0][0]
 
@@ -223,9 +217,4 @@ def _rotated(x: Tensor) -> Tensor:
     return torch.cat([complex_x.real, complex_x.imag], dim=-1).to(x.dtype)
 
 
-def _load(files: RewardFiles, **scoring: Any) -> MPS:
-    model_cfg = files.model_cfg.get("model_cfg") or read_json(clip.VIT_H_14)
-    return MPS(files.weights, model_cfg, tokenizer_folder=files.tokenizer, **scoring)
-
-
-REWARD = NamedReward("mps", _load)
+REWARD = NamedReward("mps", MPS)

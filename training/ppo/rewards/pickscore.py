@@ -20,4 +20,4 @@ class PickScore(FolderScorer):
         return self.model.logit_scale.exp().float() * self.cosine(features, prompts)
 
 
-REWARD = NamedReward("pickscore", PickScore.load)
+REWARD = NamedReward("pickscore", PickScore)

@@ -72,11 +72,7 @@ class RewardHPS(FeatureScorer):
     sees_whole = True
 
     def __init__(
-        self,
-        weights_path: str | Path,
-        *,
-        tokenizer_folder: str | Path | None = None,
-        **scoring: Unpack[Scoring],
+        self, weights_path: str | Path, *, tokenizer_folder: str | Path | None = None, **scoring: Unpack[Scoring]
     ) -> None:
         """Load the checkpoint and its tokenizer.
 

@@ -19,6 +19,7 @@ from errors import InputError
 from models import clip
 from models.checkpoints import read_module
 from tests.plain_clip import LETTERS, random_plain_clip, write_letter_tokenizer
+from training.ppo.rewards import RewardFiles
 from training.ppo.rewards.image_reward import DEVIATION, MEAN, ImageReward
 from training.ppo.rewards.mps import CONDITION, MPS, RELEVANT
 
@@ -181,7 +182,7 @@ def image_reward_files(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_imagereward_is_that_of_its_layers_by_hand(image_reward_files, images):
     weights, tokenizer = image_reward_files
-    reward = ImageReward(weights, MED_CONFIG, tokenizer_folder=tokenizer, batch_size=2)
+    reward = ImageReward(RewardFiles(weights, MED_CONFIG, tokenizer), batch_size=2)
     rows = [[2, 4, 5, 3], [2, 6, 3], [2, 29, 28, 27, 26, 3]]
     tokens = torch.tensor([row + [0] * (35 - len(row)) for row in rows])
     plain, pixels = Plain(published_image_reward()), (images - MEANS) / STDS
@@ -194,7 +195,7 @@ def test_imagereward_is_that_of_its_layers_by_hand(image_reward_files, images):
 
 def test_imagereward_says_what_it_cuts_and_keeps_a_nan_to_its_image(image_reward_files, images, caplog):
     weights, tokenizer = image_reward_files
-    reward = ImageReward(weights, MED_CONFIG, tokenizer_folder=tokenizer)
+    reward = ImageReward(RewardFiles(weights, MED_CONFIG, tokenizer))
     reward.say_what_is_cut([" ".join("a" * 33), " ".join("a" * 34), "b"])
     assert caplog.messages == [
         "reward imagereward reads 33 tokens of a prompt: 1 of 3 prompts are longer and judged by these"
@@ -228,7 +229,7 @@ def test_another_checkpoint_than_imagereward_is_explained_in_a_line(tmp_path, ch
     change(state)
     torch.save(state, tmp_path / "ImageReward.pt")
     with pytest.raises(InputError) as error:
-        ImageReward(tmp_path / "ImageReward.pt", MED_CONFIG, tokenizer_folder=write_bert_tokenizer(tmp_path / "bert"))
+        ImageReward(RewardFiles(tmp_path / "ImageReward.pt", MED_CONFIG, write_bert_tokenizer(tmp_path / "bert")))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -237,7 +238,7 @@ def test_another_checkpoint_than_imagereward_is_explained_in_a_line(tmp_path, ch
 def test_another_description_is_refused_in_a_line(image_reward_files, said):
     weights, tokenizer = image_reward_files
     with pytest.raises(InputError) as error:
-        ImageReward(weights, {**MED_CONFIG, **said}, tokenizer_folder=tokenizer)
+        ImageReward(RewardFiles(weights, {**MED_CONFIG, **said}, tokenizer))
     assert "\n" not in str(error.value)
 
 
@@ -248,7 +249,7 @@ def test_another_tokenizer_is_refused(image_reward_files):
     state["blip.text_encoder.embeddings.word_embeddings.weight"] = words[:20].clone()
     torch.save(state, weights)
     with pytest.raises(InputError, match=r"does not belong to .*: it has 31 tokens, the model knows 20"):
-        ImageReward(weights, {**MED_CONFIG, "vocab_size": 20}, tokenizer_folder=tokenizer)
+        ImageReward(RewardFiles(weights, {**MED_CONFIG, "vocab_size": 20}, tokenizer))
 
 
 # --- MPS
@@ -369,7 +370,7 @@ def test_mps_is_that_of_its_layers_by_hand(tmp_path, images, letters, condition,
     assert (RELEVANT, CONDITION[:20]) == (0.01, "light, color, clarit")
     monkeypatch.setattr("training.ppo.rewards.mps.RELEVANT", relevant)
     torch.save(mps_state(), tmp_path / "MPS.pth")
-    reward = MPS(tmp_path / "MPS.pth", CLIP, tokenizer_folder=letters, batch_size=2)
+    reward = MPS(RewardFiles(tmp_path / "MPS.pth", {"model_cfg": CLIP}, letters), batch_size=2)
     masks = torch.stack([reward._read(prompt)["mask"] for prompt in PROMPTS])
     assert masks.any(dim=1).all()
     assert masks.all() == (relevant == 0.01)
@@ -426,7 +427,7 @@ def test_a_module_that_was_pickled_whole_is_read_without_its_classes(tmp_path, i
     expected.pop("model.text_model.embeddings.position_ids")  # not persistent
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    reward = MPS(tmp_path / "MPS.pth", CLIP, tokenizer_folder=letters)
+    reward = MPS(RewardFiles(tmp_path / "MPS.pth", {"model_cfg": CLIP}, letters))
     torch.testing.assert_close(reward.score(images, PROMPTS), expected_mps(images, condition), rtol=1e-4, atol=1e-4)
 
 
@@ -480,7 +481,7 @@ def test_another_checkpoint_than_mps_is_explained(tmp_path, letters):
     ):
         torch.save({key: value for key, value in state.items() if not key.startswith(name)}, tmp_path / "MPS.pth")
         with pytest.raises(InputError, match=says):
-            MPS(tmp_path / "MPS.pth", CLIP, tokenizer_folder=letters)
+            MPS(RewardFiles(tmp_path / "MPS.pth", {"model_cfg": CLIP}, letters))
     torch.save({key: value for key, value in state.items() if "logit" not in key}, tmp_path / "MPS.pth")
     with pytest.raises(InputError, match="1 missing: logit_scale"):
-        MPS(tmp_path / "MPS.pth", CLIP, tokenizer_folder=letters)
+        MPS(RewardFiles(tmp_path / "MPS.pth", {"model_cfg": CLIP}, letters))

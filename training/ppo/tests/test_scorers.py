@@ -16,7 +16,7 @@ from models import clip
 from models.asset_table import AESTHETIC
 from tests.plain_clip import random_plain_clip, write_letter_tokenizer
 from training.ppo import rewards
-from training.ppo.rewards import aesthetic, build_reward, find_reward_files
+from training.ppo.rewards import RewardFiles, aesthetic, build_reward, find_reward_files
 from training.ppo.rewards.aesthetic import AestheticScore
 from training.ppo.rewards.clip_score import ClipScore
 from training.ppo.rewards.pickscore import PickScore
@@ -58,6 +58,11 @@ def expected_features(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return plain.encode_image((images - mean) / std), plain.encode_text(tokens)
 
 
+def files_of(folder: Path, head: Path | None = None) -> RewardFiles:
+    model = folder / "model.safetensors"
+    return RewardFiles(head or model, {}, folder / "tokenizer", others=(model,))
+
+
 def write_head(path: Path, features: int) -> nn.Sequential:
     """The published predictor's layers; random, saved under its names, and returned."""
     torch.manual_seed(0)
@@ -77,7 +82,7 @@ def write_head(path: Path, features: int) -> nn.Sequential:
 
 def test_pickscore_is_the_temperature_times_the_cosine(folder, images):
     image_features, text_features = expected_features(images)
-    scores = PickScore(folder, tokenizer_folder=folder / "tokenizer").score(images, PROMPTS)
+    scores = PickScore(files_of(folder)).score(images, PROMPTS)
     expected = random_plain_clip(SMALL).logit_scale.exp() * torch.cosine_similarity(image_features, text_features)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
 
@@ -87,7 +92,7 @@ def test_clip_score_is_a_hundred_times_the_cosine_and_never_negative(folder, ima
     cosine = torch.cosine_similarity(image_features, text_features)
     assert (cosine < 0).any()
     assert (cosine > 0).any()
-    scores = ClipScore(folder, tokenizer_folder=folder / "tokenizer").score(images, PROMPTS)
+    scores = ClipScore(files_of(folder)).score(images, PROMPTS)
     torch.testing.assert_close(scores, 100 * cosine.clamp(min=0), rtol=0, atol=1e-3)
 
 
@@ -96,7 +101,7 @@ def test_the_aesthetic_score_is_that_of_the_layers_on_normalised_features(folder
     image_features, _ = expected_features(images)
     with torch.no_grad():
         expected = layers(nn.functional.normalize(image_features, dim=-1))[:, 0]
-    scorer = AestheticScore(tmp_path / "head.pth", folder, tokenizer_folder=folder / "tokenizer")
+    scorer = AestheticScore(files_of(folder, tmp_path / "head.pth"))
     torch.testing.assert_close(scorer.score(images, PROMPTS), expected, rtol=0, atol=1e-5)
     assert torch.equal(scorer.score(images, ["x", "y", "z"]), scorer.score(images, PROMPTS))
     with pytest.raises(ValueError, match="3 images but 1 prompts"):
@@ -106,8 +111,8 @@ def test_the_aesthetic_score_is_that_of_the_layers_on_normalised_features(folder
 def test_who_looks_at_no_prompt_cuts_none(folder, tmp_path, caplog):
     write_head(tmp_path / "head.pth", 24)
     scorers = (
-        AestheticScore(tmp_path / "head.pth", folder, tokenizer_folder=folder / "tokenizer"),
-        ClipScore(folder, tokenizer_folder=folder / "tokenizer"),
+        AestheticScore(files_of(folder, tmp_path / "head.pth")),
+        ClipScore(files_of(folder)),
     )
     for scorer in scorers:
         scorer.say_what_is_cut(["a b c d e f g h i j"])
@@ -197,9 +202,9 @@ def test_named_rewards_are_found_and_mixed(fetched, folder, images):
     assert files.tokenizer == folder / "tokenizer"
     mix = build_reward({"clip_score": 2.0, "aesthetic": 1.0}, device="cpu", batch_size=3)
     raw = mix.raw_scores(images, PROMPTS)
-    alone = ClipScore(files.weights.parent, tokenizer_folder=folder / "tokenizer")
+    alone = ClipScore(files)
     assert torch.equal(raw["clip_score"], alone.score(images, PROMPTS))
-    liked = AestheticScore(aesthetic_file(fetched), files.weights.parent, tokenizer_folder=folder / "tokenizer")
+    liked = AestheticScore(files._replace(weights=aesthetic_file(fetched), others=(files.weights,)))
     assert torch.equal(raw["aesthetic"], liked.score(images, PROMPTS))
 
 
