@@ -150,9 +150,7 @@ def _described(name: str, now: float, start: float, difference: Interval) -> dic
     return {
         f"heldout/{name}": now,
         f"heldout/{name}_start": start,
-        f"heldout/{name}_difference": difference.estimate,
-        f"heldout/{name}_difference_low": difference.low,
-        f"heldout/{name}_difference_high": difference.high,
+        **difference.as_metrics(f"heldout/{name}_difference"),
     }
 
 
@@ -165,10 +163,8 @@ def comparison_lines(metrics: Mapping[str, float]) -> list[str]:
     }
     lines = []
     for name, words in names.items():
-        start, now, difference, low, high = (
-            metrics[f"heldout/{name}{end}"]
-            for end in ("_start", "", "_difference", "_difference_low", "_difference_high")
-        )
+        start, now = metrics[f"heldout/{name}_start"], metrics[f"heldout/{name}"]
+        difference, low, high = Interval.from_metrics(metrics, f"heldout/{name}_difference")
         lines.append(f"{words}: {start:.4f} -> {now:.4f}, difference {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
     if metrics["heldout/suspected_reward_hacking"]:
         lines.append(

@@ -12,6 +12,7 @@ from models.pictures import as_png, to_pixels
 from training.ddpm.comparison import comparison_lines
 from training.ddpm.config import SAMPLED, DDPMConfig
 from training.measuring.page import StripRow, commands, folded, page, strip, verdict
+from training.measuring.statistics import Interval
 from training.runs.configuration import to_yaml
 from training.runs.run_folder import RunFolder
 
@@ -21,7 +22,7 @@ def evaluation_page(
 ) -> bytes:
     """One HTML file; `images`: [N, 3, H, W] in [0, 1], by what they are. Those of the two DDPMs have equal seeds."""
     title = folder.path.name
-    low, high = metrics["heldout/judge_difference_low"], metrics["heldout/judge_difference_high"]
+    _, low, high = Interval.from_metrics(metrics, "heldout/judge_difference")
     kind, word = ("better", "Better") if low > 0 else ("worse", "Worse") if high < 0 else ("open", "Not told apart")
     headline = f"{word}, by the judge that nothing was trained against"
     if metrics["heldout/suspected_reward_hacking"]:

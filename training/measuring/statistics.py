@@ -11,6 +11,7 @@ Randomness is a `torch.Generator` on the CPU that the caller passes: equal seeds
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -32,6 +33,15 @@ class Interval(NamedTuple):
     def excludes_zero(self) -> bool:
         """Whether zero lies outside: for a paired difference, whether the two differ at this confidence."""
         return self.low > 0 or self.high < 0
+
+    def as_metrics(self, name: str) -> dict[str, float]:
+        """The estimate under `name`, and its ends under `name_low` and `name_high`."""
+        return dict(zip((name, f"{name}_low", f"{name}_high"), self, strict=True))
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, float], name: str) -> Interval:
+        """The inverse of `as_metrics`."""
+        return cls(metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"])
 
 
 def bootstrap_indices(count: int, generator: torch.Generator, resamples: int = MINIMUM_RESAMPLES) -> Tensor:

@@ -210,7 +210,7 @@ class HeldoutWatch:
         Raises:
             DivergenceError: fewer than two held-out images have finite scores.
         """
-        if self._start is None or self._best is None:
+        if self._start is None:
             self._start = self._best = scores
         kept = self._finite_rows(step, scores)
         indices = bootstrap_indices(int(kept.sum()), generator_of(self._seed))
@@ -265,7 +265,8 @@ class HeldoutWatch:
         metrics = {}
         for judge, (ours, theirs) in judged.items():
             difference = paired_difference_interval(ours[both], theirs[both], indices)
-            metrics |= {f"heldout/{judge}": theirs[both].double().mean().item()} | _ends(judge, difference)
+            metrics[f"heldout/{judge}"] = theirs[both].double().mean().item()
+            metrics |= difference.as_metrics(f"heldout/{judge}_difference")
         return metrics
 
     def _combined(self, scores: HeldoutScores) -> Tensor:
@@ -275,7 +276,7 @@ class HeldoutWatch:
 
     def _finite_rows(self, step: int, scores: HeldoutScores) -> Tensor:
         """Rows [N] where every score of this table and of the starting one, and what they come to, is finite."""
-        both = [seen for seen in (scores, self._start) if seen is not None]
+        both = (scores, self._start)
         sets = [part for seen in both for part in (*seen.parts.values(), seen.panel, self._combined(seen))]
         kept = torch.stack([part.isfinite() for part in sets if part is not None]).all(0)
         if kept.sum() < 2:
@@ -290,7 +291,7 @@ class HeldoutWatch:
 
         An image without a finite reward counts as the worst that either table has drawn.
         """
-        if self._best is None or (panel is not None and panel.high < 0):
+        if panel is not None and panel.high < 0:
             return
         both = torch.stack([self._combined(scores), self._combined(self._best)])
         finite = both.isfinite()
@@ -303,13 +304,7 @@ def _described(judge: str, ours: Tensor, theirs: Tensor, difference: Interval) -
     return {
         f"heldout/{judge}": ours.double().mean().item(),
         f"heldout/{judge}_start": theirs.double().mean().item(),
-    } | _ends(judge, difference)
-
-
-def _ends(judge: str, difference: Interval) -> dict[str, float]:
-    return {
-        f"heldout/{judge}_difference{end}": value for end, value in zip(("", "_low", "_high"), difference, strict=True)
-    }
+    } | difference.as_metrics(f"heldout/{judge}_difference")
 
 
 def _packed(scores: HeldoutScores | None) -> dict[str, Any] | None:

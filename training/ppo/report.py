@@ -18,6 +18,7 @@ from models.pictures import opened_picture
 from models.registry import SHAPES_WORLD, is_unconditional, pipeline_of, traits_of
 from training.diffusers_export import lines_for_diffusers
 from training.measuring.page import StripRow, commands, figure, folded, page, strip, verdict
+from training.measuring.statistics import Interval
 from training.parameters import GRID
 from training.ppo.checkpoint import Numbers, load_checkpoint, table_from_plain, table_to_plain
 from training.ppo.config import Config, build_config, group_size, model_spec
@@ -138,7 +139,7 @@ def _verdict(rows: Sequence[Row], evaluations: Sequence[Row], state: Mapping[str
     sentences = [
         f"On {logging['eval_count'] - dropped} held-out prompts{left_out}, after step {row['step']}, the "
         f"training reward is {row['heldout/reward']:.4f}, {row['heldout/reward_start']:.4f} at the start: "
-        f"{_difference(row, 'reward')}.",
+        f"{_shown(row, 'reward')}.",
         *_selected(row, evaluations),
         *_panel(row, logging["panel"]),
         *_classical(row, state["watch"], total),
@@ -179,13 +180,17 @@ def _headline(row: Row) -> tuple[str, str]:
     return ("open" if beside == "worse" and kind == "better" else kind), headline
 
 
-def _difference(row: Row, judge: str) -> str:
-    difference, low, high = (row[f"heldout/{judge}_difference{end}"] for end in ("", "_low", "_high"))
+def _difference(row: Row, judge: str) -> Interval:
+    return Interval.from_metrics(row, f"heldout/{judge}_difference")
+
+
+def _shown(row: Row, judge: str) -> str:
+    difference, low, high = _difference(row, judge)
     return f"{difference:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]"
 
 
 def _compared(row: Row, judge: str) -> str:
-    low, high = (row[f"heldout/{judge}_difference{end}"] for end in ("_low", "_high"))
+    _, low, high = _difference(row, judge)
     return "better" if low > 0 else "worse" if high < 0 else "not told apart"
 
 
@@ -193,7 +198,7 @@ def _panel(row: Row, panel: str | None) -> Iterator[str]:
     if "heldout/panel_difference" not in row:
         yield "Nobody else judged it: logging.panel is null."
         return
-    verdict_of_panel = f"{_compared(row, 'panel')}, {_difference(row, 'panel')}"
+    verdict_of_panel = f"{_compared(row, 'panel')}, {_shown(row, 'panel')}"
     yield f"The panel ({reward_name(panel)}), which is never trained on: {verdict_of_panel}."
 
 
@@ -202,10 +207,10 @@ def _classical(row: Row, watch: Mapping[str, Any], total: int) -> Iterator[str]:
         yield (
             f"Beside the best classical solver at as many evaluations in all ({watch['classical_name']}, {total} "
             f"evaluations, reward {row['heldout/classical']:.4f}): {_compared(row, 'classical')}, "
-            f"{_difference(row, 'classical')}."
+            f"{_shown(row, 'classical')}."
         )
     if "heldout/classical_panel_difference" in row:
-        yield f"To the panel: {_compared(row, 'classical_panel')}, {_difference(row, 'classical_panel')}."
+        yield f"To the panel: {_compared(row, 'classical_panel')}, {_shown(row, 'classical_panel')}."
 
 
 def _cost(rows: Sequence[Row], total: int) -> Iterator[str]:
@@ -256,23 +261,19 @@ def _pipeline(model: str | None) -> tuple[str, str]:
 def _rewards(steps: Sequence[Row], evaluations: Sequence[Row], group_size: int, batch_size: int) -> str:
     figures = []
     if steps:
-        figures.append(
-            figure(
-                curves_figure([_training_curve(steps, group_size, batch_size)], "training reward", size=(4.6, 2.8)),
-                "Mean reward of each step's rollouts; band: 95% interval of the mean over the step's prompts.",
-            )
-        )
+        plot = curves_figure([_training_curve(steps, group_size, batch_size)], "training reward", size=(4.6, 2.8))
+        caption = "Mean reward of each step's rollouts; band: 95% interval of the mean over the step's prompts."
+        figures.append(figure(plot, caption))
     for judge, name in (("reward", "held-out reward"), ("panel", "panel")):
         shown = [row for row in evaluations if f"heldout/{judge}_difference" in row]
         if shown:
             curve = _difference_curve(shown, judge)
-            figures.append(
-                figure(
-                    curves_figure([curve], f"{name}, difference", zero_line=True, size=(4.6, 2.8)),
-                    f"{name.capitalize()} of the mean table less that of the starting table: same prompts, same noise; "
-                    f"band: 95% paired bootstrap interval.",
-                )
+            plot = curves_figure([curve], f"{name}, difference", zero_line=True, size=(4.6, 2.8))
+            caption = (
+                f"{name.capitalize()} of the mean table less that of the starting table: same prompts, same noise; "
+                f"band: 95% paired bootstrap interval."
             )
+            figures.append(figure(plot, caption))
     if not figures:
         return ""
     return f'<h2>Rewards</h2><div class="pair">{"".join(figures)}</div>'
@@ -289,9 +290,7 @@ def _training_curve(steps: Sequence[Row], group_size: int, batch_size: int) -> C
 
 
 def _difference_curve(evaluations: Sequence[Row], judge: str) -> Curve:
-    values, low, high = (
-        [row[f"heldout/{judge}_difference{end}"] for row in evaluations] for end in ("", "_low", "_high")
-    )
+    values, low, high = zip(*(_difference(row, judge) for row in evaluations), strict=True)
     return Curve(judge, [row["step"] for row in evaluations], values, (low, high))
 
 
@@ -376,25 +375,18 @@ def _diagnostics(steps: Sequence[Row]) -> str:
     if not steps:
         return ""
     numbers = [row["step"] for row in steps]
+
+    def curve(name: str, label: str) -> Curve:
+        return Curve(label, numbers, [row[name] for row in steps])
+
     figures = [
-        figure(
-            curves_figure(
-                [Curve(name, numbers, [row[name] for row in steps])], name.replace("_", " "), size=(3.0, 2.0)
-            ),
-            METRICS[name],
-        )
+        figure(curves_figure([curve(name, name)], name.replace("_", " "), size=(3.0, 2.0)), METRICS[name])
         for name in DIAGNOSTICS
         if name in steps[0]
     ]
-    spread = [
-        Curve(label, numbers, [row[f"reward_{label}_variance"] for row in steps]) for label in ("within", "between")
-    ]
-    figures.append(
-        figure(
-            curves_figure(spread, "reward variance", size=(3.0, 2.0)),
-            "Variance of the reward inside the groups and between their means.",
-        )
-    )
+    spread = [curve(f"reward_{label}_variance", label) for label in ("within", "between")]
+    caption = "Variance of the reward inside the groups and between their means."
+    figures.append(figure(curves_figure(spread, "reward variance", size=(3.0, 2.0)), caption))
     return f'<h2>Diagnostics</h2><div class="small">{"".join(figures)}</div>'
 
 

@@ -17,6 +17,7 @@ from files import write_atomically
 from interrupts import Interrupts
 from models.pictures import as_png, contact_sheet, read_pixels, to_pixels
 from solvers import EPDTable
+from training.measuring.statistics import Interval
 from training.ppo.assembly import Parts, Start, to_plain
 from training.ppo.checkpoint import Numbers, save_checkpoint, table_to_plain
 from training.ppo.figures import solver_figure
@@ -281,7 +282,7 @@ def heldout_line(step: int, metrics: Mapping[str, float]) -> str:
     parts = [f"step {step} held out"]
     for judge in ("reward", "panel"):
         if f"heldout/{judge}" in metrics:
-            difference, low, high = (metrics[f"heldout/{judge}_difference{end}"] for end in ("", "_low", "_high"))
+            difference, low, high = Interval.from_metrics(metrics, f"heldout/{judge}_difference")
             parts.append(f"{judge} {metrics[f'heldout/{judge}']:.4f} ({difference:+.4f} [{low:+.4f}, {high:+.4f}])")
     if metrics["heldout/suspected_reward_hacking"]:
         parts.append("SUSPECTED REWARD HACKING: the reward rises while the panel falls")
