@@ -30,8 +30,7 @@ class PathConfig:
     rm: str | None = knob(None, "reward model that is trained against; null: train_reward.save")
     judge: str | None = knob(None, "reward model that is never trained against; null: <rm>-judge beside path.rm")
     preference: str | None = knob(
-        None,
-        "for finetune.reward=preference, a reward as the main job's reward.weights_path takes it",
+        None, "for finetune.reward=preference, a reward as the main job's reward.weights_path takes it"
     )
     runs: str = knob("runs", "folder in which each command makes a folder of its own: tensorboard --logdir runs")
 

@@ -26,16 +26,7 @@ from training.ddpm.report import evaluation_page
 from training.ddpm.reward_model import load_classifier, save_classifier
 from training.ddpm.reward_training import JUDGE, REWARD, RewardTrainer
 from training.ddpm.rollout import ImageReward, sample_images, seeds_of
-from training.ddpm.run import (
-    EVALUATE,
-    FINETUNE,
-    TRAIN_REWARD_MODEL,
-    EpochRun,
-    EpochTrainer,
-    Observation,
-    Plan,
-    Resumed,
-)
+from training.ddpm.run import EVALUATE, FINETUNE, TRAIN_REWARD_MODEL, EpochRun, EpochTrainer, Observation, Plan, Resumed
 from training.ddpm.trainer import DDPMTrainer
 from training.runs.configuration import to_yaml
 from training.runs.events import EventFile

@@ -14,13 +14,7 @@ from errors import InputError
 from models.randomness import derived_seed, generator_of
 from training.ddpm.config import TrainRewardConfig
 from training.ddpm.data import Shares, augmented, faded, to_unit, under_noise
-from training.ddpm.reward_model import (
-    RealFakeClassifier,
-    accuracy,
-    calibration_error,
-    new_classifier,
-    smoothed_loss,
-)
+from training.ddpm.reward_model import RealFakeClassifier, accuracy, calibration_error, new_classifier, smoothed_loss
 from training.ddpm.rollout import seeds_of
 from training.runs.checkpoint import load_optimizer
 
@@ -38,13 +32,7 @@ class RewardTrainer:
     """Trains both classifiers: equal recipes, different images, seeds and widths."""
 
     def __init__(
-        self,
-        real: Shares,
-        fake: Shares,
-        settings: TrainRewardConfig,
-        *,
-        seed: int,
-        device: torch.device,
+        self, real: Shares, fake: Shares, settings: TrainRewardConfig, *, seed: int, device: torch.device
     ) -> None:
         """Start with untrained classifiers.
 

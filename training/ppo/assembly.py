@@ -346,10 +346,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
     """
     config = start.config
     denoiser = load_denoiser(
-        model_spec(config),
-        device=fabric.device,
-        dtype=resolve_dtype(config.model.dtype),
-        options=model_options(config),
+        model_spec(config), device=fabric.device, dtype=resolve_dtype(config.model.dtype), options=model_options(config)
     )
     backend = config.model.backend
     if backend not in (None, denoiser.backend):

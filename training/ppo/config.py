@@ -158,9 +158,7 @@ class PPOConfig:
         above=0,
     )
     guidance_std: float = knob(
-        0.1,
-        "standard deviation of the log guidance of each evaluation at the cold start, where it is trained",
-        above=0,
+        0.1, "standard deviation of the log guidance of each evaluation at the cold start, where it is trained", above=0
     )
     history_std: float = knob(
         0.05,

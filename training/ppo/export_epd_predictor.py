@@ -64,13 +64,7 @@ class Export:
 @click.option("--no-diffusers", is_flag=True, help="Leave out diffusers/, for which the model is loaded.")
 @shows_input_errors
 def main(
-    run: Path,
-    checkpoint: Path | None,
-    best: bool,
-    device: str,
-    no_manifest: bool,
-    base: str | None,
-    no_diffusers: bool,
+    run: Path, checkpoint: Path | None, best: bool, device: str, no_manifest: bool, base: str | None, no_diffusers: bool
 ) -> None:
     """Write the mean table of a RUN's policy as a predictor snapshot into RUN/export.
 

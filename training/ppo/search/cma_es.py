@@ -57,13 +57,7 @@ class CMAES(Search):
     checkpoint holds these, and a resumed search is told them again.
     """
 
-    def __init__(
-        self,
-        policy: Candidates,
-        source: RolloutSource[Any],
-        prompts: PromptStream,
-        config: Config,
-    ) -> None:
+    def __init__(self, policy: Candidates, source: RolloutSource[Any], prompts: PromptStream, config: Config) -> None:
         """Search around the policy's start.
 
         Args:
@@ -91,10 +85,7 @@ class CMAES(Search):
         scores = self._score(candidates)
         self._tell(candidates, self._fitness(scores.rewards).tolist())
         self._at(self._evolution.mean)
-        return {
-            **reward_metrics(number, scores, self._population),
-            "step_size": float(self._evolution.sigma),
-        }
+        return {**reward_metrics(number, scores, self._population), "step_size": float(self._evolution.sigma)}
 
     def _own_state(self) -> dict[str, Any]:
         return {"fitness": torch.tensor(self._told, dtype=torch.float64)}
