@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +31,12 @@ from training.ppo.assembly import (
     start_from_snapshot,
 )
 from training.ppo.checkpoint import load_checkpoint
-from training.ppo.config import FIXED, FIXED_FILES, Config, build_config, load_config
+from training.ppo.config import FIXED, FIXED_FILES, KNOBS, Config, build_config, load_config
 from training.ppo.report import write_report
 from training.ppo.training_run import INTERRUPTED, TrainingRun
 from training.runs.checkpoint import fitting, newest_checkpoint
 from training.runs.command_line import RESUME, SeveralPairs, takes_overrides, with_options
-from training.runs.configuration import LoadedConfig, refuse_changes, to_plain, to_yaml
+from training.runs.configuration import LoadedConfig, refuse_changes, to_plain, to_yaml, value_of
 from training.runs.run_folder import RunFolder, read_metrics, seconds_by_phase
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "cfgs" / "sd15_base.yaml"
@@ -154,36 +154,29 @@ def changes(job: Launch) -> list[str]:
     """What differs from the configuration that the checkpoint was made with, one line a key."""
     if job.state is None:
         return []
-    step, now = job.state["step"], to_plain(job.start.config)
-    before = to_plain(build_config(job.state["config"], "checkpoint").config)
-    lines = [
-        f"{section}.{key}={value!r}; it was {before[section].get(key)!r} up to step {step}"
-        for section, keys in now.items()
-        for key, value in keys.items()
-        if before[section].get(key) != value
-    ]
-    lines += _changed_rate(step, before, now)
-    return [f"goes on after step {step}", *lines]
+    step, now = job.state["step"], job.start.config
+    before = build_config(job.state["config"], "checkpoint").config
+    lines = [f"goes on after step {step}"]
+    for key in KNOBS:
+        old, new = value_of(before, key), value_of(now, key)
+        if old != new:
+            lines.append(f"{key}={new!r}; it was {old!r} up to step {step}")
+    planned, coming = _learning_rate(step, before), _learning_rate(step, now)
+    if step and planned != coming:  # more steps are another schedule
+        last = _learning_rate(step - 1, before)
+        lines.append(f"the learning rate of step {step + 1} is {coming:.2g}; that of step {step} was {last:.2g}")
+    return lines
 
 
-def _changed_rate(step: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line where the learning rate leaves the schedule that the run had: more steps are another schedule."""
-    planned, coming = (_learning_rate(step, settings) for settings in (before, now))
-    if step == 0 or planned == coming:
-        return []
-    last = _learning_rate(step - 1, before)
-    return [f"the learning rate of step {step + 1} is {coming:.2g}; that of step {step} was {last:.2g}"]
-
-
-def _learning_rate(step: int, settings: Mapping[str, Any]) -> float:
-    """Of the settings' search; 0 where it has none."""
-    ppo, search = settings["ppo"], settings["search"]
+def _learning_rate(step: int, config: Config) -> float:
+    """Of the configuration's search; 0 where it has none."""
+    ppo, search = config.ppo, config.search
     rate, schedule = {
-        "ppo": (ppo["learning_rate"], ppo["learning_rate_schedule"]),
+        "ppo": (ppo.learning_rate, ppo.learning_rate_schedule),
         "cma_es": (0.0, "constant"),
-        "reward_gradient": (search["learning_rate"], "cosine"),
-    }[search["method"]]
-    return learning_rate(step, ppo["steps"], rate, schedule)
+        "reward_gradient": (search.learning_rate, "cosine"),
+    }[search.method]
+    return learning_rate(step, ppo.steps, rate, schedule)
 
 
 def train(job: Launch) -> None:

@@ -72,14 +72,9 @@ class Scene:
         """A seed for each prompt."""
         return [self.seed + index for index in range(len(prompts))]
 
-    def draw(self, solvers: Sequence[Solver], prompts: Sequence[str], folders: SolverFolders | None) -> Evaluation:
-        """Draw and judge solvers and the reference on prompts, shared out over the processes; all of it is kept."""
-        extracted = [FeatureJudge(extractor) for extractor in self.extractors]
-        return self._drawn(solvers, prompts, extracted, self.reference, folders, told=True)
-
     def choose(self, solvers: Sequence[Solver], prompts: Sequence[str]) -> Comparison:
         """Solvers on the prompts that settings are chosen on: no reference, whose evaluations are most of the work."""
-        evaluation = self._drawn(solvers, prompts, [], None, None, told=False)
+        evaluation = self.draw(solvers, prompts, None, final=False)
         entries = [Entry(solver, evaluation.measure(solver)) for solver in solvers]
         return Comparison(entries, self._frechet(evaluation), self.store, seed=self.seed)
 
@@ -121,16 +116,14 @@ class Scene:
             found[metric] = SetDistance(extractor.name, f"{real.fingerprint} {CODE_OF_DISTANCES}", values)
         return found
 
-    def _drawn(
-        self,
-        solvers: Sequence[Solver],
-        prompts: Sequence[str],
-        extracted: Sequence[Judge],
-        reference: Solver | None,
-        folders: SolverFolders | None,
-        *,
-        told: bool,
+    def draw(
+        self, solvers: Sequence[Solver], prompts: Sequence[str], folders: SolverFolders | None, *, final: bool = True
     ) -> Evaluation:
+        """Draw and judge solvers on prompts, shared out over the processes; all of it is kept.
+
+        `final`: with the reference and the extractors, and what the number of prompts can tell is said.
+        """
+        reference = self.reference if final else None
         setting = Setting(
             prompts=prompts,
             seeds=self.seeds(prompts),
@@ -139,7 +132,7 @@ class Scene:
             dtype=self.dtype,
             previews=PREVIEWS,
         )
-        judges = [*self.judges, *extracted]
+        judges = [*self.judges, *(map(FeatureJudge, self.extractors) if final else ())]
         all_solvers = [*([] if reference is None else [reference]), *solvers]
         with tqdm(unit="evaluation", disable=not self.fabric.is_global_zero) as bar:
             evaluation = Evaluation(
@@ -149,7 +142,7 @@ class Scene:
             first = setting.parts[0]
 
             def tell(rows: slice) -> None:
-                if told and rows == first:
+                if final and rows == first:
                     bar.write(self._power(evaluation, solvers, rows))
 
             draw_together(evaluation, all_solvers, self.fabric, bar, tell)

@@ -22,7 +22,6 @@ UNFIT = (AttributeError, LookupError, TypeError, ValueError, RuntimeError, Arith
 NAME = re.compile(r"policy-step(\d{6,})\.pt")
 PLAIN_KEYS = {"step": int, "config": dict, "config_hash": str}
 """What the checkpoints of all jobs hold, and its type."""
-BEST_NAME = "policy-best.pt"
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def step_path(folder: Path, step: int) -> Path:
 
 def best_path(folder: Path) -> Path:
     """Where the checkpoint with the best held-out reward lies."""
-    return folder / BEST_NAME
+    return folder / "policy-best.pt"
 
 
 def _step_of(path: Path) -> float:

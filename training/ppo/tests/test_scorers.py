@@ -124,7 +124,7 @@ def test_who_looks_at_no_prompt_cuts_none(folder, tmp_path, caplog):
 def test_a_nan_pixel_spoils_its_own_score_alone(folder, images):
     images[1, 0, 3, 3] = torch.nan
     for kind in (PickScore, ClipScore):
-        scores = kind(folder, tokenizer_folder=folder / "tokenizer").score(images, PROMPTS)
+        scores = kind(files_of(folder)).score(images, PROMPTS)
         assert scores.isnan().tolist() == [False, True, False]
 
 
