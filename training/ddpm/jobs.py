@@ -26,7 +26,7 @@ from training.ddpm.report import evaluation_page
 from training.ddpm.reward_model import load_classifier, save_classifier
 from training.ddpm.reward_training import JUDGE, REWARD, RewardTrainer
 from training.ddpm.rollout import ImageReward, sample_images, seeds_of
-from training.ddpm.run import EVALUATE, FINETUNE, TRAIN_REWARD_MODEL, EpochRun, EpochTrainer, Observation, Plan, Resumed
+from training.ddpm.run import EVALUATE, FINETUNE, TRAIN_REWARD_MODEL, EpochRun, EpochTrainer, Look, Plan, Resumed
 from training.ddpm.trainer import DDPMTrainer
 from training.runs.configuration import to_yaml
 from training.runs.events import EventFile
@@ -277,16 +277,14 @@ def _policy_of_result(trainer: DDPMTrainer, start: DenoisingPolicy) -> Denoising
     return DenoisingPolicy(trainer.result, start.model, start.steps)
 
 
-def _watch(
-    config: DDPMConfig, start: DenoisingPolicy, trainer: DDPMTrainer, reward: ImageReward
-) -> Callable[[], Observation]:
+def _watch(config: DDPMConfig, start: DenoisingPolicy, trainer: DDPMTrainer, reward: ImageReward) -> Callable[[], Look]:
     comparison = _comparison(config, start, reward, "watch")
 
-    def observe() -> Observation:
+    def observe() -> Look:
         now = comparison.judged(_policy_of_result(trainer, start))
         metrics = comparison.against_start(now)
         picture = side_by_side({"start": comparison.start.images, "now": now.images}, config.eval.shown)
-        return Observation(metrics, tuple(comparison_lines(metrics)), np.asarray(picture))
+        return metrics, np.asarray(picture)
 
     return observe
 
@@ -303,7 +301,7 @@ def _trained(
     resumed: Resumed | None,
     trainer: EpochTrainer,
     plan: Plan,
-    observe: Callable[[], Observation] | None,
+    observe: Callable[[], Look] | None,
     say: Say,
 ) -> RunFolder:
     """Train in a folder that no other process writes to meanwhile, which is returned."""

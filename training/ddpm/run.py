@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from errors import InputError
 from interrupts import Interrupted, Interrupts
+from training.ddpm.comparison import comparison_lines
 from training.ddpm.config import SCHEMA, DDPMConfig
 from training.runs.checkpoint import CheckpointFormat, fitting, newest_checkpoint, step_path
 from training.runs.configuration import config_hash, refuse_changes, to_plain
@@ -58,13 +59,8 @@ class EpochTrainer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What a look at a run says: metrics, lines for people, and a picture, uint8 [H, W, 3]."""
-
-    metrics: Mapping[str, float]
-    lines: tuple[str, ...]
-    picture: np.ndarray
+Look = tuple[dict[str, float], np.ndarray]
+"""What a look at a run says: `COMPARISON_METRICS`, and a picture, uint8 [H, W, 3]."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ class EpochRun:
         folder: RunFolder,
         trainer: EpochTrainer,
         plan: Plan,
-        observe: Callable[[], Observation] | None = None,
+        observe: Callable[[], Look] | None = None,
     ) -> None:
         """Nothing is written before `run`.
 
@@ -187,11 +183,11 @@ class EpochRun:
 
     def _look(self) -> dict[str, float]:
         step = self.trainer.completed_steps
-        seen = self._observe()
-        self._record.attempt("pictures", lambda: self._record.events(step).picture("held-out", seen.picture, step))
-        for line in seen.lines:
+        metrics, picture = self._observe()
+        self._record.attempt("pictures", lambda: self._record.events(step).picture("held-out", picture, step))
+        for line in comparison_lines(metrics):
             tqdm.write(f"epoch {step} held out: {line}")
-        return dict(seen.metrics)
+        return metrics
 
     def _save(self, *, last: bool) -> None:
         step = self.trainer.completed_steps

@@ -29,6 +29,8 @@ from training.ppo.rollout import DivergenceError
 
 log = logging.getLogger(__name__)
 
+BOOTSTRAP_SEED = 0
+
 HELDOUT_METRICS: Mapping[str, str] = {
     "heldout/reward": "mean training reward of the mean table on the held-out prompts",
     "heldout/reward_start": "the same of the starting table",
@@ -185,15 +187,9 @@ class HeldoutJudge:
 class HeldoutWatch:
     """Compares each table's held-out scores with the starting table's, and keeps the best."""
 
-    def __init__(self, reward: WeightedMix, *, seed: int = 0) -> None:
-        """Start with nothing seen.
-
-        Args:
-            reward: combines raw scores; both tables are combined with the same statistics.
-            seed: of the bootstrap.
-        """
+    def __init__(self, reward: WeightedMix) -> None:
+        """Start with nothing seen; `reward` combines the raw scores of both tables with the same statistics."""
         self._reward = reward
-        self._seed = seed
         self._start: HeldoutScores | None = None
         self._best: HeldoutScores | None = None
         self._first: HeldoutScores | None = None
@@ -213,7 +209,7 @@ class HeldoutWatch:
         if self._start is None:
             self._start = self._best = scores
         kept = self._finite_rows(step, scores)
-        indices = bootstrap_indices(int(kept.sum()), generator_of(self._seed))
+        indices = bootstrap_indices(int(kept.sum()), generator_of(BOOTSTRAP_SEED))
         rewards, start_rewards = self._combined(scores)[kept], self._combined(self._start)[kept]
         reward = paired_difference_interval(rewards, start_rewards, indices)
         metrics = _described("reward", rewards, start_rewards, reward)
@@ -261,7 +257,7 @@ class HeldoutWatch:
         both = torch.stack([kept, *(theirs.isfinite() for _, theirs in judged.values())]).all(0)
         if both.sum() < 2:
             return {}
-        indices = bootstrap_indices(int(both.sum()), generator_of(self._seed))
+        indices = bootstrap_indices(int(both.sum()), generator_of(BOOTSTRAP_SEED))
         metrics = {}
         for judge, (ours, theirs) in judged.items():
             difference = paired_difference_interval(ours[both], theirs[both], indices)

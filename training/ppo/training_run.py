@@ -21,7 +21,7 @@ from training.measuring.statistics import Interval
 from training.ppo.assembly import Parts, Start, to_plain
 from training.ppo.checkpoint import Numbers, save_checkpoint, table_to_plain
 from training.ppo.figures import solver_figure
-from training.ppo.heldout import HeldoutScores
+from training.ppo.heldout import HeldoutJudge, HeldoutScores
 from training.ppo.rivals import best_classical, reference_images
 from training.runs.checkpoint import best_path, fitting, step_path
 from training.runs.configuration import config_hash
@@ -45,11 +45,10 @@ FINISHED, INTERRUPTED, HACKED = "finished", "interrupted", "stopped for suspecte
 class RunWriter(RunRecord):
     """What one process of a run, the first, writes to its folder: beside what every run does, pictures."""
 
-    def __init__(self, folder: RunFolder, start: Start, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> None:
-        """`prompts` and `seeds` belong to the held-out images, in their order."""
+    def __init__(self, folder: RunFolder, start: Start, judge: HeldoutJudge | None) -> None:
+        """`judge`: whose prompts and seeds belong to the images, in their order; None where there are none."""
         super().__init__(folder, "step")
-        self._start = start
-        self._prompts, self._seeds = prompts, seeds
+        self._start, self._judge = start, judge
 
     def previews(self, step: int, images: Tensor) -> None:
         """Save images [P, 3, H, W] of the first held-out prompts by the table after `step`, and draw them."""
@@ -73,16 +72,16 @@ class RunWriter(RunRecord):
 
     def _write_images(self, source: int | str, images: Tensor) -> None:
         for number, pixels in enumerate(to_pixels(images)):
-            story = {"prompt": self._prompts[number], "seed": str(self._seeds[number]), "step": str(source)}
+            prompt, seed = self._judge.prompts[number], self._judge.seeds[number]
+            story = {"prompt": prompt, "seed": str(seed), "step": str(source)}
             write_atomically(self.folder.samples / preview_name(source, number), as_png(pixels, story))
 
     def _sheet(self, step: int, count: int) -> np.ndarray:
         """The saved images of the first `count` prompts, a row each: by the start, and by the table after `step`."""
         names = {0: "start", step: f"step {step}" if step else "start"}
         rows = [[read_pixels(self.folder.samples / preview_name(at, row)) for at in names] for row in range(count)]
-        captions = [
-            prompt or f"seed {seed}" for prompt, seed in zip(self._prompts[:count], self._seeds[:count], strict=True)
-        ]
+        drawn = zip(self._judge.prompts[:count], self._judge.seeds[:count], strict=True)
+        captions = [prompt or f"seed {seed}" for prompt, seed in drawn]
         return np.asarray(contact_sheet(rows, captions, list(names.values())))
 
 
@@ -100,9 +99,7 @@ class TrainingRun:
         self.trainer, self.judge, self.watch = parts.trainer, parts.judge, parts.watch
         self._denoiser = parts.denoiser
         self._fabric = fabric
-        seeds = () if parts.judge is None else parts.judge.seeds
-        prompts = () if parts.judge is None else parts.judge.prompts
-        self._writer = RunWriter(folder, self.start, prompts, seeds) if fabric.is_global_zero else None
+        self._writer = RunWriter(folder, self.start, parts.judge) if fabric.is_global_zero else None
         self.interrupted_by = 0
         """The signal that ended `run`, in whatever process it came; 0: none."""
 
@@ -119,24 +116,22 @@ class TrainingRun:
                 evaluation.
         """
         with fitting(f"{self.folder.path}: its checkpoint"):
-            self._load_trainer(state)
-        if self.watch is not None and state["watch"] is None:
-            raise InputError(
-                "the run was made without held-out evaluation, so there are no scores of its starting table to compare "
-                "with: resume with logging.eval_interval=0"
-            )
-        if self.watch is not None:
-            with fitting(f"{self.folder.path}: its checkpoint"):
+            if state["trainer"].keys() != self.trainer.state_dict().keys():
+                raise InputError("the checkpoint is of another kind of search than search.method says")
+            self.trainer.load_state_dict(state["trainer"])
+            if self.step != state["step"]:
+                raise InputError(
+                    f"the checkpoint is of step {state['step']}, and its trainer's state of step {self.step}"
+                )
+            if self.watch is not None and state["watch"] is None:
+                raise InputError(
+                    "the run was made without held-out evaluation, so there are no scores of its starting table to "
+                    "compare with: resume with logging.eval_interval=0"
+                )
+            if self.watch is not None:
                 self.watch.load_state_dict(state["watch"], len(self.judge.prompts))
         if self._writer is not None:
             self._writer.rewind(self.step)
-
-    def _load_trainer(self, state: Mapping[str, Any]) -> None:
-        if state["trainer"].keys() != self.trainer.state_dict().keys():
-            raise InputError("the checkpoint is of another kind of search than search.method says")
-        self.trainer.load_state_dict(state["trainer"])
-        if self.step != state["step"]:
-            raise InputError(f"the checkpoint is of step {state['step']}, and its trainer's state of step {self.step}")
 
     def run(self) -> str:
         """Train; returns how it ended: `FINISHED`, `INTERRUPTED` or `HACKED`. A checkpoint of the last step is saved.

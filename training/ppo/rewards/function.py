@@ -83,8 +83,8 @@ def _working_folder_first() -> Iterator[None]:
 
 
 def _check_callable(found: Any, reward: str) -> None:
-    usable = callable(getattr(found, "score", None)) if inspect.isclass(found) else callable(found)
-    if not (usable or callable(getattr(found, "score", None))):
+    is_function = callable(found) and not inspect.isclass(found)
+    if not (is_function or callable(getattr(found, "score", None))):
         raise InputError(
             f"Reward {reward}: it is neither a function (images [N, 3, H, W], prompts) -> [N] nor a class with a "
             "method score of that kind."

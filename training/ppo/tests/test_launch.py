@@ -913,7 +913,7 @@ def test_a_plot_leaves_nothing_to_be_collected(config: Path, tmp_path: Path):
     start = prepare(load_config(config))
     start = build(start, make_fabric(start.config)).start
     (tmp_path / "logs").mkdir()
-    writer = training_run.RunWriter(RunFolder(tmp_path), start, (), ())
+    writer = training_run.RunWriter(RunFolder(tmp_path), start, None)
     writer.table_plot(0, start.table, start.solver.sigmas)  # what is loaded for the first has cycles, too
     gc.disable()
     try:
