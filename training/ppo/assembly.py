@@ -389,7 +389,6 @@ def build(start: Start, fabric: Fabric) -> Parts:
         return Parts(start, denoiser, trainer, None, None)
     judge = HeldoutJudge(
         runner,
-        reward,
         panel,
         heldout,
         first_seed=config.logging.eval_seed,

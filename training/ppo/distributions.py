@@ -34,7 +34,6 @@ class Dirichlet:
     alpha: Tensor
 
     blocks: ClassVar[int] = 1  # unconstrained parameters for each number: log alpha
-    bound: ClassVar[int] = 1  # numbers of a row that follow from the others
     positive: ClassVar[bool] = True  # whether the means must be above 0
 
     @staticmethod
@@ -101,7 +100,6 @@ class Normal:
     log_std: Tensor
 
     blocks: ClassVar[int] = 2  # loc, log_std
-    bound: ClassVar[int] = 0
     positive: ClassVar[bool] = False
 
     @staticmethod

@@ -20,7 +20,6 @@ from errors import InputError
 from models.randomness import generator_of
 from solvers import EPDTable
 from training.measuring.evaluation import Store
-from training.measuring.scoring import scores_by
 from training.measuring.statistics import Interval, bootstrap_indices, paired_difference_interval
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rewards.protocol import Reward
@@ -83,7 +82,6 @@ class HeldoutJudge:
     def __init__(
         self,
         source: RLRunner,
-        reward: WeightedMix,
         panel: Reward | None,
         prompts: Sequence[str],
         *,
@@ -94,8 +92,8 @@ class HeldoutJudge:
         """Fix everything but the table.
 
         Args:
-            source: makes the images; in a run of several processes each makes its share.
-            reward: the training reward; its running statistics are left alone.
+            source: makes the images, in a run of several processes each its share, and has the training reward, whose
+                running statistics are left alone.
             panel: a judge that is not trained on.
             prompts: one image is made for each.
             first_seed: seed of the first prompt's noise; the next has the next.
@@ -104,7 +102,8 @@ class HeldoutJudge:
         """
         self.prompts = tuple(prompts)
         self.seeds = tuple(range(first_seed, first_seed + len(self.prompts)))
-        self._source, self._reward, self._panel = source, reward, panel
+        self._source = source
+        self._panel = None if panel is None else WeightedMix({"panel": (panel, 1.0)})
         self._preview_count = preview_count
         self._kept = kept if source.shard.count == 1 else None
 
@@ -119,14 +118,9 @@ class HeldoutJudge:
         images = self._source.sample_images(
             table, [self.prompts[row] for row in rows], [self.seeds[row] for row in rows], sigmas
         )
-        finite = images.finite.to(images.pixels.device)
-        prompts = [prompt for prompt, keep in zip(images.prompts, finite.tolist(), strict=True) if keep]
-        shown = images.pixels[finite]
-        raw, gathered = self._reward.raw_scores(shown, prompts) if prompts else {}, self._source.shard.gathered
-        parts = {name: gathered(raw.get(name), finite)[:number] for name in self._reward.state_dict()}
-        panel = None
-        if self._panel is not None:
-            panel = gathered(scores_by(self._panel, shown, prompts) if prompts else None, finite)[:number]
+        raw = self._source.raw_scores(images, self._source.reward)
+        parts = {name: scores[:number] for name, scores in raw.items()}
+        panel = None if self._panel is None else self._source.raw_scores(images, self._panel)["panel"][:number]
         return HeldoutScores(parts, panel, images.pixels[: self._preview_count].cpu())
 
     def judge_once(self, table: EPDTable, sigmas: Tensor | None = None, count: int | None = None) -> HeldoutScores:
@@ -141,7 +135,7 @@ class HeldoutJudge:
 
         description = self._described("held-out scores", table, sigmas, count) | {"previews": shown}
         found = self._fetched(description, compute)
-        parts = {name: found[f"reward/{name}"] for name in self._reward.state_dict()}
+        parts = {name: found[f"reward/{name}"] for name in self._source.reward.state_dict()}
         return HeldoutScores(parts, found.get("panel"), found["previews"])
 
     @torch.no_grad()

@@ -115,7 +115,6 @@ class RLRunner:
         self.denoiser = denoiser
         self.solver = solver
         self.reward = reward
-        self.reward_names = tuple(reward.state_dict())
         self.group_size = group_size
         self.shared_noise = shared_noise
         self.seed = seed
@@ -165,12 +164,16 @@ class RLRunner:
         Differentiable in pixels that require a gradient, in a run of one process.
         """
         with torch.set_grad_enabled(outcome.pixels.requires_grad), self.clock.measure("reward"):
-            finite = outcome.finite.to(outcome.pixels.device)
-            prompts = [text for text, keep in zip(outcome.prompts, finite.tolist(), strict=True) if keep]
-            raw = self.reward.raw_scores(outcome.pixels[finite], prompts) if prompts else {}
-            parts = {name: self.shard.gathered(raw.get(name), finite) for name in self.reward_names}
+            parts = self.raw_scores(outcome, self.reward)
             self.reward.observe(parts)
             return Scores(self.reward.combine(parts).double(), parts)
+
+    def raw_scores(self, images: Images, rewards: WeightedMix) -> dict[str, Tensor]:
+        """Raw scores of the images of all processes by each of the rewards; see `score`."""
+        finite = images.finite.to(images.pixels.device)
+        prompts = [text for text, keep in zip(images.prompts, finite.tolist(), strict=True) if keep]
+        raw = rewards.raw_scores(images.pixels[finite], prompts) if prompts else {}
+        return {name: self.shard.gathered(raw.get(name), finite) for name in rewards.state_dict()}
 
     def sample_images(
         self, table: EPDTable, prompts: Sequence[str], seeds: Sequence[int], sigmas: Tensor | None = None

@@ -52,7 +52,7 @@ def source(shard: Shard | None = None) -> RLRunner:
 
 def judge(shard: Shard | None = None) -> HeldoutJudge:
     runner = source(shard)
-    return HeldoutJudge(runner, runner.reward, Brightness(), PROMPTS[:5], first_seed=7, preview_count=2)
+    return HeldoutJudge(runner, Brightness(), PROMPTS[:5], first_seed=7, preview_count=2)
 
 
 def test_the_classical_solver_beside_it_is_paired_and_outlives_a_checkpoint():
@@ -92,7 +92,7 @@ def kept_judge(folder: Path, says: str = "", **settings) -> tuple[HeldoutJudge, 
     runner = source()
     settings = {"prompts": PROMPTS[:5], "first_seed": 7, "preview_count": 2} | settings
     kept = Kept(Store(folder, pytest.fail), lambda table, sigmas: {"run": says, "positions": table.positions.tolist()})
-    return HeldoutJudge(runner, runner.reward, Brightness(), kept=kept, **settings), runner.denoiser.rows
+    return HeldoutJudge(runner, Brightness(), kept=kept, **settings), runner.denoiser.rows
 
 
 def test_what_runs_have_in_common_is_judged_once(tmp_path: Path):
@@ -229,7 +229,7 @@ def test_judging_is_repeatable_and_leaves_the_reward_alone():
     assert first.previews.shape == (2, 3, 2, 2)
     assert not torch.equal(first.parts["brightness"], again.judge(OTHER).parts["brightness"])
     runner = source()
-    HeldoutJudge(runner, runner.reward, None, PROMPTS[:4], first_seed=0, preview_count=0).judge(OTHER)
+    HeldoutJudge(runner, None, PROMPTS[:4], first_seed=0, preview_count=0).judge(OTHER)
     assert runner.reward.state_dict() == brightness().state_dict()
 
 

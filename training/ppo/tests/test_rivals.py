@@ -29,7 +29,7 @@ SEEDS = range(7, 12)
 
 def judge_of(start: Solver, reward: WeightedMix | None = None) -> HeldoutJudge:
     runner = RLRunner(DENOISER, start, reward or brightness(), group_size=2, shared_noise=True, seed=0)
-    return HeldoutJudge(runner, runner.reward, None, PROMPTS[:5], first_seed=7, preview_count=2)
+    return HeldoutJudge(runner, None, PROMPTS[:5], first_seed=7, preview_count=2)
 
 
 def drawn(solver: Solver, guidance: float = 2.0) -> torch.Tensor:
