@@ -186,9 +186,9 @@ def run_seed(config: DDPMConfig, folder: Path) -> dict[str, Any]:
     """Train, fine-tune and measure one seed, as far as that has not been done yet."""
     runs, results = Path(config.path.runs), folder / "measured.pt"
     if not (reward_file(config).exists() and judge_file(config).exists()):
-        train_reward_model(config, begun(runs, TRAIN_REWARD_MODEL), overwrite=True, say=click.echo)
+        train_reward_model(config, begun(runs, TRAIN_REWARD_MODEL), overwrite=True)
     if not Path(config.finetune.save).exists():
-        finetune(config, begun(runs, FINETUNE), preference_reward, overwrite=False, say=click.echo)
+        finetune(config, begun(runs, FINETUNE), preference_reward, overwrite=False)
     if not results.exists():
         found, longer = (compare(each, preference_reward) for each in (config, in_more_steps(config)))
         parts = {"before": found.before, "after": found.after, "real": found.real}

@@ -23,7 +23,7 @@ def main(cfg: Path | None, overrides: tuple[str, ...], device: str | None) -> No
     python -m scripts.eval --cfg configs/smoke.yaml
     python -m scripts.eval --cfg configs/shapes.yaml --override eval.num_img=512
     """
-    evaluate(load_config(cfg, overrides, device), preference_reward, say=click.echo)
+    evaluate(load_config(cfg, overrides, device), preference_reward)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main(
     python -m scripts.finetune --resume runs/<timestamp>-finetune
     """
     config, resumed = load_job(FINETUNE, cfg, overrides, device, resume)
-    finetune(config, resumed, preference_reward, overwrite=overwrite, say=click.echo)
+    finetune(config, resumed, preference_reward, overwrite=overwrite)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def main(
     python -m scripts.train_reward_model --cfg configs/default.yaml --override path.real_img=photos path.fake_img=drawn
     """
     config, resumed = load_job(TRAIN_REWARD_MODEL, cfg, overrides, device, resume)
-    train_reward_model(config, resumed, overwrite=overwrite, say=click.echo)
+    train_reward_model(config, resumed, overwrite=overwrite)
 
 
 if __name__ == "__main__":

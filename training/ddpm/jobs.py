@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from PIL import Image
@@ -37,7 +38,6 @@ DDPM_ENTRIES = {"model_index.json", "scheduler", "unet"}  # of a folder that `sa
 SHOWN = 3  # names in a message
 FOLDER_SEED = 0  # with the run's own seed, what one run holds out would have trained another run's reward model
 
-Say = Callable[[str], None]
 PreferenceReward = Callable[[DDPMConfig, torch.device], ImageReward]
 
 
@@ -87,7 +87,7 @@ def _folder_images(config: DDPMConfig, key: str, folder: str, size: tuple[int, i
     return read_folder(Path(folder), key, size, settings.num_img, threads=settings.num_workers, seed=FOLDER_SEED)
 
 
-def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite: bool, say: Say) -> None:
+def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite: bool) -> None:
     """Train the reward model and the judge, and write them.
 
     Raises:
@@ -106,15 +106,15 @@ def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite
     sets = {"path.real_img": real_images(config, start.model.image_size), "path.fake_img": fake_images(config, start)}
     for images in sets.values():
         for note in images.notes:
-            say(note)
+            click.echo(note)
     real, fake = (_shares(config, key, images) for key, images in sets.items())
     for key, part in zip(sets, (real, fake), strict=True):
         if part.copies:
-            say(f"{key}: {part.copies} images are equal to others and are left out")
+            click.echo(f"{key}: {part.copies} images are equal to others and are left out")
     trainer = RewardTrainer(real, fake, config.train_reward, seed=config.seed, device=start.device)
     epochs = config.train_reward.num_epochs
     plan = Plan(epochs, max(1, epochs // 4), 0)
-    folder = _trained(TRAIN_REWARD_MODEL, config, resumed, trainer, plan, None, say)
+    folder = _trained(TRAIN_REWARD_MODEL, config, resumed, trainer, plan, None)
     for path in targets.values():
         _refuse_overtaken(path, overwrite, folder)
     for name, path in targets.items():
@@ -123,19 +123,17 @@ def train_reward_model(config: DDPMConfig, resumed: Resumed | None, *, overwrite
         measures = ", ".join(
             f"{key.removeprefix('heldout_').replace('_', ' ')} {value:.3f}" for key, value in heldout.items()
         )
-        say(f"{name}: {path} (held out: {measures})")
+        click.echo(f"{name}: {path} (held out: {measures})")
         share, luck = trainer.chance()
         if heldout["heldout_accuracy"] < share + luck:
-            say(
+            click.echo(
                 f"WARNING: the {name} classifier is near chance: one answer for all is right in {share:.3f} of "
                 f"the held-out images, and luck adds up to {luck:.3f}. Tuning against it learns noise: take more "
                 "images or epochs, or check that real and generated images differ"
             )
 
 
-def finetune(
-    config: DDPMConfig, resumed: Resumed | None, preference: PreferenceReward, *, overwrite: bool, say: Say
-) -> None:
+def finetune(config: DDPMConfig, resumed: Resumed | None, preference: PreferenceReward, *, overwrite: bool) -> None:
     """Fine-tune the DDPM and write it.
 
     Args:
@@ -143,7 +141,6 @@ def finetune(
         resumed: a run to go on with, or None.
         preference: builds the reward for finetune.reward=preference.
         overwrite: whether an existing finetune.save may be replaced.
-        say: prints a line.
 
     Raises:
         InputError: an input cannot be used, training diverged, or the output exists.
@@ -158,20 +155,20 @@ def finetune(
     policy = DenoisingPolicy(network, start.model, start.steps)
     trainer = DDPMTrainer(policy, start, reward, settings, seed=config.seed)
     numbers, actions = sum(weight.numel() for weight in trainer.parameters), start.steps.num_actions
-    say(
+    click.echo(
         f"{numbers:,} trained numbers; {settings.episodes_per_epoch} images an epoch, of {len(start.steps)} steps, "
         f"{actions} of them actions"
     )
     observe = _watch(config, start, trainer, reward) if settings.eval_interval else None
     plan = Plan(settings.num_epochs, settings.save_interval, settings.eval_interval)
-    folder = _trained(FINETUNE, config, resumed, trainer, plan, observe, say)
+    folder = _trained(FINETUNE, config, resumed, trainer, plan, observe)
     seeds = seeds_of("last look", config.seed, count=settings.microbatch)
     drawn = sample_images(_policy_of_result(trainer, start), seeds, settings.microbatch)
     require_finite(drawn, "images of the fine-tuned DDPM")
     result = merged(trainer.result).to("cpu", memory_format=torch.contiguous_format)  # safetensors writes no other
     _refuse_overtaken(target, overwrite, folder)
     save_pixel_diffusion(result, start.model.scheduler_config, target)
-    say(f"fine-tuned DDPM: {target}")
+    click.echo(f"fine-tuned DDPM: {target}")
 
 
 @dataclass(frozen=True)
@@ -209,8 +206,8 @@ def compare(config: DDPMConfig, preference: PreferenceReward) -> Evaluation:
     return Evaluation(comparison.start, after, comparison.real, fake, comparison.against_start(after))
 
 
-def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> RunFolder:
-    """`compare`, with metrics, TensorBoard events, a page and samples/before_after.png in the run folder returned.
+def evaluate(config: DDPMConfig, preference: PreferenceReward) -> None:
+    """`compare`, with metrics, TensorBoard events, a page and samples/before_after.png in a new run folder.
 
     Raises:
         InputError: as `compare`, or the run folder cannot be written.
@@ -222,17 +219,16 @@ def evaluate(config: DDPMConfig, preference: PreferenceReward, *, say: Say) -> R
     images |= {} if found.fake is None else {"a fake image": found.fake}
     picture, drawn = folder.samples / "before_after.png", side_by_side(images, config.eval.shown)
     write_atomically(picture, as_png(drawn))
-    say(f"{config.path.ddpm} -> {config.finetune.save}, {config.eval.num_img} images of equal seeds:")
+    click.echo(f"{config.path.ddpm} -> {config.finetune.save}, {config.eval.num_img} images of equal seeds:")
     for line in comparison_lines(found.metrics):
-        say(line)
+        click.echo(line)
     events = EventFile(folder.logs, 0)
     events.scalars(found.metrics, 0)
     events.picture("before and after", np.asarray(drawn), 0)
     write_atomically(folder.report, evaluation_page(folder, config, found.metrics, images))
-    say(f"page: {folder.report}")
-    say(f"picture: {picture}")
-    say(f"numbers: {folder.metrics}")
-    return folder
+    click.echo(f"page: {folder.report}")
+    click.echo(f"picture: {picture}")
+    click.echo(f"numbers: {folder.metrics}")
 
 
 def _tuned(config: DDPMConfig, start: DenoisingPolicy) -> PixelDiffusion:
@@ -302,12 +298,11 @@ def _trained(
     trainer: EpochTrainer,
     plan: Plan,
     observe: Callable[[], Look] | None,
-    say: Say,
 ) -> RunFolder:
     """Train in a folder that no other process writes to meanwhile, which is returned."""
     folder = RunFolder.create(config.path.runs, job, to_yaml(config)) if resumed is None else resumed.folder
     with only_writer(folder.path):
-        say(f"run: {folder.path}")
+        click.echo(f"run: {folder.path}")
         run = EpochRun(job, config, folder, trainer, plan, observe)
         if resumed is not None:
             run.load(resumed.state)
