@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -15,6 +15,8 @@ from errors import InputError
 from interrupts import Interrupted, Interrupts
 from training.ddpm.comparison import comparison_lines
 from training.ddpm.config import SCHEMA, DDPMConfig
+from training.ddpm.reward_training import RewardTrainer
+from training.ddpm.trainer import DDPMTrainer
 from training.runs.checkpoint import CheckpointFormat, fitting, newest_checkpoint, step_path
 from training.runs.configuration import config_hash, refuse_changes, to_plain
 from training.runs.record import RunRecord
@@ -41,23 +43,8 @@ FIXED = (
 """What a resumed run must have as it began: what is trained, on which data (drawn fakes too), for which reward."""
 
 
-class EpochTrainer(Protocol):
-    """What a run drives."""
-
-    completed_steps: int
-
-    def step(self) -> dict[str, float]:
-        """One epoch; returns its metrics, `step` among them."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact resume needs, as tensors and plain values."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken."""
-        ...
-
+EpochTrainer = RewardTrainer | DDPMTrainer
+"""What a run drives."""
 
 Look = tuple[dict[str, float], np.ndarray]
 """What a look at a run says: `COMPARISON_METRICS`, and a picture, uint8 [H, W, 3]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -55,20 +55,13 @@ def timer_of(device: torch.device) -> HostTimer:
     return CudaTimer(device) if device.type == "cuda" else HostTimer()
 
 
-class _Span(NamedTuple):
-    phase: str
-    outer: str | None
-    start: Any
-    end: Any
-
-
 class PhaseClock:
     """Seconds by phase; a phase measured inside another counts for itself alone."""
 
     def __init__(self, timer: HostTimer) -> None:
         """Start at zero."""
         self._timer = timer
-        self._spans: list[_Span] = []
+        self._spans: list[tuple[str, str | None, Any, Any]] = []  # phase, the one that it is inside, start, end
         self._open: list[str] = []
 
     @contextmanager
@@ -81,16 +74,16 @@ class PhaseClock:
             yield
         finally:
             self._open.pop()
-            self._spans.append(_Span(phase, outer, start, self._timer.mark()))
+            self._spans.append((phase, outer, start, self._timer.mark()))
 
     def take(self) -> dict[str, float]:
         """The seconds so far, by phase; waits for the device, once. The clock starts again at zero."""
         spans, self._spans = self._spans, []
         self._timer.wait()
         seconds: dict[str, float] = {}
-        for span in spans:
-            spent = self._timer.seconds(span.start, span.end)
-            seconds[span.phase] = seconds.get(span.phase, 0.0) + spent
-            if span.outer is not None:
-                seconds[span.outer] = seconds.get(span.outer, 0.0) - spent
+        for phase, outer, start, end in spans:
+            spent = self._timer.seconds(start, end)
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+            if outer is not None:
+                seconds[outer] = seconds.get(outer, 0.0) - spent
         return seconds
