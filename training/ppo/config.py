@@ -282,6 +282,14 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
     chosen: dict[str, Any] = {}
     notes: list[str] = []
     faults: list[str] = []
+
+    def hold(key: str, ours: Any, theirs: Any, remedy: str) -> None:
+        if key in loaded.overridden:
+            notes.append(f"{key}={ours} by {OVERRIDE}; {snapshot.where} says {theirs}")
+        else:
+            insist = f"insist with {OVERRIDE} {key}={ours}"
+            faults.append(f"{key}={ours}: {snapshot.where} was made with {theirs}: {remedy}, or {insist}")
+
     if own_levels and ours_schedule is not None:
         fixed["schedule_type"] = "noise levels of its own"
     for name, theirs in fixed.items():
@@ -303,14 +311,9 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
                 f"{key}={ours}: the table in {snapshot.where} has {theirs}, and its shape cannot be changed: "
                 f"leave the key null, or distil another table with train.py"
             )
-        elif key in loaded.overridden:
-            chosen[name] = ours
-            notes.append(f"{key}={ours} by {OVERRIDE}; {snapshot.where} says {theirs}")
         else:
-            faults.append(
-                f"{key}={ours}: {snapshot.where} was made with {theirs}: set the key to null, "
-                f"or insist with {OVERRIDE} {key}={ours}"
-            )
+            chosen[name] = ours
+            hold(key, ours, theirs, "set the key to null")
     chosen["backend"] = metadata.get("backend") if model.backend is None else model.backend
     if metadata.get("backend") not in (None, chosen["backend"]):
         faults.append(
@@ -319,17 +322,10 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
         )
     for name in CHANGING:
         key, ours, theirs = f"model.{name}", getattr(model, name), getattr(snapshot.model_options, name)
-        if ours == theirs:
-            continue
         if not ours:
             chosen[name] = theirs
-        elif key in loaded.overridden:
-            notes.append(f"{key}={ours} by {OVERRIDE}; {snapshot.where} was made with {theirs}")
-        else:
-            faults.append(
-                f"{key}={ours}: {snapshot.where} was made with {theirs}: leave the key out, "
-                f"or insist with {OVERRIDE} {key}={ours}"
-            )
+        elif ours != theirs:
+            hold(key, ours, theirs, "leave the key out")
     if model.model_path is None and chosen.get("dataset_name") == fixed["dataset_name"]:
         chosen["model_path"] = metadata.get("model_path")
     config = with_usual(dataclasses.replace(loaded.config, model=dataclasses.replace(model, **chosen)))

@@ -123,7 +123,7 @@ class PPOTrainer(AdamSearch):
         groups = scores.rewards.view(-1, self.settings.rloo_k).isfinite().all(1)  # [B]
         self._require_enough(
             groups,
-            "groups have rewards that are",
+            "{:.0%} of the groups have rewards that are",
             "the tables leave the range in which the solver is stable, or the reward is broken; lower "
             "ppo.learning_rate, raise ppo.dirichlet_concentration, or use model.dtype=float32",
         )

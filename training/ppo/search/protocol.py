@@ -131,12 +131,15 @@ class AdamSearch(Search):
             group["lr"] = rate
         return rate
 
-    def _require_enough(self, kept: Tensor, what: str, remedy: str) -> None:
-        """Raise DivergenceError where too few of the step's groups, or images, are `kept`, bool [n]."""
+    def _require_enough(self, kept: Tensor, which: str, remedy: str) -> None:
+        """Raise DivergenceError where too few of the step's groups, or images, are `kept`, bool [n].
+
+        `which`: are not finite, with a place for their share.
+        """
         dropped, most = 1.0 - kept.double().mean().item(), self.settings.max_nonfinite_share
         if dropped > most or not kept.any():
             raise self._diverged(
-                f"{dropped:.0%} of the {what} NaN or infinite, and ppo.max_nonfinite_share={most:g}: {remedy}"
+                f"{which.format(dropped)} NaN or infinite, and ppo.max_nonfinite_share={most:g}: {remedy}"
             )
 
     def _require_solver(self, what: str, remedy: str) -> None:

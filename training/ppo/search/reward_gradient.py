@@ -76,7 +76,9 @@ class RewardGradient(AdamSearch):
             ) from error
         kept = torch.stack([part.flatten(1).isfinite().all(1) for part in gradients]).all(0) & scores.rewards.isfinite()
         self._require_enough(
-            kept, "images have rewards or gradients that are", "lower search.learning_rate, or use model.dtype=float32"
+            kept,
+            "the rewards of {:.0%} of the images, or their gradients, are",
+            "lower search.learning_rate, or use model.dtype=float32",
         )
         return scores, {name: part[kept].mean(0) for name, part in zip(own, gradients, strict=True)}, kept
 
