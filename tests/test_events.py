@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import training.runs.events
+import training.runs.run_folder
 from errors import InputError
 from training.runs.events import EventFile
 
@@ -49,7 +49,7 @@ def test_events_survive_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.runs.events, "append_whole", full)
+        patch.setattr(training.runs.run_folder, "append_whole", full)
         for step in (1, 2):
             with pytest.raises(InputError, match="No space left on device"):
                 events.scalars({"reward": 0.5}, step)

@@ -17,20 +17,18 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from errors import InputError
-from files import append_whole
+from training.runs.run_folder import GrowingFile
 
 
 class EventFile:
-    """An event file of a run; what a full disk refuses is kept and written with a later event."""
+    """An event file of a run, which grows as `GrowingFile` does."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """Nothing is written yet. Events from `first_step` on of the folder's earlier files are superseded by it."""
-        self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._pending = [
-            _record(Event(wall_time=time.time(), file_version="brain.Event:2")),
-            _record(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))),
-        ]
+        path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        version = Event(wall_time=time.time(), file_version="brain.Event:2")
+        start = Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
+        self._file = GrowingFile(path, "events", [_record(version), _record(start)])
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add a number for each name. Raises InputError where the file cannot be written now."""
@@ -47,14 +45,7 @@ class EventFile:
         self.picture(name, np.asarray(canvas.buffer_rgba())[..., :3], step)
 
     def _append(self, summaries: list[Summary], step: int) -> None:
-        self._pending += [_record(Event(wall_time=time.time(), step=step, summary=part)) for part in summaries]
-        try:
-            append_whole(self._path, b"".join(self._pending))
-        except OSError as error:
-            raise InputError(
-                f"{self._path}: cannot be written ({error.strerror}); {len(self._pending)} events wait in memory"
-            ) from error
-        self._pending.clear()
+        self._file.add(*(_record(Event(wall_time=time.time(), step=step, summary=part)) for part in summaries))
 
 
 def _record(event: Event) -> bytes:

@@ -178,28 +178,39 @@ def seconds_by_phase(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
 
+class GrowingFile:
+    """Appends to a file; what a full disk refuses is kept and written with what comes later."""
+
+    def __init__(self, path: Path, what: str, first: Sequence[bytes] = ()) -> None:
+        """`path`: the file, made by the first `add`, which writes `first` before all else. `what`: it is made of."""
+        self.path, self._what, self._pending = path, what, list(first)
+
+    def add(self, *pieces: bytes) -> None:
+        """Write them.
+
+        Raises:
+            InputError: the file cannot be written now; the pieces are kept and tried again by the next call.
+        """
+        self._pending += pieces
+        try:
+            append_whole(self.path, b"".join(self._pending))
+        except OSError as error:
+            waiting = f"{len(self._pending)} {self._what} wait in memory"
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); {waiting}") from error
+        self._pending.clear()
+
+
 class MetricsLog:
-    """Appends rows to a metrics file; what a full disk refuses is kept and written with a later row."""
+    """Appends rows to a metrics file, as `GrowingFile` does."""
 
     def __init__(self, path: Path, key: str = "step") -> None:
         """`path`: the file, made by the first row. `key`: what numbers the rows."""
         self.path, self._key = path, key
-        self._pending: list[str] = []
+        self._rows = GrowingFile(path, "rows")
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row.
-
-        Raises:
-            InputError: the file cannot be written now; the row is kept and tried again by the next call.
-        """
-        self._pending.append(json.dumps(row) + "\n")
-        try:
-            append_whole(self.path, "".join(self._pending).encode())
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}); {len(self._pending)} rows wait in memory"
-            ) from error
-        self._pending.clear()
+        """Write one row. Raises InputError where that cannot be now; it is tried again by the next call."""
+        self._rows.add((json.dumps(row) + "\n").encode())
 
     def rewind(self, step: int) -> int:
         """Forget the rows after `step`, which a resumed run makes again, and lines that are damaged, which is said.
