@@ -160,8 +160,7 @@ class EpochRun:
     def _epoch(self) -> None:
         row = self.trainer.step()
         step = self.trainer.completed_steps
-        due = self.plan.observe_interval and (step % self.plan.observe_interval == 0 or step == self.plan.epochs)
-        if due and self._observe is not None:
+        if self._observe is not None and (step % self.plan.observe_interval == 0 or step == self.plan.epochs):
             row |= self._look()
         self._record.row(row)
         tqdm.write(_line(row, self.plan.epochs))
