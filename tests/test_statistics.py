@@ -25,6 +25,13 @@ def normal(seed, *shape):
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
+def test_an_interval_is_three_metrics_and_back():
+    interval = Interval(0.5, 0.25, 0.75)
+    metrics = interval.as_metrics("gain")
+    assert metrics == {"gain": 0.5, "gain_low": 0.25, "gain_high": 0.75}
+    assert Interval.from_metrics(metrics, "gain") == interval
+
+
 def test_the_interval_of_a_mean_is_the_normal_one_for_many_rows():
     values = normal(0, 2000)
     interval = mean_interval(values, bootstrap_indices(2000, seeded(1), resamples=4000))
