@@ -244,9 +244,7 @@ class EPDTable:
         }
         return replace(self, **moved), changed
 
-    def evaluations(
-        self, *, afs: bool = False, denoise_to_zero: bool = False, guidance_scale: float = 1.0
-    ) -> NetworkEvaluations:
+    def evaluations(self, *, afs: bool = False, guidance_scale: float = 1.0) -> NetworkEvaluations:
         """What one sample costs with this table; `guidance_scale` is the caller's where the table has no guidance.
 
         Raises ValueError for a batch of tables: their rows may differ.
@@ -254,14 +252,7 @@ class EPDTable:
         if self.batch_size is not None:
             raise ValueError(f"this EPDTable holds {self.batch_size} tables: select the one to count")
         guidance = guidance_scale if self.guidance is None else self.guidance
-        return network_evaluations(
-            "epd",
-            self.num_steps,
-            num_points=self.num_points,
-            afs=afs,
-            denoise_to_zero=denoise_to_zero,
-            guidance=guidance,
-        )
+        return network_evaluations("epd", self.num_steps, num_points=self.num_points, afs=afs, guidance=guidance)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> EPDTable:
         return EPDTable(**{name: function(entries) for name, entries in self.columns().items()})
@@ -732,7 +723,6 @@ def network_evaluations(
     *,
     num_points: int = 1,
     afs: bool = False,
-    denoise_to_zero: bool = False,
     guidance: float | Tensor = 1.0,
 ) -> NetworkEvaluations:
     """Count the evaluations that a sampler spends on a grid of `num_steps` points; `num_points` is K of `epd`.
@@ -742,35 +732,31 @@ def network_evaluations(
     """
     if num_steps < 2:
         raise ValueError(f"num_steps counts grid points, at least 2; got {num_steps}")
-    per_interval = _calls_per_interval(sampler, num_points)
     intervals = num_steps - 1
-    parallel = per_interval * intervals - afs + denoise_to_zero
+    parallel = _calls_per_interval(sampler, num_points) * intervals - afs
     total = parallel + max(num_points - 1, 0) * intervals
     guided = (torch.as_tensor(guidance) != 1).int()
     if guided.ndim == 0:
         return NetworkEvaluations(parallel, total, total * (1 + int(guided)))
-    unconditional = guided.sum() - afs * guided[0, 0] + denoise_to_zero * guided[-1, 0]
-    return NetworkEvaluations(parallel, total, total + int(unconditional))
+    return NetworkEvaluations(parallel, total, total + int(guided.sum() - afs * guided[0, 0]))
 
 
-def num_steps_for(
-    sampler: str, parallel_evaluations: int, *, num_points: int = 1, afs: bool = False, denoise_to_zero: bool = False
-) -> int:
+def num_steps_for(sampler: str, parallel_evaluations: int) -> int:
     """Grid points on which a sampler spends exactly this many parallel evaluations (inverse of `network_evaluations`).
 
     Raises ValueError for an unknown sampler and for a budget that no whole number of intervals meets.
     """
-    per_interval = _calls_per_interval(sampler, num_points)
-    intervals, rest = divmod(parallel_evaluations + afs - denoise_to_zero, per_interval)
+    per_interval = _calls_per_interval(sampler)
+    intervals, rest = divmod(parallel_evaluations, per_interval)
     if rest or intervals < 1:
         raise ValueError(
-            f"{sampler} cannot spend exactly {parallel_evaluations} evaluations (afs={afs}, "
-            f"denoise_to_zero={denoise_to_zero}): it makes {per_interval} in each interval"
+            f"{sampler} cannot spend exactly {parallel_evaluations} evaluations: it makes {per_interval} in each "
+            "interval"
         )
     return intervals + 1
 
 
-def _calls_per_interval(sampler: str, num_points: int) -> int:
+def _calls_per_interval(sampler: str, num_points: int = 1) -> int:
     if sampler not in _CALLS_PER_INTERVAL:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
     if num_points < 0 or (num_points != 1 and sampler != "epd"):

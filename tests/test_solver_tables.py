@@ -442,19 +442,16 @@ def test_sorting_carries_guidance_along_and_leaves_history(batch: int | None) ->
 
 @pytest.mark.parametrize("points", [0, 1, 3])
 @pytest.mark.parametrize("afs", [False, True])
-@pytest.mark.parametrize("denoise_to_zero", [False, True])
 @pytest.mark.parametrize("plain", [(0, 3), (1, 2)])
-def test_rows_count_an_evaluation_at_guidance_1_once(
-    points: int, afs: bool, denoise_to_zero: bool, plain: tuple[int, int]
-) -> None:
-    """Also where AFS leaves out the first one, and where the last interval's first one is made once more."""
+def test_rows_count_an_evaluation_at_guidance_1_once(points: int, afs: bool, plain: tuple[int, int]) -> None:
+    """Also where AFS leaves out the first one."""
     table = full_table(4, points)
     guidance = table.guidance.clone()
     guidance[plain, 0] = guidance[1, -1] = 1.0
     table = replace(table, guidance=guidance)
     recorder = Recorder(guided)
-    epd_sampler(recorder, noise(1) * 20, grid(5), table, afs=afs, denoise_to_zero=denoise_to_zero)
-    count = table.evaluations(afs=afs, denoise_to_zero=denoise_to_zero)
+    epd_sampler(recorder, noise(1) * 20, grid(5), table, afs=afs)
+    count = table.evaluations(afs=afs)
     rows = sum(1 if scale == 1 else 2 for called in recorder.guidances for scale in called.tolist())
     assert count == (len(recorder.rows), sum(recorder.rows), rows)
 
