@@ -81,38 +81,35 @@ PIPELINES = {
 }
 """Whole pipelines of a hub, by the name that each model has here; of the last two the terms must be accepted first."""
 
-_HPS_REVISION = "697403c78157020a1ae59d23f111aa58ced35b0a"
-_PICKSCORE = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
-_IMAGEREWARD = ("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
-_BERT = ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
-_CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
-_CLIP_336 = ("openai/clip-vit-large-patch14-336", "ce19dc912ca5cd21c8a653c79e251e808ccabcd1")
 
-SD15_SAFETENSORS = AssetFile(
-    "src/ms_coco/v1-5-pruned-emaonly.safetensors",
-    HubFile(SD15, "v1-5-pruned-emaonly.safetensors"),
-    4_265_146_304,
-    "sha256:6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
-)
-SD15_CKPT = AssetFile(
-    "src/ms_coco/v1-5-pruned-emaonly.ckpt",
-    HubFile(SD15, "v1-5-pruned-emaonly.ckpt"),
-    4_265_380_512,
-    "sha256:cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516",
-)
-TOKENIZER = (
-    AssetFile(
-        "src/pipelines/sd15/tokenizer/vocab.json",
-        HubFile(SD15, "tokenizer/vocab.json"),
-        1_059_962,
-        "sha256:e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349",
+def _of_hub(
+    folder: str, repository: str, *files: tuple[str, int, str] | str, revision: str = "main"
+) -> tuple[AssetFile, ...]:
+    """Files of a repository, below `folder` as they lie there; with size and SHA-256, where these are published."""
+    told = [(file, None, None) if isinstance(file, str) else file for file in files]
+    return tuple(
+        AssetFile(f"{folder}/{name}", HubFile(repository, name, revision), size, sha256 and f"sha256:{sha256}")
+        for name, size, sha256 in told
+    )
+
+
+_HPS_REVISION = "697403c78157020a1ae59d23f111aa58ced35b0a"
+
+SD15_SAFETENSORS, SD15_CKPT = _of_hub(
+    "src/ms_coco",
+    SD15,
+    (
+        "v1-5-pruned-emaonly.safetensors",
+        4_265_146_304,
+        "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
     ),
-    AssetFile(
-        "src/pipelines/sd15/tokenizer/merges.txt",
-        HubFile(SD15, "tokenizer/merges.txt"),
-        524_619,
-        "sha256:9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
-    ),
+    ("v1-5-pruned-emaonly.ckpt", 4_265_380_512, "cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516"),
+)
+TOKENIZER = _of_hub(
+    "src/pipelines/sd15",
+    SD15,
+    ("tokenizer/vocab.json", 1_059_962, "e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349"),
+    ("tokenizer/merges.txt", 524_619, "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"),
 )
 HPS = {
     "v2.1": AssetFile(
@@ -138,23 +135,37 @@ HPD_PROMPTS = tuple(
     )
     for style in ("anime", "concept-art", "paintings", "photo")
 )
-PICKSCORE = tuple(
-    AssetFile(f"weights/pickscore/{name}", HubFile(_PICKSCORE[0], name, _PICKSCORE[1]))
-    for name in ("config.json", "model.safetensors")
+PICKSCORE = _of_hub(
+    "weights/pickscore",
+    "yuvalkirstain/PickScore_v1",
+    *("config.json", "model.safetensors"),
+    revision="a4e4367c6dfa7288a00c550414478f865b875800",
 )
-CLIP = (
-    AssetFile(
-        "weights/clip-vit-large-patch14/config.json",
-        HubFile(_CLIP[0], "config.json", _CLIP[1]),
-        4_519,
-        "sha256:8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a",
-    ),
-    AssetFile(
-        "weights/clip-vit-large-patch14/model.safetensors",
-        HubFile(_CLIP[0], "model.safetensors", _CLIP[1]),
-        1_710_540_580,
-        "sha256:a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
-    ),
+CLIP = _of_hub(
+    "weights/clip-vit-large-patch14",
+    "openai/clip-vit-large-patch14",
+    ("config.json", 4_519, "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a"),
+    ("model.safetensors", 1_710_540_580, "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
+    revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
+)
+CLIP_336 = _of_hub(
+    "weights/clip-vit-large-patch14-336",
+    "openai/clip-vit-large-patch14-336",
+    ("config.json", 4_757, "51b1c14aabcdf639c4a0370eeda1010b773bbe1df78319c7d0f5882c22ac0ac0"),
+    ("pytorch_model.bin", 1_711_974_081, "c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801"),
+    revision="ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
+)
+IMAGEREWARD = _of_hub(
+    "weights/imagereward",
+    "zai-org/ImageReward",
+    *("ImageReward.pt", "med_config.json"),
+    revision="5736be03b2652728fb87788c9797b0570450ab72",
+)
+BERT_TOKENIZER = _of_hub(
+    "weights/bert-base-uncased",
+    "google-bert/bert-base-uncased",
+    *("tokenizer.json", "tokenizer_config.json"),
+    revision="86b5e0934494bd15c9632b12f734a8a67f723594",
 )
 AESTHETIC = AssetFile(
     "weights/aesthetic/sac+logos+ava1-l14-linearMSE.pth",
@@ -179,35 +190,12 @@ EPD_TABLES = tuple(
         ("flux/flux-best.pkl", 7622, "f96cc971995114a31bfb0e9edf16d48ffdd5191e40a247714ca6834843815198"),
     )
 )
-CLIP_336 = (
-    AssetFile(
-        "weights/clip-vit-large-patch14-336/config.json",
-        HubFile(_CLIP_336[0], "config.json", _CLIP_336[1]),
-        4_757,
-        "sha256:51b1c14aabcdf639c4a0370eeda1010b773bbe1df78319c7d0f5882c22ac0ac0",
-    ),
-    AssetFile(
-        "weights/clip-vit-large-patch14-336/pytorch_model.bin",
-        HubFile(_CLIP_336[0], "pytorch_model.bin", _CLIP_336[1]),
-        1_711_974_081,
-        "sha256:c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801",
-    ),
-)
 # The digest is the one that k-diffusion's `evaluation.py` pins, and others that fetched the same address.
 INCEPTION = AssetFile(
     "weights/inception-2015-12-05.pt",
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
     95_607_719,
     "sha256:f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
-)
-
-IMAGEREWARD = tuple(
-    AssetFile(f"weights/imagereward/{name}", HubFile(_IMAGEREWARD[0], name, _IMAGEREWARD[1]))
-    for name in ("ImageReward.pt", "med_config.json")
-)
-BERT_TOKENIZER = tuple(
-    AssetFile(f"weights/bert-base-uncased/{name}", HubFile(_BERT[0], name, _BERT[1]))
-    for name in ("tokenizer.json", "tokenizer_config.json")
 )
 # Published on a drive for people, which hands large files out under this address.
 MPS = AssetFile(
