@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MINIMUM_RESAMPLES = 2000
+CONFIDENCE, POWER = 0.95, 0.8
+RESAMPLES = 2000
 CHUNK_ELEMENTS = 2**18  # numbers that a vectorised step may hold at once: 2 MiB of float64, which stay in a cache
 
 
@@ -31,7 +32,7 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside: for a paired difference, whether the two differ at this confidence."""
+        """Whether zero lies outside: for a paired difference, whether the two differ at `CONFIDENCE`."""
         return self.low > 0 or self.high < 0
 
     def as_metrics(self, name: str) -> dict[str, float]:
@@ -44,59 +45,50 @@ class Interval(NamedTuple):
         return cls(metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"])
 
 
-def bootstrap_indices(count: int, generator: torch.Generator, resamples: int = MINIMUM_RESAMPLES) -> Tensor:
-    """Rows to draw, with replacement: int32 [resamples, count]. Use ONE such tensor for everything that is paired.
+def bootstrap_indices(count: int, generator: torch.Generator) -> Tensor:
+    """Rows to draw, with replacement: int32 [RESAMPLES, count]. Use ONE such tensor for everything that is paired.
 
-    Raises ValueError for fewer than two rows (nothing can be said about their spread) or too few resamples.
+    Raises ValueError for fewer than two rows: nothing can be said about their spread.
     """
     if count < 2:
         raise ValueError(f"an interval needs at least 2 rows, not {count}")
-    if resamples < MINIMUM_RESAMPLES:
-        raise ValueError(f"a 95% interval needs at least {MINIMUM_RESAMPLES} resamples, not {resamples}")
-    return torch.randint(count, (resamples, count), generator=generator, dtype=torch.int32)
+    return torch.randint(count, (RESAMPLES, count), generator=generator, dtype=torch.int32)
 
 
-def mean_interval(values: Tensor, indices: Tensor, confidence: float = 0.95) -> Interval:
+def mean_interval(values: Tensor, indices: Tensor) -> Interval:
     """Percentile bootstrap interval of the mean of `values` [N]; `indices` [R, N] come from `bootstrap_indices`.
 
-    Raises ValueError where the values are not one finite number a row of `indices`, or the confidence is no share.
+    Raises ValueError where the values are not one finite number a row of `indices`.
     """
-    rows = _finite_rows(values, indices)
-    rows_a_chunk = max(1, CHUNK_ELEMENTS // indices.shape[1])
-    means = torch.cat([rows[chunk].mean(dim=1) for chunk in indices.split(rows_a_chunk)])  # [R]
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence lies between 0 and 1, not {confidence}")
-    tail = (1 - confidence) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
-    return Interval(rows.mean().item(), low, high)
-
-
-def paired_difference_interval(values: Tensor, baseline: Tensor, indices: Tensor, confidence: float = 0.95) -> Interval:
-    """Interval of mean(values - baseline): in every row, `values` and `baseline` [N] share prompt and noise."""
-    if values.shape != baseline.shape:
-        raise ValueError(f"paired values need equal shapes, not {tuple(values.shape)} and {tuple(baseline.shape)}")
-    return mean_interval(values.double() - baseline.double(), indices, confidence)
-
-
-def tellable_difference(spread: float, count: int, confidence: float = 0.95, power: float = 0.8) -> float:
-    """The smallest difference of means that `count` pairs tell from 0 with this power, where pairs spread so much.
-
-    spread: standard deviation of the paired differences. (z_{1 - (1 - confidence) / 2} + z_power) spread / sqrt(count)
-    (Cohen 1988, chapter 2).
-    """
-    normal = NormalDist()
-    return (normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(power)) * spread / math.sqrt(count)
-
-
-def pairs_needed(spread: float, difference: float, confidence: float = 0.95, power: float = 0.8) -> int:
-    """How many pairs tell a difference from 0; see `tellable_difference`."""
-    return max(2, math.ceil((tellable_difference(spread, 1, confidence, power) / difference) ** 2))
-
-
-def _finite_rows(values: Tensor, indices: Tensor) -> Tensor:
     if values.ndim != 1 or len(values) != indices.shape[1]:
         raise ValueError(f"one value a row is needed: [{indices.shape[1]}], not {list(values.shape)}")
     rows = values.detach().double().cpu()
     if not rows.isfinite().all():
         raise ValueError(f"{int((~rows.isfinite()).sum())} of {len(rows)} values are not finite")
-    return rows
+    rows_a_chunk = max(1, CHUNK_ELEMENTS // indices.shape[1])
+    means = torch.cat([rows[chunk].mean(dim=1) for chunk in indices.split(rows_a_chunk)])  # [R]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
+    return Interval(rows.mean().item(), low, high)
+
+
+def paired_difference_interval(values: Tensor, baseline: Tensor, indices: Tensor) -> Interval:
+    """Interval of mean(values - baseline): in every row, `values` and `baseline` [N] share prompt and noise."""
+    if values.shape != baseline.shape:
+        raise ValueError(f"paired values need equal shapes, not {tuple(values.shape)} and {tuple(baseline.shape)}")
+    return mean_interval(values.double() - baseline.double(), indices)
+
+
+def tellable_difference(spread: float, count: int) -> float:
+    """The smallest difference of means that `count` pairs tell from 0 with `POWER`, where pairs spread so much.
+
+    spread: standard deviation of the paired differences. (z_{1 - (1 - confidence) / 2} + z_power) spread / sqrt(count)
+    (Cohen 1988, chapter 2).
+    """
+    normal = NormalDist()
+    return (normal.inv_cdf((1 + CONFIDENCE) / 2) + normal.inv_cdf(POWER)) * spread / math.sqrt(count)
+
+
+def pairs_needed(spread: float, difference: float) -> int:
+    """How many pairs tell a difference from 0; see `tellable_difference`."""
+    return max(2, math.ceil((tellable_difference(spread, 1) / difference) ** 2))
