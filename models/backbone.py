@@ -52,6 +52,11 @@ class Pipeline:
     index: Mapping[str, Any]
     options: ModelOptions = AS_IT_IS
 
+    @property
+    def network(self) -> nn.Module:
+        """What denoises; every family names it first."""
+        return next(iter(self.modules.values()))
+
 
 class Backbone(ABC):
     """A network with the process that it undoes; frozen, in evaluation mode.
@@ -173,12 +178,12 @@ class Backbone(ABC):
             prediction = self._predicted(z, times, conditioning.rows(len(z)), scales).to(x.dtype)
         return self.process.estimate(x, levels, prediction)
 
-    @abstractmethod
     def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
         """One call of the network, for z [N, C, H, W] in `dtype` at times [N], with the text of N rows.
 
         scales: [N], float32, for a network that is told the guidance scale; others are given None.
         """
+        return self.network(z, timestep=times, **text, return_dict=False)[0]
 
     def _predicted(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
         """`_predict`, by a network that was compiled for some numbers of rows at no others."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
@@ -20,7 +20,6 @@ from errors import InputError
 from models.backbone import Backbone, Pipeline, bytes_to_move, code_files, frozen
 from models.denoiser import Conditioning, Guidance, GuidanceKind, Text
 from models.devices import check_memory, to_device
-from models.options import AS_IT_IS, ModelOptions
 from models.pictures import to_images
 from models.processes import Process
 from models.prompts import text_fault
@@ -72,22 +71,19 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Parts:
-    """The same, in the parts that a `LatentDiffusion` has, which were seen to fit each other.
+    """A pipeline whose modules were seen to fit each other, and what a `LatentDiffusion` has to know of it besides.
 
     latent_shape: (C, H, W) of what is drawn. zero_unconditional: whether zeros are the unconditional text where there
-    is no negative prompt. wide_vae: whether the VAE overflows in float16, and is kept in float32 there. options: what
-    was asked for.
+    is no negative prompt. wide_vae: whether the VAE overflows in float16, and is kept in float32 there.
     """
 
-    network: nn.Module
-    vae: AutoencoderKL
+    pipeline: Pipeline
     text_encoders: tuple[TextEncoder, ...]
     process: Process
     latent_shape: tuple[int, int, int]
     guidance: Guidance
     zero_unconditional: bool = False
     wide_vae: bool = False
-    options: ModelOptions = AS_IT_IS
 
 
 class LatentDiffusion(Backbone):
@@ -112,25 +108,26 @@ class LatentDiffusion(Backbone):
         Raises `InputError` where the device has too little memory.
         """
         encoders = [encoder.module for encoder in parts.text_encoders]
+        network, vae, options = parts.pipeline.network, parts.pipeline.modules["vae"], parts.pipeline.options
         vae_dtype = torch.float32 if parts.wide_vae and dtype == torch.float16 else dtype
-        on_device = (parts.network, *(() if parts.options.text_on_cpu else encoders))
+        on_device = (network, *(() if options.text_on_cpu else encoders))
         needed = sum(bytes_to_move(module, device, dtype) for module in on_device)
-        check_memory(f"Model {name}", needed + bytes_to_move(parts.vae, device, vae_dtype), device)
-        super().__init__(name, parts.network, parts.process, parts.guidance, device=device, dtype=dtype)
-        self.vae = frozen(parts.vae, device, vae_dtype)
+        check_memory(f"Model {name}", needed + bytes_to_move(vae, device, vae_dtype), device)
+        super().__init__(name, network, parts.process, parts.guidance, device=device, dtype=dtype)
+        self.vae = frozen(vae, device, vae_dtype)
         for encoder in encoders:
-            frozen(encoder, torch.device("cpu") if parts.options.text_on_cpu else device, dtype)
+            frozen(encoder, torch.device("cpu") if options.text_on_cpu else device, dtype)
         self.text_encoders = parts.text_encoders
         self.latent_shape = parts.latent_shape
         self._zero_unconditional = parts.zero_unconditional
-        self._negative_prompt = parts.options.negative_prompt or ""
+        self._negative_prompt = options.negative_prompt or ""
         height, width = (side * pixels_per_latent(self.vae) for side in self.latent_shape[1:])
         self.image_size = (height, width)
         widest = self.vae.config.block_out_channels[:2][-1]  # channels that the decoder has at the images' full size
         self._decodable = max(1, (2**31 - 1) // (widest * height * width))
         self._unknown_words, self._captions = unknown_words, captions
         self._texts: RecentTensors[Text] = RecentTensors(CACHED_BYTES)
-        self._texts_at_once = TEXTS_AT_ONCE if device.type == "cuda" and not parts.options.text_on_cpu else 1
+        self._texts_at_once = TEXTS_AT_ONCE if device.type == "cuda" and not options.text_on_cpu else 1
 
     def validate_prompts(self, prompts: Sequence[str]) -> None:
         """Raise one `InputError` that lists the prompts that are empty, too long, or use words unknown to the model."""

@@ -344,7 +344,7 @@ def test_of_two_variants_the_wide_one_is_fetched_and_read(pipeline_hub):
     folder = assets.fetch_pipeline("someone/model", lambda line: None)
     assert not list(folder.rglob("*fp16*"))
     _, both = load_folder(pipeline_hub)
-    assert torch.equal(both.network.conv_in.weight, whole.network.conv_in.weight)
+    assert torch.equal(both.pipeline.network.conv_in.weight, whole.pipeline.network.conv_in.weight)
 
 
 def test_a_hubs_pipeline_without_weights_that_can_be_used_says_what_is_missing(pipeline_hub):

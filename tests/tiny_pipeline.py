@@ -97,7 +97,7 @@ def save_tiny_pipeline(folder: Path, *, prediction_type: str = "epsilon", seed: 
 
 def modules_of(parts: Parts) -> list[nn.Module]:
     """Network, VAE and text encoders."""
-    return [parts.network, parts.vae, *(encoder.module for encoder in parts.text_encoders)]
+    return [parts.pipeline.network, parts.pipeline.modules["vae"], *(encoder.module for encoder in parts.text_encoders)]
 
 
 def widen_decoder(folder: Path) -> Path:

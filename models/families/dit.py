@@ -42,13 +42,11 @@ class DiT(LatentDiffusion):
         config = transformer.config
         require_fit(pipeline, "latent channels", config.in_channels, vae.config.latent_channels)
         return ClassParts(
-            network=transformer,
-            vae=vae,
+            pipeline=pipeline,
             text_encoders=(),
             process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
             latent_shape=(config.in_channels, *require_size(transformer, pipeline.source)),
             guidance=cls.guidance_of(pipeline.source),
-            options=pipeline.options,
             classes=classes_of(pipeline.index, config.num_embeds_ada_norm, pipeline.source),
         )
 
@@ -68,7 +66,7 @@ class DiT(LatentDiffusion):
 
     def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
         # Where the network predicts a variance too, it comes second.
-        return self.network(z, timestep=times, **text, return_dict=False)[0][:, : z.shape[1]]
+        return super()._predict(z, times, text, scales)[:, : z.shape[1]]
 
 
 def classes_of(index: Mapping[str, Any], count: int, source: Path) -> dict[str, int]:

@@ -56,8 +56,7 @@ class Flux(LatentDiffusion):
         tokens = height * width // PATCH**2
         guidance = cls.guidance_of(pipeline.source)
         return Parts(
-            network=transformer,
-            vae=vae,
+            pipeline=pipeline,
             text_encoders=(
                 TextEncoder.clip(clip, pipeline.tokenizers["tokenizer"], reads_all=False),
                 TextEncoder(t5, pipeline.tokenizers["tokenizer_2"], T5_TOKENS[guidance.kind]),
@@ -65,7 +64,6 @@ class Flux(LatentDiffusion):
             process=FlowMatching.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file), tokens),
             latent_shape=(channels, height, width),
             guidance=guidance,
-            options=pipeline.options,
         )
 
     @classmethod

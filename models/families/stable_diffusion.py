@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from errors import InputError
@@ -32,7 +31,7 @@ class StableDiffusion(LatentDiffusion):
     @classmethod
     def assembled(cls, pipeline: Pipeline) -> Parts:
         """See `Backbone.assembled`."""
-        source, unet, vae = pipeline.source, pipeline.modules["unet"], pipeline.modules["vae"]
+        source, unet = pipeline.source, pipeline.network
         encoder, tokenizer = pipeline.modules["text_encoder"], pipeline.tokenizers["tokenizer"]
         foreign = [part for part in FOREIGN_UNET_PARTS if unet.config[part] is not None]
         if foreign:
@@ -45,21 +44,16 @@ class StableDiffusion(LatentDiffusion):
                 f"the text encoder writes width {encoder.config.hidden_size}."
             )
         return Parts(
-            network=unet,
-            vae=vae,
+            pipeline=pipeline,
             text_encoders=(TextEncoder.clip(encoder, tokenizer),),
             process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
             latent_shape=unet_latents(pipeline),
             guidance=cls.guidance_of(pipeline.source),
-            options=pipeline.options,
         )
 
     def _read(self, prompts: Sequence[str]) -> Text:
         (encoder,) = self.text_encoders
         return {"encoder_hidden_states": encoder(prompts).last_hidden_state}
-
-    def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
-        return self.network(z, times, **text, return_dict=False)[0]
 
 
 def unet_latents(pipeline: Pipeline) -> tuple[int, int, int]:

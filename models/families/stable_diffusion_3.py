@@ -118,13 +118,11 @@ class StableDiffusion3(LatentDiffusion):
         if t5 is None and tokens <= T5_TOKENS:
             transformer.set_attn_processor(SharedTokenAttention(T5_TOKENS))
         return Parts(
-            network=transformer,
-            vae=vae,
+            pipeline=pipeline,
             text_encoders=tuple(encoders),
             process=FlowMatching.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file), tokens),
             latent_shape=(config.in_channels, height, width),
             guidance=cls.guidance_of(pipeline.source),
-            options=pipeline.options,
         )
 
     def _read(self, prompts: Sequence[str]) -> Text:
@@ -136,9 +134,6 @@ class StableDiffusion3(LatentDiffusion):
             t5=t5[0](prompts).last_hidden_state if t5 else None,
             blank_tokens=1 if shared else T5_TOKENS,
         )
-
-    def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
-        return self.network(z, timestep=times, **text, return_dict=False)[0]
 
 
 FAMILY = StableDiffusion3

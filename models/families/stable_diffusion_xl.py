@@ -55,15 +55,13 @@ class StableDiffusionXL(LatentDiffusion):
         )
         require_fit(pipeline, "tokens", *(reader.limit for reader in readers))
         return Parts(
-            network=unet,
-            vae=vae,
+            pipeline=pipeline,
             text_encoders=readers,
             process=VariancePreserving.from_scheduler_config(pipeline.scheduler, str(pipeline.scheduler_file)),
             latent_shape=unet_latents(pipeline),
             guidance=cls.guidance_of(pipeline.source),
             zero_unconditional=bool(pipeline.index.get("force_zeros_for_empty_prompt", True)),
             wide_vae=vae.config.force_upcast,
-            options=pipeline.options,
         )
 
     def _read(self, prompts: Sequence[str]) -> Text:
