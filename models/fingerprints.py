@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from errors import InputError
+from models import registry
 from models.options import AS_IT_IS, ModelOptions
-from models.registry import COMPVIS_CONFIGS, REGISTERED, SOURCE, locate
 
 
 def file_sha256(path: Path) -> str:
@@ -33,14 +33,13 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 
 def model_fingerprint(spec: str | Path, options: ModelOptions = AS_IT_IS) -> str:
-    """The fingerprint of what `models.load_denoiser(spec)` reads: another weight or option, another fingerprint."""
-    model = REGISTERED.get(str(spec))
-    if model is None or not model.weights:
-        weights, companions = locate(str(spec)), []
-    else:
-        weights = next(file for asset in model.weights if (file := SOURCE / asset.path).exists())
-        companions = [SOURCE / asset.path for asset in model.companions]
-    configs = [] if weights.is_dir() else [SOURCE / COMPVIS_CONFIGS]  # a single file lacks its own
+    """The fingerprint of what `models.load_denoiser(spec)` reads: another weight or option, another fingerprint.
+
+    Raises InputError where something of it is not there.
+    """
+    weights, model = registry.found(str(spec)), registry.REGISTERED.get(str(spec))
+    companions = [registry.SOURCE / asset.path for asset in model.companions] if model else []
+    configs = [] if weights.is_dir() else [registry.SOURCE / registry.COMPVIS_CONFIGS]  # a single file lacks its own
     of_files = fingerprint([weights, *companions, *configs, *options.files()])
     if not options.changes():
         return of_files

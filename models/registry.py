@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from torch import Tensor
 
 from errors import InputError
 from models import asset_table
@@ -138,9 +137,19 @@ def _denoiser(
     spec: str, device: torch.device, dtype: torch.dtype, options: ModelOptions, loaded_on: torch.device
 ) -> Backbone:
     """The model, its modules moved from the device that they are `loaded_on`, which is the CPU or, unread, meta."""
-    path, model = _found(spec), REGISTERED.get(spec)
-    own_name = path.stem if path.is_file() else Path(spec).resolve().name
-    family, parts = _load_path(path, dtype, options, loaded_on)
+    path, model = found(spec), REGISTERED.get(spec)
+    # diffusers and transformers take seconds to import: only where a model is really loaded
+    from models.compvis import assemble_compvis, read_compvis
+    from models.families.stable_diffusion import StableDiffusion
+    from models.pipelines import load_folder
+
+    if path.is_dir():
+        own_name = Path(spec).resolve().name
+        family, parts = load_folder(path, dtype, options, loaded_on)
+    else:
+        state, own_name = read_compvis(path), path.stem  # mapped, not yet read
+        _check_nothing_missing(f"The tokenizer of {path}", _missing(TOKENIZER), FETCH_TOKENIZER)
+        family, parts = StableDiffusion, assemble_compvis(state, path, SOURCE / COMPVIS_CONFIGS, options)
     taught = model and model.unknown_words
     words = {"unknown_words": taught, "captions": model.prompts} if taught else {}
     return family(spec if model else own_name, parts, device=device, dtype=dtype, **words)
@@ -156,7 +165,7 @@ class Traits(NamedTuple):
 
 def traits_of(spec: str) -> Traits:
     """What the files of a model say of it, without loading it; `InputError` where they are not there."""
-    path = _found(spec)
+    path = found(spec)
     if path.is_file():
         return Traits("ldm", True, Guidance(GuidanceKind.CLASSIFIER_FREE, USUAL_GUIDANCE_SCALE))
     from models.pipelines import contents_of  # with diffusers, which takes seconds to import
@@ -170,7 +179,7 @@ def usual_half(spec: str) -> torch.dtype:
 
     Stable Diffusion 3 is published in float16, 3.5 in bfloat16. Raises `InputError` where its files are not there.
     """
-    path = _found(spec)
+    path = found(spec)
     if path.is_file():
         return torch.float16
     from models.loading import weights_in
@@ -187,7 +196,7 @@ def default_guidance_scale(spec: str) -> float:
     Raises `InputError` where its files say one that cannot be used.
     """
     try:
-        _found(spec)
+        found(spec)
     except InputError:
         return USUAL_GUIDANCE_SCALE
     return traits_of(spec).guidance.usual_scale
@@ -211,15 +220,15 @@ def check_assets(spec: str, options: ModelOptions = AS_IT_IS) -> Denoiser:
     return _denoiser(spec, meta, torch.float32, replace(options, text_on_cpu=False), meta)
 
 
-def _found(spec: str) -> Path:
+def found(spec: str) -> Path:
     """The file or folder with the model's weights; `InputError` where anything that it needs is not there."""
     model = REGISTERED.get(spec)
     if model is None or not model.weights:
         return locate(spec)
-    found = [file for asset in model.weights if (file := SOURCE / asset.path).exists()]
-    weights = [] if found else [", or ".join(str(asset) for asset in model.weights)]
+    there = [file for asset in model.weights if (file := SOURCE / asset.path).exists()]
+    weights = [] if there else [", or ".join(map(str, model.weights))]
     _check_nothing_missing(f"Model {spec}", [*weights, *_missing(model.companions)], model.remedy)
-    return found[0]
+    return there[0]
 
 
 def locate(spec: str) -> Path:
@@ -257,28 +266,6 @@ def pipeline_of(spec: str) -> str:
             f"{spec}: is a single file; name the pipeline that diffusers shall load, a folder or OWNER/NAME"
         )
     return str(Path(spec).resolve()) if Path(spec).is_dir() else spec
-
-
-def _load_path(
-    path: Path, dtype: torch.dtype, options: ModelOptions, device: torch.device
-) -> tuple[type[Backbone], object]:
-    # diffusers and transformers take seconds to import: only where a model is really loaded
-    from models.compvis import assemble_compvis
-    from models.families.stable_diffusion import StableDiffusion
-    from models.pipelines import load_folder
-
-    if path.is_dir():
-        return load_folder(path, dtype, options, device)
-    return StableDiffusion, assemble_compvis(_open_single_file(path), path, SOURCE / COMPVIS_CONFIGS, options)
-
-
-def _open_single_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a single file by name, mapped, not yet read; `InputError` also where its tokenizer is missing."""
-    from models.compvis import read_compvis
-
-    state = read_compvis(path)
-    _check_nothing_missing(f"The tokenizer of {path}", _missing(TOKENIZER), FETCH_TOKENIZER)
-    return state
 
 
 def _missing(assets: Sequence[Asset]) -> list[str]:

@@ -53,7 +53,7 @@ def test_a_registered_model_is_the_files_that_are_loaded(tmp_path, monkeypatch):
         weights=assets, companions=(Asset("companion", 1),), remedy="", prompts="", unknown_words=None, pipeline=""
     )
     monkeypatch.setitem(registry.REGISTERED, "toy", model)
-    monkeypatch.setattr("models.fingerprints.SOURCE", tmp_path)
+    monkeypatch.setattr("models.registry.SOURCE", tmp_path)
     before = model_fingerprint("toy")
     (tmp_path / "second").write_text("not loaded")
     assert model_fingerprint("toy") == before
@@ -62,7 +62,7 @@ def test_a_registered_model_is_the_files_that_are_loaded(tmp_path, monkeypatch):
 
 
 def test_a_single_file_is_what_it_holds_and_the_configurations_that_it_is_read_with(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.fingerprints.SOURCE", tmp_path)
+    monkeypatch.setattr("models.registry.SOURCE", tmp_path)
     config = write(tmp_path, {"model.safetensors": "w"}) / registry.COMPVIS_CONFIGS / "scheduler/scheduler_config.json"
     found = set()
     for schedule in ("scaled_linear", "linear"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import evaluate
 import sample
 import train
-from models import fingerprints, load_denoiser, registry
+from models import load_denoiser, registry
 from models.denoiser import Conditioning
 from models.generate import conditioned, decode
 from models.latent_diffusion import LatentDiffusion
@@ -57,8 +57,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             nn.init.normal_(weight, std=0.05)
     save_flow_pipeline(root / NAME, parts, build_autoencoder(), build_tokenizer())
     with pytest.MonkeyPatch.context() as patch:
-        for module in (registry, fingerprints):
-            patch.setattr(module, "SOURCE", root)
+        patch.setattr(registry, "SOURCE", root)
         yield root
 
 
