@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -27,10 +27,9 @@ from models.asset_table import HUB_ID
 from models.checkpoints import read_state_dict
 from models.digests import record_weights
 from models.loading import fill, load_module, quiet_and_repeatable, read_json, require_size
-from models.noise_levels import NoiseLevels
+from models.processes import Prediction, VariancePreserving
 from models.skeletons import require_counts, skeleton
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 NEWER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLDER_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
 
@@ -41,17 +40,22 @@ class PixelDiffusion:
 
     Attributes:
         network: (x [N, 3, H, W], timestep) -> what `prediction_type` says, in `.sample`; float32.
+        process: how noise was added, and what the network predicts.
         alphas_cumprod: [T] float64, the squared signal level of each training step (DDPM, equation 4).
-        prediction_type: epsilon, sample or v_prediction.
         clip_range: estimates of the clean image are clamped to +- this; None: they are not.
         scheduler_config: as in scheduler_config.json.
     """
 
     network: UNet2DModel
+    process: VariancePreserving
     alphas_cumprod: Tensor
-    prediction_type: str
     clip_range: float | None
     scheduler_config: Mapping[str, Any]
+
+    @property
+    def prediction_type(self) -> Prediction:
+        """What the network predicts."""
+        return self.process.prediction
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -161,12 +165,9 @@ def checked(network: UNet2DModel, scheduler: Path, spec: str) -> PixelDiffusion:
         raise InputError(f"{spec}: the network is conditioned on classes; an unconditional DDPM is needed")
     require_size(network, spec)
     described = read_json(scheduler)
-    prediction_type = described.get("prediction_type", "epsilon")
-    if prediction_type not in PREDICTION_TYPES:
-        raise InputError(f"{scheduler}: prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
     if described.get("thresholding"):
         raise InputError(f"{scheduler}: thresholding is true, which is not supported; its images would be others")
-    NoiseLevels.from_scheduler_config(described, str(scheduler))  # refuses what is no usable beta schedule
+    process = VariancePreserving.from_scheduler_config(described, str(scheduler), known=get_args(Prediction))
     try:
         betas = DDPMScheduler.from_config(described).betas.double()
         clip_range = float(described.get("clip_sample_range", 1.0)) if described.get("clip_sample", True) else None
@@ -176,4 +177,4 @@ def checked(network: UNet2DModel, scheduler: Path, spec: str) -> PixelDiffusion:
         raise InputError(f"{scheduler}: clip_sample_range is {clip_range:g}; it must be a positive number")
     # Copied: weights that are mapped from a file lie at odd addresses, where the same products are rounded otherwise.
     network = copy.deepcopy(network).float().eval()
-    return PixelDiffusion(network, (1 - betas).cumprod(0), prediction_type, clip_range, {**described})
+    return PixelDiffusion(network, process, (1 - betas).cumprod(0), clip_range, {**described})

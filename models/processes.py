@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,35 +17,6 @@ from models.noise_levels import MOST_STEPS, NoiseLevels
 from schedules import FlowTime
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
-
-
-class Process(Protocol):
-    """How noise was added.
-
-    sigma_min, sigma_max: the range of noise levels. time_min: the time of sigma_min; sigma_max is at time 1.
-    scheduler_config: see `Denoiser`.
-    """
-
-    sigma_min: float
-    sigma_max: float
-    time_min: float
-    scheduler_config: Mapping[str, Any]
-
-    def sigma_of_time(self, time: Tensor) -> Tensor:
-        """The noise level (float64) at a model time in [time_min, 1]."""
-        ...
-
-    def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The noisy images x [N, C, H, W] of levels sigma [N] (float64), in the network's scaling and x's dtype."""
-        ...
-
-    def network_time(self, sigma: Tensor) -> Tensor:
-        """What the network is told of the levels [N]: a step of its training, fractional between two; float64."""
-        ...
-
-    def estimate(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
-        """D(x, sigma) [N, C, H, W], from what the network predicts, in x's dtype."""
-        ...
 
 
 class VariancePreserving(NoiseLevels):
@@ -78,15 +49,15 @@ class VariancePreserving(NoiseLevels):
         return {**self.config, "prediction_type": self.prediction}
 
     def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """See the class: z."""
+        """z of noisy images x [N, C, H, W] of levels sigma [N] (float64), in x's dtype."""
         return x * per_row((1.0 + sigma**2).rsqrt(), x)
 
     def network_time(self, sigma: Tensor) -> Tensor:
-        """See the class: 0 at the first training step."""
+        """What the network is told of the levels [N]: a step of its training, fractional between two; float64."""
         return self.num_steps * self.time_of_sigma(sigma) - 1.0
 
     def estimate(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
-        """See the class: D."""
+        """D(x, sigma) [N, C, H, W], from what the network predicts, in x's dtype."""
         if self.prediction == "epsilon":
             return x - per_row(sigma, x) * prediction
         if self.prediction == "sample":
@@ -134,16 +105,22 @@ class FlowMatching(FlowTime):
             raise InputError(f"{source}: this is no usable {kind}: {first_line(error)}.") from error
 
     def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """See the class: x."""
+        """See `VariancePreserving`; here x itself."""
         return x
 
     def network_time(self, sigma: Tensor) -> Tensor:
-        """See the class."""
+        """See `VariancePreserving`."""
         return self.num_steps * sigma
 
     def estimate(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
-        """See the class: D."""
+        """See `VariancePreserving`."""
         return x - per_row(sigma, x) * prediction
+
+
+Process = VariancePreserving | FlowMatching
+"""How noise was added. Both know the range of noise levels, `sigma_min` and `sigma_max`, and the time of the former,
+`time_min`; the latter is at time 1. `sigma_of_time` gives the levels between. `scheduler_config`: see `Denoiser`.
+"""
 
 
 def per_row(factors: Tensor, x: Tensor) -> Tensor:

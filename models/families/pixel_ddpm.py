@@ -13,12 +13,11 @@ from torch import Tensor
 
 from errors import InputError
 from models.backbone import Backbone, Pipeline, bytes_to_move, code_files, sides
-from models.denoiser import Conditioning, Guidance, GuidanceKind, Text
+from models.denoiser import Conditioning, Guidance, GuidanceKind
 from models.devices import check_memory
 from models.loading import require_size
 from models.pictures import to_images
-from models.pixel_diffusion import PREDICTION_TYPES, PixelDiffusion, checked
-from models.processes import VariancePreserving
+from models.pixel_diffusion import PixelDiffusion, checked
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class PixelDDPM(Backbone):
         """Raises `InputError` where the device has too little memory."""
         model = parts.model
         check_memory(f"Model {name}", bytes_to_move(model.network, device, dtype), device)
-        process = VariancePreserving.from_scheduler_config(model.scheduler_config, name, known=PREDICTION_TYPES)
-        super().__init__(name, model.network, process, self.usual_guidance, device=device, dtype=dtype)
+        super().__init__(name, model.network, model.process, self.usual_guidance, device=device, dtype=dtype)
         self.latent_shape = (model.network.config.in_channels, *parts.size)
         self.image_size = parts.size
         self._clip_range = math.inf
@@ -93,9 +91,6 @@ class PixelDDPM(Backbone):
     def decode(self, latents: Tensor, chunk_size: int = 16) -> Tensor:
         """Latents [N, 3, H, W] to float32 images [N, 3, H, W] in [0, 1] or NaN; all at once, as nothing is computed."""
         return to_images(latents.float())
-
-    def _predict(self, z: Tensor, times: Tensor, text: Text, scales: Tensor | None) -> Tensor:
-        return self.network(z, times, return_dict=False)[0]
 
 
 FAMILY = PixelDDPM
