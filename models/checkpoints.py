@@ -221,9 +221,9 @@ def _tensors_below(module: StandIn) -> dict[str, Tensor]:
         if not parts:
             return tensors
         prefix, part = parts.pop()
-        state = part.state if isinstance(part, StandIn) else None
-        tables = [state.get(f"_{table}") for table in ("parameters", "buffers", "modules")] if _is_table(state) else []
-        if not all(map(_is_table, tables)) or not tables or prefix.count(".") > DEEPEST:
+        state = part.state if isinstance(part, StandIn) and isinstance(part.state, dict) else {}
+        tables = [state.get(f"_{table}") for table in ("parameters", "buffers", "modules")]
+        if not all(isinstance(table, dict) for table in tables) or prefix.count(".") > DEEPEST:
             raise pickle.UnpicklingError(
                 f"it holds a {type(part).__name__} and no module of torch at {prefix or 'its top'}"
             )
@@ -232,10 +232,6 @@ def _tensors_below(module: StandIn) -> dict[str, Tensor]:
         tensors |= {f"{prefix}{name}": tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
         parts += [(f"{prefix}{name}.", child) for name, child in tables[2].items() if child is not None]
     raise pickle.UnpicklingError(f"it has more than {MOST_PARTS:,} parts")
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def check_archive(path: Path) -> list[str]:

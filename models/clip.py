@@ -65,29 +65,30 @@ def clip_config(model_cfg: Mapping[str, Any]) -> CLIPConfig:
     faults = _wrong_values(model_cfg) or _misfits(vision, text)
     if faults:
         raise InputError("The CLIP configuration does not fit: " + "; ".join(faults) + ".")
-    activation = "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu"
     end_of_text = text["vocab_size"] - 1
+
+    def tower(section: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "hidden_size": section["width"],
+            "intermediate_size": int(section["width"] * section.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": section["layers"],
+            "hidden_act": "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu",
+            "projection_dim": model_cfg["embed_dim"],
+        }
+
     return CLIPConfig(
         projection_dim=model_cfg["embed_dim"],
         vision_config={
+            **tower(vision),
             "image_size": vision["image_size"],
             "patch_size": vision["patch_size"],
-            "hidden_size": vision["width"],
-            "intermediate_size": int(vision["width"] * vision.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": vision["layers"],
             "num_attention_heads": vision["width"] // vision["head_width"],
-            "hidden_act": activation,
-            "projection_dim": model_cfg["embed_dim"],
         },
         text_config={
+            **tower(text),
             "max_position_embeddings": text["context_length"],
             "vocab_size": text["vocab_size"],
-            "hidden_size": text["width"],
-            "intermediate_size": int(text["width"] * text.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": text["layers"],
             "num_attention_heads": text["heads"],
-            "hidden_act": activation,
-            "projection_dim": model_cfg["embed_dim"],
             "pad_token_id": 0,
             "bos_token_id": end_of_text - 1,
             "eos_token_id": end_of_text,
@@ -115,9 +116,13 @@ def _check_keys(model_cfg: Mapping[str, Any]) -> None:
 
 
 def _wrong_values(model_cfg: Mapping[str, Any]) -> list[str]:
+    counts = {"embed_dim": model_cfg["embed_dim"]}
+    for section in ("vision_cfg", "text_cfg"):
+        counts |= {f"{section}.{key}": model_cfg[section][key] for key in sorted(_REQUIRED[section])}
     faults = [
         f"{name} must be a positive whole number, not {value!r:.40}; at most {LARGEST_COUNT}"
-        for name, value in _not_counts(model_cfg)
+        for name, value in counts.items()
+        if type(value) is not int or not 1 <= value <= LARGEST_COUNT
     ]
     for section in ("vision_cfg", "text_cfg"):
         ratio = model_cfg[section].get("mlp_ratio", 4.0)
@@ -126,15 +131,6 @@ def _wrong_values(model_cfg: Mapping[str, Any]) -> list[str]:
     if not isinstance(model_cfg.get("quick_gelu", False), bool):
         faults.append(f"quick_gelu must be true or false, not {model_cfg['quick_gelu']!r}")
     return faults
-
-
-def _not_counts(model_cfg: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    counts = {"embed_dim": model_cfg["embed_dim"]}
-    for section in ("vision_cfg", "text_cfg"):
-        counts |= {f"{section}.{key}": model_cfg[section][key] for key in sorted(_REQUIRED[section])}
-    return [
-        (name, value) for name, value in counts.items() if type(value) is not int or not 1 <= value <= LARGEST_COUNT
-    ]
 
 
 def _misfits(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[str]:

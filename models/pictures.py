@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, first_line
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -54,8 +54,7 @@ def opened_picture(file: Path) -> Iterator[Image.Image]:
                 image.load()
                 yield image
     except Exception as error:  # damaged files raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} cannot be read as an image: {reason}") from None
+        raise InputError(f"{file} cannot be read as an image: {first_line(error)}") from None
 
 
 def read_pixels(file: Path) -> np.ndarray:
