@@ -40,6 +40,8 @@ class Inception:
             InputError: it is missing or another file, or there is too little memory.
         """
         self.resize: Resize = resize
+        self.name = f"inception_{resize}"
+        self.fingerprint = f"{asset_table.INCEPTION.digest} {resize}"
         self.device = torch.device(device)
         path = inception_file()
         check_memory(str(path), path.stat().st_size, self.device)

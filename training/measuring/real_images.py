@@ -12,7 +12,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import ZipFile
@@ -63,12 +63,6 @@ class InceptionFeatures(Inception):
     """Features for FID and KID; those of another resizing go by another name."""
 
     code = EXTRACTING_CODE
-
-    def __init__(self, device: torch.device | str, resize: Resize) -> None:
-        """See `Inception`."""
-        super().__init__(device, resize)
-        self.name = f"inception_{resize}"
-        self.fingerprint = f"{asset_table.INCEPTION.digest} {resize}"
 
 
 class ClipFeatures:
@@ -188,13 +182,7 @@ def _read(files: Sequence[Path], broken: list[str], advance: Note) -> Iterator[T
 def _batches(images: Iterator[Tensor], size: int) -> Iterator[Tensor]:
     """Stacks [n, 3, H, W] of at most `size` neighbours of one shape."""
     for _, alike in groupby(images, key=lambda image: image.shape):
-        stack: list[Tensor] = []
-        for image in alike:
-            stack.append(image)
-            if len(stack) == size:
-                yield torch.stack(stack)
-                stack = []
-        if stack:
+        while stack := list(islice(alike, size)):
             yield torch.stack(stack)
 
 
