@@ -217,11 +217,8 @@ class Comparison:
         for metric in self.metrics if candidates else ():
             ours, theirs = row.cells[metric].entry, self.best(candidates, metric)
             if ours is not theirs:
-                yield Difference(row, baseline, theirs, metric, self._difference(ours, theirs, metric))
-
-    def _difference(self, ours: Entry, theirs: Entry, metric: str) -> Interval:
-        ours_values, theirs_values = (self.values(entry.measured, metric) for entry in (ours, theirs))
-        return paired_difference_interval(ours_values, theirs_values, self._indices)
+                both = (self.values(entry.measured, metric) for entry in (ours, theirs))
+                yield Difference(row, baseline, theirs, metric, paired_difference_interval(*both, self._indices))
 
     def _cell(self, entries: Sequence[Entry], metric: str) -> Cell:
         best = self.best(entries, metric)

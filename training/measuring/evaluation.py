@@ -327,7 +327,9 @@ class Evaluation:
 
     def reference(self) -> Measured:
         """The reference measured as if it were a sampler; its distances to itself are 0."""
-        return self.measure(self._required_reference())
+        if self.reference_solver is None:
+            raise ValueError("this evaluation was made without a reference")
+        return self.measure(self.reference_solver)
 
     def features(self, name: str, images: Callable[[slice], Tensor], described: Mapping[str, Plain]) -> Tensor:
         """Features [N, D] of that name of other images, [n, 3, H, W] for a part of the prompts, kept part by part."""
@@ -352,12 +354,12 @@ class Evaluation:
 
     def pixels(self, solver: Solver, rows: Sequence[int]) -> Tensor:
         """Images uint8 [n, H, W, 3] of prompts by their numbers, decoded again from what is kept."""
-        return torch.cat([self._pixels(solver, row) for row in rows])
-
-    def _pixels(self, solver: Solver, row: int) -> Tensor:
-        part = self._part_of(slice(row, row + 1))
-        latents = self._latents(solver, part)[row - part.start][None].to(self.denoiser.device)
-        return torch.from_numpy(to_pixels(decode(self.denoiser, latents).images))
+        found = []
+        for row in rows:
+            part = self._part_of(slice(row, row + 1))
+            latents = self._latents(solver, part)[row - part.start][None].to(self.denoiser.device)
+            found.append(torch.from_numpy(to_pixels(decode(self.denoiser, latents).images)))
+        return torch.cat(found)
 
     def _part_of(self, rows: slice) -> slice:
         """The part of the setting that these prompts, a part or a share of one, belong to."""
@@ -368,8 +370,20 @@ class Evaluation:
         part = self._part_of(rows)
         if rows != part and (kept := self.store.read(self._described(solver, part))) is not None:
             return kept["latents"][rows.start - part.start : rows.stop - part.start]
-        description = self._described(solver, rows)
-        return self.store.fetch(description, lambda: {"latents": self._generated(solver, rows).cpu()})["latents"]
+        setting = self.setting
+
+        def draw() -> dict[str, Tensor]:
+            latents = solver.latents(
+                self.denoiser,
+                setting.prompts[rows],
+                setting.seeds[rows],
+                batch_size=setting.batch_size,
+                dtype=setting.dtype,
+                asked=self._advance,
+            )
+            return {"latents": latents.cpu()}
+
+        return self.store.fetch(self._described(solver, rows), draw)["latents"]
 
     def _judge_with(self, features: str) -> Judge:
         return next(judge for judge in self.judges if judge.features == features)
@@ -442,22 +456,6 @@ class Evaluation:
             images, _, whole = decode(self.denoiser, within)
             yield Batch(rows, within, images, torch.from_numpy(to_pixels(images)), (~(solved & whole)).cpu())
 
-    def _required_reference(self) -> Solver:
-        if self.reference_solver is None:
-            raise ValueError("this evaluation was made without a reference")
-        return self.reference_solver
-
-    def _generated(self, solver: Solver, part: slice) -> Tensor:
-        setting = self.setting
-        return solver.latents(
-            self.denoiser,
-            setting.prompts[part],
-            setting.seeds[part],
-            batch_size=setting.batch_size,
-            dtype=setting.dtype,
-            asked=self._advance,
-        )
-
     def _distances(self, part: slice, batch: Batch) -> dict[str, Tensor]:
         """To the reference of the same noise, [n] each, of latents within the limit and of their pixels as uint8.
 
@@ -473,7 +471,7 @@ class Evaluation:
         """The reference's batch, without its images; those of one part, or a share of one, are held."""
         held, batches = self._reference
         if held != part:
-            drawn = self._batches(self._required_reference(), part)
+            drawn = self._batches(self.reference_solver, part)
             batches = {batch.rows.start: batch._replace(images=batch.images[:0]) for batch in drawn}
             self._reference = part, batches
         return batches[rows.start]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -12,7 +11,7 @@ from PIL import Image
 
 from training.measuring.comparison import Difference, Entry, Row
 from training.measuring.metrics import metric_of
-from training.measuring.page import LARGEST_ENLARGED, StripRow, folded, page, strip, verdict, wide
+from training.measuring.page import LARGEST_ENLARGED, StripRow, data_url, folded, page, strip, verdict, wide
 from training.measuring.report import Report, setting_of
 
 Pictures = Callable[[Entry, Sequence[int]], np.ndarray]
@@ -28,7 +27,6 @@ EXTREMES = 4  # prompts that are shown on each side of a paired difference
 
 def evaluation_page(report: Report, pictures: Pictures, machine: str) -> bytes:
     """The page of a report; `machine` says what it was made on."""
-    plots = base64.b64encode(report.figure()).decode()
     settings = "\n".join([*(f"{name}: {value}" for name, value in report.settings.items()), machine])
     return page(
         TITLE,
@@ -37,7 +35,7 @@ def evaluation_page(report: Report, pictures: Pictures, machine: str) -> bytes:
             _verdict(report),
             f"<h2>Table</h2>{_table(report)}",
             "<h2>Against numbers of evaluations</h2>"
-            + wide(f'<img alt="metrics" src="data:image/png;base64,{plots}">'),
+            + wide(f'<img alt="metrics" src="{data_url("image/png", report.figure())}">'),
             _extremes(report, pictures),
             _side_by_side(report),
             f"<h2>To repeat it</h2><pre>{escape(settings)}</pre>",

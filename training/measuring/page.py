@@ -172,7 +172,7 @@ def strip(rows: Sequence[StripRow], *, side: int) -> str:
 def _picture(row: StripRow, name: str) -> str:
     content = row.pictures[name]
     kind = "image/webp" if content[8:12] == b"WEBP" else "image/png"
-    image = f'<img alt="{escape(f"{row.prompt}, {name}")}" src="{_data(kind, content)}">'
+    image = f'<img alt="{escape(f"{row.prompt}, {name}")}" src="{data_url(kind, content)}">'
     return f"<figure>{image}<figcaption>{escape(name)}</figcaption></figure>"
 
 
@@ -195,7 +195,7 @@ def figure(drawn: Figure, caption: str) -> str:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}):
         drawn.savefig(buffer, format="svg", metadata={"Date": None})
-    source = _data("image/svg+xml", buffer.getvalue())
+    source = data_url("image/svg+xml", buffer.getvalue())
     image = f'<img alt="{escape(caption)}" src="{source}">'
     shown = wide(image) if drawn.get_figwidth() >= WIDE else image
     return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
@@ -206,5 +206,6 @@ def wide(image: str) -> str:
     return f'<div class="wide">{image}</div>'
 
 
-def _data(kind: str, content: bytes) -> str:
+def data_url(kind: str, content: bytes) -> str:
+    """The content of a file of that kind, as the address that it has inside a page."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,6 @@ from training.runs.configuration import read_yaml_file, value_fault
 
 FOLDER = Path(__file__).resolve().parents[2] / "evaluations"
 KEYS = ("about", "options", "published")
-FIGURE = {"solver": str, "nfe": int, "metric": str, "value": float, "source": str}
-"""What a published figure consists of, and what is made of what the file says."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,10 @@ class Published:
     metric: str
     value: float
     source: str
+
+
+FIGURE = typing.get_type_hints(Published)
+"""What a published figure consists of, and what is made of what the file says."""
 
 
 @dataclass(frozen=True)

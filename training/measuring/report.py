@@ -20,7 +20,6 @@ from matplotlib.ticker import LogLocator, NullLocator
 from files import write_atomically
 from training.image_folder import write_sheet
 from training.measuring.comparison import Comparison, Difference, Entry, Row
-from training.measuring.evaluation import Measured
 from training.measuring.metrics import metric_of
 from training.measuring.protocol import Published
 from training.measuring.statistics import Interval
@@ -132,9 +131,10 @@ class Report:
         lines = []
         if self.reference is not None:
             cells = (_number(self.comparison.interval(self.reference.measured, name)) for name in metrics)
-            lines.append([reference, "", "", *cells, _share(self.reference.measured)])
+            lines.append([reference, "", "", *cells, _exploded([self.reference])])
         for row in self.comparison.rows:
-            cells = [f"{_with_setting(row, name)}{self.beside(row, name)}" for name in metrics]
+            found = ((row.cells[name], self.beside(row, name)) for name in metrics)
+            cells = [f"{_number(cell.interval)} {setting_of(cell.entry)}{beside}" for cell, beside in found]
             lines.append([row.label, str(row.parallel), str(row.total), *cells, _exploded(row.entries)])
         return Cells(["solver", "parallel NFE", "total NFE", *headings, "exploded"], lines)
 
@@ -371,12 +371,8 @@ def _described(entry: Entry) -> dict[str, Plain]:
     }
 
 
-def _name(entry: Entry) -> str:
-    return f"{entry.solver.label}, {setting_of(entry)}"
-
-
 def _heading(entry: Entry) -> str:
-    """The same in words."""
+    """An entry in words."""
     scale = entry.solver.guidance_scale
     guidance = "its own" if scale is None else f"{scale:g}"
     return f"{entry.solver.label}, {entry.solver.grid_name} schedule, guidance {guidance}"
@@ -388,11 +384,6 @@ def setting_of(entry: Entry) -> str:
     return f"{entry.solver.grid_name} g{'*' if scale is None else f'{scale:g}'}"
 
 
-def _with_setting(row: Row, metric: str) -> str:
-    cell = row.cells[metric]
-    return f"{_number(cell.interval)} {setting_of(cell.entry)}"
-
-
 def _number(interval: Interval) -> str:
     return f"{interval.estimate:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
 
@@ -400,13 +391,9 @@ def _number(interval: Interval) -> str:
 def _verdict(difference: Difference | None) -> str:
     if difference is None:
         return "itself"
-    interval = difference.interval
+    interval, theirs = difference.interval, difference.baseline_entry
     numbers = f"{interval.estimate:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}]"
-    return f"{numbers} {difference.verdict} ({_name(difference.baseline_entry)})"
-
-
-def _share(measured: Measured) -> str:
-    return f"{int(measured.exploded.sum())}/{len(measured.exploded)}"
+    return f"{numbers} {difference.verdict} ({theirs.solver.label}, {setting_of(theirs)})"
 
 
 def _exploded(entries: Sequence[Entry]) -> str:
