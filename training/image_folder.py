@@ -18,7 +18,7 @@ from tqdm import tqdm
 from errors import InputError
 from files import append_whole, write_atomically
 from models.denoiser import Denoiser
-from models.generate import Decoded, decode
+from models.generate import decode
 from models.options import AS_IT_IS, ModelOptions
 from models.pictures import as_png, contact_sheet, file_stem, opened_picture, to_pixels
 from training.networks import Plain
@@ -109,7 +109,9 @@ def draw(
     with tqdm(total=len(pairs), unit="image") as bar:
         for start in range(0, len(pairs), request.batch_size):
             batch = pairs[start : start + request.batch_size]
-            drawn = _drawn(request, denoiser, batch)
+            _, prompts, seeds = zip(*batch, strict=True)
+            latents = request.solver.latents(denoiser, prompts, seeds, dtype=request.dtype)
+            drawn = decode(denoiser, latents, DECODED_AT_ONCE)
             exploded += int((~drawn.solved).sum())
             undecoded += int((drawn.solved & ~drawn.decoded).sum())
             pixels = to_pixels(drawn.images)
@@ -146,13 +148,12 @@ class SolverFolders:
 
     def holds(self, solver: Solver, rows: slice, key: str) -> bool:
         """Whether the images of these prompts are all there, written under that name: others had other weights."""
-        return all(
-            _key_in(self.folder(solver) / self._record(solver, row, finite=True).file) == key for row in _numbers(rows)
-        )
+        files = (self._record(solver, row, finite=True).file for row in range(rows.start, rows.stop))
+        return all(_key_in(self.folder(solver) / file) == key for file in files)
 
     def write(self, solver: Solver, rows: slice, key: str, pixels: np.ndarray, finite: Sequence[bool]) -> None:
         """Write the images uint8 [n, H, W, 3] of these prompts."""
-        numbered = zip(_numbers(rows), finite, strict=True)
+        numbered = zip(range(rows.start, rows.stop), finite, strict=True)
         records = [self._record(solver, row, finite=is_finite) for row, is_finite in numbered]
         _write_images(self.folder(solver), pixels, records, {KEY: key})
 
@@ -164,10 +165,6 @@ class SolverFolders:
     def _record(self, solver: Solver, row: int, *, finite: bool) -> ImageRecord:
         request = replace(self._request, solver=solver)
         return _record(request, row, request.prompts[row], request.seeds[row], finite=finite)
-
-
-def _numbers(rows: slice) -> range:
-    return range(rows.start, rows.stop)
 
 
 def _log(folder: Path, records: Sequence[ImageRecord]) -> None:
@@ -184,12 +181,6 @@ def write_sheet(
 ) -> None:
     """Write a contact sheet (`models.pictures.contact_sheet`) as a PNG file, at once."""
     write_atomically(path, as_png(contact_sheet(rows, row_captions, column_captions)))
-
-
-def _drawn(request: ImageRequest, denoiser: Denoiser, batch: Sequence[tuple[int, str, int]]) -> Decoded:
-    """The images of (number, prompt, seed)."""
-    _, prompts, seeds = zip(*batch, strict=True)
-    return decode(denoiser, request.solver.latents(denoiser, prompts, seeds, dtype=request.dtype), DECODED_AT_ONCE)
 
 
 def _record(request: ImageRequest, number: int, prompt: str, seed: int, *, finite: bool) -> ImageRecord:
@@ -230,13 +221,9 @@ def _write_images(
     """Write images [n, H, W, 3], side by side: to compress one takes about as long as a GPU takes to draw it."""
 
     def write(image: np.ndarray, record: ImageRecord) -> None:
-        write_atomically(folder / record.file, _png(image, record, more))
+        described = {key: value for key, value in asdict(record).items() if value is not None and key != "file"}
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
+        write_atomically(folder / record.file, as_png(image, {**texts, **more}))
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, images, records))  # the list, so that what one raises is raised
-
-
-def _png(image: np.ndarray, record: ImageRecord, more: Mapping[str, str]) -> bytes:
-    described = {key: value for key, value in asdict(record).items() if value is not None and key != "file"}
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
-    return as_png(image, {**texts, **more})

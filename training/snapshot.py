@@ -9,7 +9,6 @@ import pickle
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -349,8 +348,7 @@ def _read_pickle(path: Path, content: bytes) -> Snapshot:
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     metadata = {"num_steps": table.num_steps, "num_points": table.num_points, **metadata}
-    rows = {field.name: getattr(table, field.name) for field in fields(EPDTable)}
-    return _table(path, metadata, **rows), metadata
+    return _table(path, metadata, **table.columns()), metadata
 
 
 _READERS: dict[str, Callable[[Path, bytes], Snapshot]] = {".pkl": _read_pickle, ".json": _read_json}
@@ -377,13 +375,11 @@ def _table(path: Path, metadata: Mapping[str, Plain], **rows: Tensor | None) -> 
 def _agree(one: Snapshot, other: Snapshot) -> bool:
     """Whether two tables are the same to the precision of a .pkl, and their metadata the same."""
     (table, metadata), (other_table, other_metadata) = one, other
-    if metadata != other_metadata:
+    ours, theirs = table.columns(), other_table.columns()
+    if metadata != other_metadata or ours.keys() != theirs.keys():
         return False
-    pairs = [(getattr(table, field.name), getattr(other_table, field.name)) for field in fields(EPDTable)]
-    return all(
-        a is b or (a is not None and b is not None and a.shape == b.shape and bool(((a - b).abs() < AGREEMENT).all()))
-        for a, b in pairs
-    )
+    pairs = [(entries, theirs[name]) for name, entries in ours.items()]
+    return all(a.shape == b.shape and bool(((a - b).abs() < AGREEMENT).all()) for a, b in pairs)
 
 
 def is_plain(value: object, depth: int = 0) -> bool:
