@@ -26,7 +26,7 @@ from errors import InputError, shows_input_errors
 from files import only_writer, write_atomically
 from models import load_denoiser
 from models.assets import machine
-from models.devices import DTYPES, resolve_dtype
+from models.devices import DTYPES
 from models.inception import RESIZES, Resize, inception_file
 from models.options import ModelOptions
 from models.pictures import to_pixels
@@ -69,9 +69,9 @@ from training.solver import (
     Solver,
     classical_solvers,
     load_solver,
+    network_dtype,
     parse_classical,
     parse_schedule,
-    usual_dtype,
 )
 
 SHAPES_REWARD = Path("weights/shapes_reward.pt")
@@ -451,7 +451,7 @@ def preview(asked: Asked) -> None:
             there(find)
     found = there(lambda: asked.tables(click.echo))
     tables = found or []
-    cost = Cost.of(asked.model, asked.model_options, resolve_dtype(asked.dtype or "float32"))
+    cost = Cost.of(asked.model, asked.model_options, DTYPES[asked.dtype or "float32"])
     usual = cost.denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
     rivals = asked.rivals(tables, usual, click.echo)
     for text in asked.baselines if found is not None else ():
@@ -484,12 +484,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
     if not fabric.is_global_zero:
         logging.disable(logging.WARNING)  # said by the first process
     tables = asked.tables(say)
-    if asked.dtype is None:
-        number_type, line = usual_dtype(asked.model, fabric.device, tables)
-        if line is not None:
-            say(line)
-    else:
-        number_type = resolve_dtype(asked.dtype)
+    number_type = network_dtype(asked.dtype, asked.model, fabric.device, tables, say)
     denoiser = check_assets(asked.model, asked.model_options)  # without weights: what does not fit is said before
     everything = [*prompts, *(validation_prompts or [])]
     denoiser.validate_prompts(everything)

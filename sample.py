@@ -16,7 +16,7 @@ import torch
 from errors import InputError, shows_input_errors
 from files import only_writer
 from models import load_denoiser
-from models.devices import DTYPES, check_compiler, resolve_device, resolve_dtype
+from models.devices import DTYPES, check_compiler, resolve_device
 from models.options import ModelOptions
 from models.prompts import parse_seeds, read_prompts
 from models.registry import check_assets, traits_of
@@ -28,9 +28,9 @@ from training.solver import (
     Solver,
     classical_solver,
     load_solver,
+    network_dtype,
     parse_classical,
     parse_schedule,
-    usual_dtype,
 )
 
 USUAL_SCHEDULE = "discrete"
@@ -137,9 +137,7 @@ def main(
     described = check_assets(spec, options)  # without weights: what does not fit is said before they are read
     described.validate_prompts(wanted)
     settled = asked.on(described)
-    number_type, line = usual_dtype(spec, on, [asked]) if dtype is None else (resolve_dtype(dtype), None)
-    if line is not None:
-        click.echo(line)
+    number_type = network_dtype(dtype, spec, on, [asked], click.echo)
     denoiser = load_denoiser(spec, device=on, dtype=number_type, options=options)
     if compiled:
         at_once = min(batch, count)

@@ -33,7 +33,7 @@ from files import write_atomically
 from models import clip, load_denoiser
 from models.asset_table import HPS, ROOT
 from models.denoiser import Denoiser
-from models.devices import check_compiler, gigabytes, resolve_device, resolve_dtype
+from models.devices import DTYPES, check_compiler, gigabytes, resolve_device
 from models.generate import conditioned, decode
 from models.loading import read_json
 from models.options import AS_IT_IS
@@ -356,7 +356,7 @@ def measured(model: str, device: torch.device, size: Size, file: Path, ends: flo
     if kept.get("setting") != setting:
         raise InputError(f"{file}: holds figures of {kept.get('setting')}, not of {setting}: name another --output")
     for dtype in size.dtypes:
-        world = World(model, device, resolve_dtype(dtype), size)
+        world = World(model, device, DTYPES[dtype], size)
         for name, part in parts_of(size, dtype).items():
             place = f"{dtype}/{name}"
             if place not in kept["parts"]:

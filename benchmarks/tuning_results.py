@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.tuning_runs import PlannedRun, Study
 from errors import InputError
-from models.devices import resolve_dtype
+from models.devices import DTYPES
 from models.fingerprints import model_fingerprint
 from models.prompts import first_prompts, read_prompts
 from models.registry import load_denoiser
@@ -208,7 +208,7 @@ class Scorer:
         """
         config = runs[0].start.config  # the runs agree in all that is used of it
         spec, options = model_spec(config), model_options(config)
-        dtype = resolve_dtype(config.model.dtype)
+        dtype = DTYPES[config.model.dtype]
         prompts = heldout_prompts(study, runs)
         self._denoiser = load_denoiser(spec, device=fabric.device, dtype=dtype, options=options)
         self._denoiser.validate_prompts(prompts)

@@ -51,13 +51,6 @@ def device_fault(name: str) -> str | None:
     return f"Unknown device {name!r}. Known: auto, cpu, cuda, cuda:<index>, mps.{meant}"
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """The floating-point type of that name. Raises `InputError` for an unknown one."""
-    if name not in DTYPES:
-        raise InputError(f"Unknown dtype {name!r}. Known: {', '.join(DTYPES)}.")
-    return DTYPES[name]
-
-
 def check_compiler(device: torch.device) -> None:
     """Raise `InputError` where torch.compile would find no compiler for what it writes for `device`.
 

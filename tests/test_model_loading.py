@@ -24,7 +24,7 @@ from errors import InputError
 from models import devices, load_denoiser, registry
 from models.checkpoints import read_state_dict
 from models.compvis import assemble_compvis, read_compvis
-from models.devices import check_compiler, resolve_device, resolve_dtype
+from models.devices import check_compiler, resolve_device
 from models.families.stable_diffusion import StableDiffusion
 from models.fingerprints import model_fingerprint
 from models.latent_diffusion import Parts
@@ -681,9 +681,3 @@ def test_free_memory_is_that_of_the_container_where_it_is_less(files, free, tmp_
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert devices.free_memory(torch.device("cpu")) == free
-
-
-def test_dtypes_by_name():
-    assert resolve_dtype("bfloat16") is torch.bfloat16
-    with pytest.raises(InputError, match="float32, bfloat16, float16, float64"):
-        resolve_dtype("half")

@@ -29,7 +29,7 @@ from tests.tiny_families import save_tiny_family
 from tests.tiny_pipeline import save_tiny_pipeline, widen_decoder
 from training import image_folder
 from training.snapshot import save_snapshot
-from training.solver import load_solver, usual_dtype
+from training.solver import load_solver, network_dtype
 
 TABLE = EPDTable(
     torch.tensor([[0.3, 0.7], [0.4, 0.8]], dtype=torch.float64),
@@ -460,22 +460,29 @@ def test_on_cuda_the_network_is_in_the_half_precision_that_the_solver_was_tuned_
     cuda, usual = torch.device("cuda"), load_solver(predictor)
     file = save_snapshot(tmp_path / "network-snapshot-000001", TABLE, {**METADATA, "network_dtype": "bfloat16"})
     tuned = load_solver(file)
+    said = []
+
+    def dtype_for(model, *solvers, device=cuda):
+        return network_dtype(None, model, device, solvers, said.append)
+
     told = {
-        "float16, usual": usual_dtype(pipeline, cuda, [usual]),
-        "bfloat16, as the solver was tuned in": usual_dtype(pipeline, cuda, [tuned, tuned]),
-        "float16, usual on": usual_dtype(pipeline, cuda, [tuned, usual]),
+        "float16, usual": (usual,),
+        "bfloat16, as the solver was tuned in": (tuned, tuned),
+        "float16, usual on": (tuned, usual),
     }
-    for says, (dtype, line) in told.items():
-        assert says in line
+    for says, solvers in told.items():
+        dtype = dtype_for(pipeline, *solvers)
+        assert says in said.pop()
         assert says.startswith(str(dtype).removeprefix("torch."))
-    assert usual_dtype(pipeline, torch.device("cpu"), [tuned]) == (torch.float32, None)
+    assert dtype_for(pipeline, tuned, device=torch.device("cpu")) == torch.float32
+    assert not said
     flux = save_tiny_family("flux", tmp_path / "flux")
-    assert usual_dtype(flux, cuda, [])[0] == torch.bfloat16
+    assert dtype_for(flux) == torch.bfloat16
     sd3 = save_tiny_family("sd3", tmp_path / "sd3")
-    assert usual_dtype(sd3, cuda, [])[0] == torch.float16
+    assert dtype_for(sd3) == torch.float16
     (weights,) = (sd3 / "transformer").glob("*.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights)
-    assert usual_dtype(sd3, cuda, [])[0] == torch.bfloat16
+    assert dtype_for(sd3) == torch.bfloat16
     broken = save_snapshot(tmp_path / "broken-000001", TABLE, {**METADATA, "network_dtype": "half"})
     with pytest.raises(InputError, match="network_dtype is 'half'; known are float32, "):
         load_solver(broken)

@@ -425,18 +425,25 @@ class Solver:
         }
 
 
-def usual_dtype(model: str, device: torch.device, solvers: Sequence[Solver]) -> tuple[torch.dtype, str | None]:
-    """What a model's network computes in where nobody says, and a line about it where that is not float32.
+def network_dtype(
+    told: str | None, model: str, device: torch.device, solvers: Sequence[Solver], note: Callable[[str], object]
+) -> torch.dtype:
+    """What a model's network is to compute in: as `told`, by its name in `DTYPES`, or where nobody says as is usual.
 
-    On CUDA that is the half precision that the solvers were tuned in, or, where they do not say one, the model's own.
+    That is float32, and on CUDA the half precision that the solvers were tuned in, or, where they do not say one, the
+    model's own, which `note` is told.
     """
+    if told is not None:
+        return DTYPES[told]
     if device.type != "cuda":
-        return torch.float32, None
+        return torch.float32
     tuned = {solver.tuned_in for solver in solvers}
     if len(tuned) == 1 and (name := tuned.pop()) is not None:
-        return DTYPES[name], f"network in {name}, as the solver was tuned in; --dtype names another"
+        note(f"network in {name}, as the solver was tuned in; --dtype names another")
+        return DTYPES[name]
     half = usual_half(model)
-    return half, f"network in {str(half).removeprefix('torch.')}, usual on CUDA; --dtype names another"
+    note(f"network in {str(half).removeprefix('torch.')}, usual on CUDA; --dtype names another")
+    return half
 
 
 def check_afs(denoiser: Denoiser) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from errors import InputError
 from models.denoiser import Denoiser
-from models.devices import check_compiler, resolve_device, resolve_dtype
+from models.devices import DTYPES, check_compiler, resolve_device
 from models.fingerprints import fingerprint, model_fingerprint
 from models.prompts import read_prompts
 from models.registry import SHAPES_WORLD, check_assets, default_guidance_scale, load_denoiser, traits_of
@@ -346,7 +346,10 @@ def build(start: Start, fabric: Fabric) -> Parts:
     """
     config = start.config
     denoiser = load_denoiser(
-        model_spec(config), device=fabric.device, dtype=resolve_dtype(config.model.dtype), options=model_options(config)
+        model_spec(config),
+        device=fabric.device,
+        dtype=DTYPES[config.model.dtype],
+        options=model_options(config),
     )
     backend = config.model.backend
     if backend not in (None, denoiser.backend):
