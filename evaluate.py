@@ -33,17 +33,8 @@ from models.pictures import to_pixels
 from models.prompts import first_prompts
 from models.registry import SHAPES_WORLD, check_assets, is_unconditional
 from training.image_folder import ImageRequest, SolverFolders
-from training.measuring.comparison import (
-    CLASSICAL_BASELINE,
-    TOTAL,
-    parse_baseline,
-)
-from training.measuring.evaluation import (
-    PREVIEWS,
-    REFERENCE_STEPS,
-    Store,
-    reference_solver,
-)
+from training.measuring.comparison import CLASSICAL_BASELINE, TOTAL, parse_baseline
+from training.measuring.evaluation import PREVIEWS, REFERENCE_STEPS, Store, reference_solver
 from training.measuring.evaluation_page import evaluation_page
 from training.measuring.protocol import Protocol, load_protocol
 from training.measuring.real_images import (
@@ -80,6 +71,7 @@ SHAPES_VALIDATION = Path("src/prompts/shapes_validation.csv")
 USUAL_REWARD = Path("weights/HPS_v2.1_compressed.pt")
 
 Found = TypeVar("Found")
+Read = TypeVar("Read")
 
 EXAMPLES = """
 \b
@@ -115,6 +107,53 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     return protocol
 
 
+def _listed(text: str, option: str) -> list[str]:
+    """The distinct parts of a list with commas."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise InputError(f"{option} {text!r}: an entry is empty; separate names by single commas")
+    return list(dict.fromkeys(parts))
+
+
+def _solvers(text: str) -> list[str]:
+    names = _listed(text, "--solvers")
+    for name in names:
+        if name != "epd":
+            parse_classical(name)
+    return names
+
+
+def _schedules(text: str) -> list[Schedule]:
+    return [parse_schedule(part) for part in _listed(text, "--schedules")]
+
+
+def _budgets(text: str) -> list[int]:
+    parts = _listed(text, "--nfe")
+    if not all(re.fullmatch("[0-9]{1,9}", part) and 0 < int(part) <= 1000 for part in parts):
+        raise InputError(f"--nfe {text!r}: write numbers of evaluations from 1 to 1000, for example 4,6,8")
+    return sorted({int(part) for part in parts})
+
+
+def _scales(text: str) -> list[float]:
+    try:
+        scales = [float(part) for part in _listed(text, "--guidances")]
+    except ValueError:
+        raise InputError(f"--guidances {text!r}: write numbers, for example 1.5,3,7.5") from None
+    if not all(0 <= scale < float("inf") for scale in scales):
+        raise InputError(f"--guidances {text!r}: every scale must be at least 0 and finite")
+    return scales
+
+
+def _read_by(read: Callable[[str], Read]) -> Callable[[click.Context, click.Parameter, str | None], Read | None]:
+    """A callback by which an option is what `read` makes of its text."""
+
+    @shows_input_errors
+    def callback(_: click.Context, __: click.Parameter, text: str | None) -> Read | None:
+        return None if text is None else read(text)
+
+    return callback
+
+
 @click.command(epilog=EXAMPLES, cls=EitherDash, context_settings={"show_default": True})
 @click.option(
     "--protocol",
@@ -132,18 +171,23 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
 @click.option("--model", "--model_path", default="shapes", help="Registered name, pipeline folder or file.")
 @click.option(
     "--solvers",
+    callback=_read_by(_solvers),
     default=",".join(["epd", *CLASSICAL]),
     help="Separated by commas; multistep ones with an order after a colon where not the highest is meant: dpmpp:2.",
 )
-@click.option("--nfe", default="4,6,8,12,20", help="Parallel evaluations, before guidance.")
+@click.option(
+    "--nfe", callback=_read_by(_budgets), default="4,6,8,12,20", help="Parallel evaluations, before guidance."
+)
 @click.option(
     "--schedules",
+    callback=_read_by(_schedules),
     default=",".join(TRIED_SCHEDULES),
     help="Tried for every classical solver, NAME or NAME:RHO, with @LEVEL from a lower noise level (discrete@5 suits "
     "few evaluations); each metric is reported at the best.",
 )
 @click.option(
     "--guidances",
+    callback=_read_by(_scales),
     help="Constant guidance scales tried likewise, 1.5,3,7.5. Guidance is a choice that every solver deserves. "
     "[--guidance]",
 )
@@ -153,12 +197,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     help="Prompts on which schedule and guidance are chosen. [shapes: its validation prompts; otherwise those that are "
     "scored, which favours the classical solvers]",
 )
-@click.option(
-    "--validation-number",
-    type=click.IntRange(min=2),
-    default=64,
-    help="How many of them, from the top.",
-)
+@click.option("--validation-number", type=click.IntRange(min=2), default=64, help="How many of them, from the top.")
 @click.option(
     "--predictor_path",
     "predictors",
@@ -182,12 +221,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
     help="A .txt (one a line), .csv (column `text`) or .json list; may be repeated: a table of their own for each; "
     f"none for an unconditional model. [for {' and '.join(SHAPES_WORLD)}, {USUAL_PROMPTS}]",
 )
-@click.option(
-    "--number",
-    type=click.IntRange(min=2),
-    default=128,
-    help="Prompts of each, from the top; or images.",
-)
+@click.option("--number", type=click.IntRange(min=2), default=128, help="Prompts of each, from the top; or images.")
 @click.option(
     "--pair",
     is_flag=True,
@@ -217,6 +251,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
 )
 @click.option(
     "--distances",
+    callback=_read_by(parse_distances),
     help=f"To --real, separated by commas: {', '.join(DISTANCES)}. [fid where --real is given]",
 )
 @click.option(
@@ -238,10 +273,7 @@ def _take_protocol(context: click.Context, _: click.Parameter, name: str | None)
 )
 @click.option("--images", is_flag=True, help="Write every image to OUTDIR/images, a folder a solver.")
 @click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=32,
-    help="Images at once; raise it where the device has the memory.",
+    "--batch", type=click.IntRange(min=1), default=32, help="Images at once; raise it where the device has the memory."
 )
 @click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("outputs/evaluation"))
 @click.option(
@@ -269,10 +301,9 @@ def main(protocol: Protocol | None, *, dry_run: bool, **told: Any) -> None:
     """
     asked = Asked(**told)
     require_processes(asked.num_devices)
-    for name in asked.classical:
-        parse_classical(name)
-    _ = asked.budgets, asked.tried, asked.wanted, asked.scales(1.0)  # what cannot be read is said before all else
-    if asked.predictors and "epd" not in asked.names:
+    if asked.distances is not None and asked.real_path is None:
+        raise InputError("--distances are taken to real images: name them with --real")
+    if asked.predictors and "epd" not in asked.solvers:
         raise InputError("--predictor_path is given, but --solvers has no epd: add it")
     if asked.unconditional:
         _refuse_prompts(asked)
@@ -292,10 +323,10 @@ class Asked:
     """What was asked for; each as its option says."""
 
     model: str
-    solvers: str
-    nfe: str
-    schedules: str
-    guidances: str | None
+    solvers: list[str]
+    nfe: list[int]
+    schedules: list[Schedule]
+    guidances: list[float] | None
     validation_file: Path | None
     validation_number: int
     predictors: tuple[str, ...]
@@ -308,7 +339,7 @@ class Asked:
     guidance: float | None
     reward_paths: tuple[Path, ...]
     real_path: Path | None
-    distances: str | None
+    distances: list[str] | None
     resize: Resize
     reference_steps: int
     tell: float | None
@@ -320,26 +351,6 @@ class Asked:
     num_devices: int
     dtype: str | None
     model_options: ModelOptions
-
-    @cached_property
-    def names(self) -> list[str]:
-        """Solvers by name, `epd` among them."""
-        return _listed(self.solvers, "--solvers")
-
-    @cached_property
-    def classical(self) -> list[str]:
-        """The solvers that are no tables."""
-        return [name for name in self.names if name != "epd"]
-
-    @cached_property
-    def budgets(self) -> list[int]:
-        """Parallel evaluations."""
-        return _budgets(self.nfe)
-
-    @cached_property
-    def tried(self) -> list[Schedule]:
-        """Schedules."""
-        return [parse_schedule(text) for text in _listed(self.schedules, "--schedules")]
 
     @cached_property
     def unconditional(self) -> bool:
@@ -356,14 +367,10 @@ class Asked:
         """The file of the prompts that settings are chosen on."""
         return self.validation_file or (SHAPES_VALIDATION if self.model in SHAPES_WORLD else None)
 
-    @cached_property
+    @property
     def wanted(self) -> list[str]:
         """Distances to real images."""
-        if self.real_path is None:
-            if self.distances is not None:
-                raise InputError("--distances are taken to real images: name them with --real")
-            return []
-        return parse_distances(self.distances or "fid")
+        return [] if self.real_path is None else self.distances or ["fid"]
 
     @cached_property
     def read_from(self) -> tuple[Path, ...]:
@@ -401,32 +408,54 @@ class Asked:
 
     def scales(self, usual: float) -> list[float]:
         """Guidance scales that are tried."""
-        return [usual] if self.guidances is None else _scales(self.guidances)
+        return [usual] if self.guidances is None else self.guidances
 
     def rivals(self, tables: Sequence[Solver], usual: float, say: Note) -> list[Solver]:
         """The classical solvers at all their settings, at as many evaluations as the tables have in all too."""
-        budgets = set(self.budgets)
+        budgets = set(self.nfe)
         if any(baseline.endswith(f"@{TOTAL}") for baseline in self.baselines):
             budgets |= {table.evaluations.total for table in tables}
-        solvers = classical_solvers(self.classical, sorted(budgets), self.tried, note=say)
+        classical = [name for name in self.solvers if name != "epd"]
+        solvers = classical_solvers(classical, sorted(budgets), self.schedules, note=say)
         return [solver.guided(scale) for solver in solvers for scale in self.scales(usual)]
 
     def tables(self, say: Note) -> list[Solver]:
-        """The predictors."""
-        return _predictors(self, say) if "epd" in self.names else []
+        """The predictors that were asked for, or all in `exps` that were made for the model and a wanted budget."""
+        if "epd" not in self.solvers:
+            return []
+        left: list[str] = []
+        fitting = []
+        for solver in [load_solver(path, self.exps) for path in self.predictors] or self._discovered(left):
+            parallel = solver.evaluations.parallel
+            if parallel in self.nfe:
+                fitting.append(solver)
+            elif self.predictors:
+                raise InputError(f"{solver.where}: takes {parallel} parallel evaluations; add {parallel} to --nfe")
+            else:
+                left.append(f"{solver.label} (takes {parallel} parallel evaluations)")
+        if left:
+            say(f"left out in {self.exps}: {', '.join(left)}")
+        for solver in fitting:
+            if solver.model != self.model:
+                say(f"{solver.where} was made for {solver.model}, not for {self.model}")
+            if solver.model_options.changes() != self.model_options.changes():
+                say(f"{solver.where}: its model was loaded {solver.model_options}, and here {self.model_options}")
+        labels = [solver.label for solver in fitting]
+        if twice := {label for label in labels if labels.count(label) > 1}:
+            raise InputError(f"several predictors are called {min(twice)}: choose among them with --predictor_path")
+        if not fitting:
+            say(f"no predictor for {self.model} in {self.exps}")
+        return fitting
 
-    def request(self, prompts: Sequence[str], solver: Solver, dtype: torch.dtype) -> ImageRequest:
-        """The images of one solver."""
-        return ImageRequest(
-            prompts=prompts,
-            seeds=[self.seed + index for index in range(len(prompts))],
-            solver=solver,
-            model=self.model,
-            batch_size=self.batch,
-            dtype=dtype,
-            paired=True,
-            model_options=self.model_options,
-        )
+    def _discovered(self, left: list[str]) -> Iterator[Solver]:
+        for folder in sorted(path for path in self.exps.glob("*") if path.is_dir()):
+            try:
+                solver = load_solver(folder, self.exps)
+            except InputError:  # which --predictor_path says
+                left.append(f"{folder.name} (no table that can be read)")
+                continue
+            if solver.model == self.model:
+                yield solver
 
 
 def preview(asked: Asked) -> None:
@@ -490,10 +519,9 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
     denoiser.validate_prompts(everything)
     scale = denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
     rivals = [rival.on(denoiser) for rival in asked.rivals(tables, scale, say)]
-    silent = [table.guidance_scale is None and not table.has_guidance_column for table in tables]
     tables = [
-        (table.guided(scale) if says_none else table).on(denoiser)
-        for table, says_none in zip(tables, silent, strict=True)
+        (table.guided(scale) if table.guidance_scale is None and not table.has_guidance_column else table).on(denoiser)
+        for table in tables
     ]
     if not tables and not rivals:
         raise InputError(
@@ -532,7 +560,16 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
     compared = [*tables, *rivals]
     beside = "" if scene.reference is None else " and the reference"
     say(f"{len(compared)} solvers{beside} on {asked.scored}")
-    request = asked.request(prompts, compared[0], scene.dtype)
+    request = ImageRequest(
+        prompts=prompts,
+        seeds=scene.seeds(prompts),
+        solver=compared[0],
+        model=asked.model,
+        batch_size=asked.batch,
+        dtype=scene.dtype,
+        paired=True,
+        model_options=asked.model_options,
+    )
     folders = SolverFolders(asked.outdir / "images", request) if asked.images else None
     evaluation = scene.draw(compared, prompts, folders)
     if not fabric.is_global_zero:
@@ -567,7 +604,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
             "real images": "none"
             if real is None
             else f"{real.source}, {_counted(real.count)}, {asked.resize} resizing",
-            "schedules tried": ", ".join(map(str, asked.tried)),
+            "schedules tried": ", ".join(map(str, asked.schedules)),
             "guidance scales tried": ", ".join(f"{one:g}" for one in asked.scales(scale)),
             "chosen on": "these prompts"
             if validation is None
@@ -618,71 +655,6 @@ def _short_names(files: Sequence[Path]) -> list[str]:
     """What files are called where they stand side by side: by their whole paths where two have one name."""
     stems = [file.stem for file in files]
     return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
-
-
-def _listed(text: str, option: str) -> list[str]:
-    """The distinct parts of a list with commas."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise InputError(f"{option} {text!r}: an entry is empty; separate names by single commas")
-    return list(dict.fromkeys(parts))
-
-
-def _budgets(text: str) -> list[int]:
-    parts = _listed(text, "--nfe")
-    if not all(re.fullmatch("[0-9]{1,9}", part) and 0 < int(part) <= 1000 for part in parts):
-        raise InputError(f"--nfe {text!r}: write numbers of evaluations from 1 to 1000, for example 4,6,8")
-    return sorted({int(part) for part in parts})
-
-
-def _scales(text: str) -> list[float]:
-    try:
-        scales = [float(part) for part in _listed(text, "--guidances")]
-    except ValueError:
-        raise InputError(f"--guidances {text!r}: write numbers, for example 1.5,3,7.5") from None
-    if not all(0 <= scale < float("inf") for scale in scales):
-        raise InputError(f"--guidances {text!r}: every scale must be at least 0 and finite")
-    return scales
-
-
-def _predictors(asked: Asked, say: Note) -> list[Solver]:
-    """The tables that were asked for, or all that lie in `exps` and were made for the model and a wanted budget."""
-    sources, root, model, options = asked.predictors, asked.exps, asked.model, asked.model_options
-    left: list[str] = []
-    found = [load_solver(source, root) for source in sources] if sources else list(_discovered(model, root, left))
-    fitting = []
-    for solver in found:
-        parallel = solver.evaluations.parallel
-        if parallel in asked.budgets:
-            fitting.append(solver)
-        elif sources:
-            raise InputError(f"{solver.where}: takes {parallel} parallel evaluations; add {parallel} to --nfe")
-        else:
-            left.append(f"{solver.label} (takes {parallel} parallel evaluations)")
-    if left:
-        say(f"left out in {root}: {', '.join(left)}")
-    for solver in fitting:
-        if solver.model != model:
-            say(f"{solver.where} was made for {solver.model}, not for {model}")
-        if solver.model_options.changes() != options.changes():
-            say(f"{solver.where}: its model was loaded {solver.model_options}, and here {options}")
-    labels = [solver.label for solver in fitting]
-    if twice := {label for label in labels if labels.count(label) > 1}:
-        raise InputError(f"several predictors are called {min(twice)}: choose among them with --predictor_path")
-    if not fitting:
-        say(f"no predictor for {model} in {root}")
-    return fitting
-
-
-def _discovered(model: str, root: Path, left: list[str]) -> Iterator[Solver]:
-    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
-        try:
-            solver = load_solver(folder, root)
-        except InputError:  # which --predictor_path says
-            left.append(f"{folder.name} (no table that can be read)")
-            continue
-        if solver.model == model:
-            yield solver
 
 
 if __name__ == "__main__":
