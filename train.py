@@ -29,16 +29,16 @@ from solvers import SAMPLERS
 from training.distillation import SEARCHED_POSITIONS
 from training.distillation_options import DISTILLABLE, OPTIONS, Options, load_options, settled
 from training.distillation_run import (
+    START,
     claim_folder,
     distil,
     is_finished,
     next_folder,
     prepare,
     untrained_table,
-    write_start,
 )
 from training.runs.command_line import EitherDash, Finite, Parts, require_one_process, takes_model_options
-from training.snapshot import find_run
+from training.snapshot import find_run, save_snapshot
 from training.solver import MODEL_OF_DATASET, USUAL_RHO
 from training.starts import needs_grid
 
@@ -78,12 +78,7 @@ Examples:
 )
 @click.option("--M", "M", type=click.IntRange(1, 1000), default=9, help="Its extra steps an interval.")
 @click.option("--afs", type=bool, default=False, help="Estimate the student's first evaluation.")
-@click.option(
-    "--scale_dir",
-    type=Finite(0, 1, max_open=True),
-    default=0.0,
-    help="Directions scale by 1 +- this.",
-)
+@click.option("--scale_dir", type=Finite(0, 1, max_open=True), default=0.0, help="Directions scale by 1 +- this.")
 @click.option("--scale_time", type=Finite(0, 1, max_open=True), default=0.0, help="Times likewise.")
 @click.option("--guidance_rate", "--guidance", type=Finite(0), help="Guidance scale; 1 for none. [the model's own]")
 @click.option("--schedule_type", type=click.Choice(list(SCHEDULES)), default="discrete")
@@ -105,10 +100,7 @@ Examples:
 @click.option("--lr", type=Finite(0, 1e30, min_open=True), default=0.1, help="Adam's step size.")
 @click.option("--coslr/--no-coslr", default=True, help="Let it decay to 0 along a cosine.")
 @click.option(
-    "--target",
-    type=click.Choice(["latent", "image"]),
-    default="latent",
-    help="What the last states are compared as.",
+    "--target", type=click.Choice(["latent", "image"]), default="latent", help="What the last states are compared as."
 )
 @click.option("--recompute", is_flag=True, help="Less memory for a third more time: for large models.")
 @click.option(
@@ -167,7 +159,8 @@ def main(
             grid_counts = needs_grid(options.start, options.num_points)
             denoiser = _denoiser(options, device, model_options) if grid_counts else None
             table = untrained_table(options, denoiser)
-            click.echo(f"wrote {write_start(folder or claim_folder(outdir, options), options, table, denoiser)}")
+            folder = folder or claim_folder(outdir, options)
+            click.echo(f"wrote {save_snapshot(folder / START, table, options.metadata(denoiser))}")
         return
     prompts = [""] if options.prompt_file is None else read_prompts(options.prompt_file)
     costs = options.evaluations()

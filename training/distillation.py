@@ -169,6 +169,7 @@ def teacher_trajectories(
 def search(task: Task, trajectories: Trajectories, num_points: int) -> EPDTable:
     """The table whose intervals, one after the other, end nearest to the teacher's states; see the module, point 1.
 
+    num_points: at most `SEARCHED_POSITIONS`.
     Returns positions and weights, float64 [S, K] on the CPU, positions increasing; without points, K = 0, the history.
     """
     return _search_points(task, trajectories, num_points) if num_points else _search_history(task, trajectories)
@@ -206,8 +207,6 @@ def _search_history(task: Task, trajectories: Trajectories) -> EPDTable:
 
 def _search_points(task: Task, trajectories: Trajectories, num_points: int) -> EPDTable:
     positions = torch.linspace(*SEARCHED_RANGE, SEARCHED_POSITIONS, dtype=torch.float64)
-    if num_points > len(positions):
-        raise InputError(f"num_points={num_points}: the search knows at most {len(positions)} points an interval")
     batches = list(trajectories.batches(task.micro_batch))
     students = [batch.states[0] for batch in batches]
     rows: list[tuple[Tensor, Tensor]] = []
@@ -332,15 +331,6 @@ def _distance(found: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
     return (squares + DISTANCE_FLOOR**2).sqrt() - DISTANCE_FLOOR
 
 
-@dataclass(frozen=True)
-class Update:
-    """What an update did: the number of updates so far, the batch's mean loss before it, the step size."""
-
-    number: int
-    loss: float
-    learning_rate: float
-
-
 class Refinement:
     """Adam on a student's parameters, all intervals together; each update has its own batch of trajectories.
 
@@ -370,8 +360,11 @@ class Refinement:
         self.optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate, betas=(0.9, 0.99))
         self.done = 0
 
-    def step(self) -> Update:
-        """One update. Raises InputError where the loss is no longer a number, or the solver none."""
+    def step(self) -> tuple[float, float]:
+        """One update: the batch's mean loss before it, and the step size.
+
+        Raises InputError where the loss is no longer a number, or the solver none.
+        """
         rate = self.learning_rate
         if self.cosine:
             rate *= 0.5 * (1 + math.cos(math.pi * self.done / self.updates))
@@ -388,7 +381,7 @@ class Refinement:
             raise InputError(f"distillation diverged at update {self.done}: the loss is {loss}; try a smaller --lr")
         self.optimizer.step()
         self.done += 1
-        return Update(self.done, loss, rate)
+        return loss, rate
 
     def solver(self) -> tuple[EPDTable, Tensor]:
         """The student's table and noise levels. Raises InputError where the updates have led to what is no solver."""

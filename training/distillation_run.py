@@ -53,6 +53,7 @@ from training.starts import start_table
 log = logging.getLogger(__name__)
 
 STATS, TEACHER, STATE = "stats.jsonl", "teacher.pt", "training-state.pt"
+START = "network-snapshot-000000.json"  # the table that a run begins at, or all that one without training makes
 
 STATE_KEYS, TEACHER_KEYS = frozenset({"refinement", "best_loss", "best"}), frozenset({"states", "prompts"})
 
@@ -106,11 +107,6 @@ def untrained_table(options: Options, denoiser: Denoiser | None) -> EPDTable:
 def _with_scales(table: EPDTable, options: Options) -> EPDTable:
     ones = {name: torch.ones_like(table.positions) for name in SCALES if getattr(options, name) and table.num_points}
     return replace(table, **ones)
-
-
-def write_start(folder: Path, options: Options, table: EPDTable, denoiser: Denoiser | None) -> Path:
-    """A run without training: a table to start from (`training.starts`). Returns the snapshot."""
-    return save_snapshot(folder / "network-snapshot-000000.pkl", table, options.metadata(denoiser))
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,7 @@ def _distil(folder: Path, options: Options, denoiser: Denoiser, lesson: Lesson) 
 def is_finished(folder: Path, options: Options) -> bool:
     """Whether there is nothing left to do."""
     if options.init_only:
-        return (folder / "network-snapshot-000000.json").exists()
+        return (folder / START).exists()
     return _last_snapshot(folder, options).exists() and not (folder / STATE).exists()
 
 
@@ -229,7 +225,7 @@ def _taught(file: Path, task: Task, sampler: str, lesson: Lesson) -> Trajectorie
 
 def _started(folder: Path, options: Options, task: Task, training: Trajectories) -> SolverParameters:
     """The student to refine: what the search finds, or has found, or the start that the options name."""
-    file = folder / "network-snapshot-000000.json"
+    file = folder / START
     if not file.exists():
         if options.start == SEARCH:
             shown = training.select(range(min(SEARCHED_TRAJECTORIES, len(training))))
@@ -257,8 +253,8 @@ def _refine(folder: Path, refinement: Refinement, bar: tqdm) -> None:
     while not best or refinement.done < refinement.updates:
         line: dict[str, Plain] = {}
         if best:
-            update = refinement.step()
-            line = {"loss": update.loss, "lr": update.learning_rate}
+            mean_loss, rate = refinement.step()
+            line = {"loss": mean_loss, "lr": rate}
         if refinement.done % UPDATES_PER_CHECK == 0 or refinement.done == refinement.updates:
             loss = refinement.held_out_loss()
             line |= {"held_out": loss, **_learned_numbers(refinement)}

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -125,12 +126,9 @@ class Schedule(NamedTuple):
         Where the schedule has a `first` of its own, that is the largest.
         Raises InputError where the schedule does not suit the model.
         """
-        low, high = (
-            usual if told is None else told
-            for told, usual in zip(
-                (sigma_range[0], self.first or sigma_range[1]), (denoiser.sigma_min, denoiser.sigma_max), strict=True
-            )
-        )
+        low, high = sigma_range[0], self.first or sigma_range[1]
+        low = denoiser.sigma_min if low is None else low
+        high = denoiser.sigma_max if high is None else high
         try:
             return get_schedule(self.schedule_type, num_steps, low, high, rho=self.rho, denoiser=denoiser)
         except ValueError as error:
@@ -508,23 +506,18 @@ class _Says(NamedTuple):
     origin: Origin
 
     def text(self, key: str) -> str | None:
-        value = self.origin.metadata.get(key)
-        if value is not None and not isinstance(value, str):
-            raise self.fault(key, value, "it must be a text")
-        return value
+        return self._of_type(key, self.origin.metadata.get(key), (str, NoneType), "a text")
 
     def number(self, key: str) -> float | None:
-        value = self.origin.metadata.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fault(key, value, "it must be a number")
-        return float(value)
+        value = self._of_type(key, self.origin.metadata.get(key), (int, float, NoneType), "a number")
+        return None if value is None else float(value)
 
     def afs(self) -> bool:
-        value = self.origin.metadata.get("afs", False)
-        if not isinstance(value, bool):
-            raise self.fault("afs", value, "it must be true or false")
+        return self._of_type("afs", self.origin.metadata.get("afs", False), (bool,), "true or false")
+
+    def _of_type(self, key: str, value: Plain, kinds: tuple[type, ...], named: str) -> Plain:
+        if type(value) not in kinds:
+            raise self.fault(key, value, f"it must be {named}")
         return value
 
     def order(self) -> int:
@@ -600,8 +593,7 @@ def classical_solver(name: str, num_steps: int, schedule: Schedule, *, afs: bool
     `name` is a sampler's, with an order for the multistep ones where not the highest is meant: `ddim`, `dpmpp:2`.
     Raises InputError for a name that is not known.
     """
-    sampler, order = parse_classical(name)
-    options = {} if order is None else {"max_order": order}
+    sampler, options = parse_classical(name)
     return Solver(name, sampler, num_steps, options=options, afs=afs, schedule=schedule)
 
 
@@ -625,8 +617,8 @@ def classical_solvers(
     return solvers
 
 
-def parse_classical(name: str) -> tuple[str, int | None]:
-    """Sampler and order (None for those without) of `ddim`, `dpmpp`, `dpmpp:2`. Raises InputError for another text."""
+def parse_classical(name: str) -> tuple[str, dict[str, int]]:
+    """Sampler and options (an order, or none) of `ddim`, `dpmpp`, `dpmpp:2`. Raises InputError for another text."""
     solver, colon, text = name.partition(":")
     if solver not in CLASSICAL:
         raise InputError(f"unknown solver {name!r}; known are {', '.join(SAMPLERS)}")
@@ -634,12 +626,10 @@ def parse_classical(name: str) -> tuple[str, int | None]:
     if orders is None:
         if colon:
             raise InputError(f"solver {name!r}: {solver} has no order to choose; write {solver}")
-        return solver, None
-    if not colon:
-        return solver, orders[-1]
-    if text not in map(str, orders):
+        return solver, {}
+    if colon and text not in map(str, orders):
         raise InputError(f"solver {name!r}: the orders of {solver} are {', '.join(map(str, orders))}")
-    return solver, int(text)
+    return solver, {"max_order": int(text) if colon else orders[-1]}
 
 
 def parse_schedule(text: str) -> Schedule:

@@ -11,15 +11,8 @@ from training.solver import MULTISTEP_ORDERS, parse_classical
 
 NEAR_EULER = "near_euler"
 
-# Points an interval that each start can have, for people.
-POINTS = {NEAR_EULER: "1 or more", "ddim": "0", "dpmpp": "0", "dpm2": "1", "ipndm": "0 or more"}
-_FITS = {
-    NEAR_EULER: lambda points: points > 0,
-    "ddim": lambda points: points == 0,
-    "dpmpp": lambda points: points == 0,
-    "dpm2": lambda points: points == 1,
-    "ipndm": lambda points: True,
-}
+# Points an interval that each start can have: the fewest, and whether they can be more.
+POINTS = {NEAR_EULER: (1, True), "ddim": (0, False), "dpmpp": (0, False), "dpm2": (1, False), "ipndm": (0, True)}
 
 
 def check_start(start: str, num_points: int) -> None:
@@ -27,8 +20,10 @@ def check_start(start: str, num_points: int) -> None:
     name, _ = _parsed(start)
     if name not in POINTS:
         raise InputError(f"--start {start}: {name} is no table; {', '.join(POINTS)} are")
-    if not _FITS[name](num_points):
-        raise InputError(f"--start {start} needs --num_points {POINTS[name]}, not {num_points}")
+    fewest, or_more = POINTS[name]
+    if num_points < fewest or (num_points > fewest and not or_more):
+        needed = f"{fewest} or more" if or_more else fewest
+        raise InputError(f"--start {start} needs --num_points {needed}, not {num_points}")
 
 
 def needs_grid(start: str, num_points: int) -> bool:
@@ -46,14 +41,13 @@ def start_table(start: str, sigmas: Tensor, num_points: int) -> EPDTable:
 
     The name and the number of points have passed `check_start`.
     """
-    name, order = _parsed(start)
-    ordered = {} if order is None else {"max_order": order}
+    name, options = _parsed(start)
     if name == "dpm2" or num_points == 0:
-        return classical_table(name, sigmas, **ordered)
+        return classical_table(name, sigmas, **options)
     table = near_euler_table(len(sigmas) - 1, num_points)
-    return with_ipndm_history(table, **ordered) if name == "ipndm" else table
+    return with_ipndm_history(table, **options) if name == "ipndm" else table
 
 
-def _parsed(start: str) -> tuple[str, int | None]:
-    """Name and order."""
-    return (NEAR_EULER, None) if start == NEAR_EULER else parse_classical(start)
+def _parsed(start: str) -> tuple[str, dict[str, int]]:
+    """Name and options."""
+    return (NEAR_EULER, {}) if start == NEAR_EULER else parse_classical(start)
