@@ -210,15 +210,15 @@ def test_pairs_are_the_diagonal_of_prompts_and_seeds(pipeline, tmp_path):
 
 def test_after_an_interrupt_the_log_speaks_of_the_images_that_are_there(pipeline, tmp_path, monkeypatch):
     common = ("--model_path", pipeline, "--num-steps", "3", "--prompt", "a dog", "--seeds", "0-3", "--batch", "2")
-    drawn, calls = image_folder._drawn, []
+    decode, calls = image_folder.decode, []
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return drawn(*arguments)
+        return decode(*arguments)
 
-    monkeypatch.setattr(image_folder, "_drawn", interrupted)
+    monkeypatch.setattr(image_folder, "decode", interrupted)
     assert run(*common, "--outdir", tmp_path, "--solver", "heun").exit_code == 130
     assert [(line["seed"], line["solver"]) for line in records(tmp_path)] == [(0, "heun"), (1, "heun")]
 
