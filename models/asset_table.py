@@ -138,7 +138,8 @@ HPD_PROMPTS = tuple(
 PICKSCORE = _of_hub(
     "weights/pickscore",
     "yuvalkirstain/PickScore_v1",
-    *("config.json", "model.safetensors"),
+    "config.json",
+    "model.safetensors",
     revision="a4e4367c6dfa7288a00c550414478f865b875800",
 )
 CLIP = _of_hub(
@@ -158,13 +159,15 @@ CLIP_336 = _of_hub(
 IMAGEREWARD = _of_hub(
     "weights/imagereward",
     "zai-org/ImageReward",
-    *("ImageReward.pt", "med_config.json"),
+    "ImageReward.pt",
+    "med_config.json",
     revision="5736be03b2652728fb87788c9797b0570450ab72",
 )
 BERT_TOKENIZER = _of_hub(
     "weights/bert-base-uncased",
     "google-bert/bert-base-uncased",
-    *("tokenizer.json", "tokenizer_config.json"),
+    "tokenizer.json",
+    "tokenizer_config.json",
     revision="86b5e0934494bd15c9632b12f734a8a67f723594",
 )
 AESTHETIC = AssetFile(

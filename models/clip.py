@@ -218,7 +218,6 @@ def from_open_clip(state_dict: Mapping[str, Tensor], model_cfg: Mapping[str, Any
     config = clip_config(model_cfg)
     model = _without_memory(config, state_dict, source)
     layout = _layout(config)
-    check_memory(source, _float32_size(model), torch.device("cpu"))
     expected = {name: tuple(tensor.shape) for name, tensor in to_open_clip(model).items()}
     _check_tensors(state_dict, expected, source)
     weights: dict[str, Tensor] = {}
@@ -263,21 +262,22 @@ def from_transformers(state_dict: Mapping[str, Tensor], config: CLIPConfig, *, s
     # Older files carry along the numbers 0, 1, 2, ... of the positions.
     state = {name: weight for name, weight in state_dict.items() if "position_ids" not in name}
     model = _without_memory(config, state, source)
-    check_memory(source, _float32_size(model), torch.device("cpu"))
     _check_tensors(state, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, source)
     return _filled(model, {name: weight.to(torch.float32) for name, weight in state.items()})
 
 
 def _without_memory(config: CLIPConfig, weights: Mapping[str, Tensor], source: str) -> CLIPModel:
-    """A model of this size; no time is spent on random weights that are replaced at once."""
+    """A model of this size, for which there is memory in float32; none is taken for weights that are replaced at once.
+
+    Raises InputError where the configuration is of no model, or of one for which there is too little memory.
+    """
     try:
-        return skeleton(lambda: CLIPModel(config), weights)
+        model = skeleton(lambda: CLIPModel(config), weights)
     except Exception as error:  # what a configuration makes the library trip over can be anything
         raise InputError(f"{source} holds no CLIP model of the configured size: {first_line(error)}") from error
-
-
-def _float32_size(model: CLIPModel) -> int:
-    return sum(weight.numel() for weight in model.parameters()) * torch.float32.itemsize
+    needed = sum(weight.numel() for weight in model.parameters()) * torch.float32.itemsize
+    check_memory(source, needed, torch.device("cpu"))
+    return model
 
 
 def _filled(model: CLIPModel, weights: Mapping[str, Tensor]) -> CLIPModel:
