@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -295,42 +295,32 @@ def epd_sampler(
 
     Differentiable in x, in the table and in sigmas. Raises ValueError where table, grid and batch do not fit together.
     """
-    steps = EPDSteps(table, sigmas, x, afs=afs, first=first)
-
-    def step(x: Tensor, i: int) -> Tensor:
-        return answered(denoise, steps.interval(i, x, parallel=parallel))
-
-    final = (lambda x: answered(denoise, steps.to_zero(x))) if denoise_to_zero else None
-    return _march(x, len(steps), step, final, callback)
-
-
-class Query(NamedTuple):
-    """What a solver asks the network: D(x, sigma), or D(x, sigma; guidance) where the table has guidance."""
-
-    x: Tensor
-    sigma: Tensor
-    guidance: Tensor | None = None
-
-
-Asking = Generator[Query, Tensor, Tensor]
-"""It yields what it asks, is sent the estimate, and returns the next state."""
+    steps = EPDSteps(denoise, table, sigmas, x, afs=afs, parallel=parallel, first=first)
+    return _march(x, len(steps), steps.interval, steps.to_zero if denoise_to_zero else None, callback)
 
 
 class EPDSteps:
     """`epd_sampler` interval by interval; one object for one run from noise to image.
 
-        steps = EPDSteps(table, sigmas, x)
+        steps = EPDSteps(denoise, table, sigmas, x)
         for i in range(len(steps)):
-            x = answered(denoise, steps.interval(i, x))
+            x = steps.interval(i, x)
 
-    A loop that calls the network itself takes each query from the generator `interval(i, x)` and sends it the estimate.
     The object remembers what the columns `history` and `direction_history` look back to; they pass over intervals that
     were not run, so a run may start in the middle of the grid. Arguments and errors are `epd_sampler`'s; of x only
     shape, dtype and device count.
     """
 
     def __init__(
-        self, table: EPDTable, sigmas: Tensor, x: Tensor, *, afs: bool = False, first: Tensor | None = None
+        self,
+        denoise: Denoise,
+        table: EPDTable,
+        sigmas: Tensor,
+        x: Tensor,
+        *,
+        afs: bool = False,
+        parallel: bool = True,
+        first: Tensor | None = None,
     ) -> None:
         """Multiply the table out on its grid."""
         levels = _checked_grid(sigmas)
@@ -340,7 +330,8 @@ class EPDSteps:
             raise ValueError(f"the table holds {table.batch_size} samples, x holds {len(x)}")
         if levels.ndim == 2 and len(levels) != len(x):
             raise ValueError(f"sigmas hold {len(levels)} grids, x holds {len(x)} samples")
-        self.afs, self.num_points, self._first = afs, table.num_points, first
+        self._denoise, self._afs, self._parallel, self._first = denoise, afs, parallel, first
+        self._num_points = table.num_points
         # Nobody waits for these copies: the host goes on to queue up the network's calls.
         brought = partial(torch.Tensor.to, device=x.device, non_blocking=True)
         self._levels = levels.cpu() if levels.ndim == 1 else brought(levels.T)  # [S + 1] or [S + 1, B]
@@ -365,51 +356,38 @@ class EPDSteps:
         """S, the number of intervals."""
         return len(self._levels) - 1
 
-    def interval(self, i: int, x: Tensor, *, parallel: bool = True) -> Asking:
-        """From x at sigmas[i] to the state at sigmas[i + 1]: one query, and then one for all points or one for each."""
+    def interval(self, i: int, x: Tensor) -> Tensor:
+        """From x at sigmas[i] to the state at sigmas[i + 1]."""
         a, step = (_like(level, x) for level in (self._levels[i], self._levels[i + 1] - self._levels[i]))
-        denoised = self._known(x, a) if i == 0 else None
+        denoised = None
+        if i == 0:
+            denoised = _afs_estimate(x, a) if self._afs else self._first
         if denoised is None:
-            denoised = yield self._query(i, x, self._levels[i])
+            denoised = self._ask(i, x, self._levels[i])
         denoised = _recalling(self._history, i, denoised, self._estimates)
         direction = _recalling(self._direction_history, i, _slope(x, denoised, a), self._directions)
-        if self.num_points == 0:
+        if self._num_points == 0:
             return x + step * direction
         direction = direction[:, None]  # [B, 1, ...]
         offsets, gains = (_like(row[i], direction) for row in (self._offsets, self._gains))  # [B or 1, K, 1, ...]
         following = x
-        for points in [slice(None)] if parallel else [slice(k, k + 1) for k in range(self.num_points)]:
+        for points in [slice(None)] if self._parallel else [slice(k, k + 1) for k in range(self._num_points)]:
             x_k = x[:, None] + offsets[:, points] * direction  # [B, points, ...]
             told = self._told[i, :, points].expand(x_k.shape[:2]).reshape(-1)  # [B * points]
-            residual = x_k - (yield self._query(i, x_k.flatten(0, 1), told, points)).view_as(x_k)
+            residual = x_k - self._ask(i, x_k.flatten(0, 1), told, points).view_as(x_k)
             following = following + (gains[:, points] * residual).sum(1)
         return following
 
-    def to_zero(self, x: Tensor) -> Asking:
+    def to_zero(self, x: Tensor) -> Tensor:
         """From x at the last level to its estimate."""
-        return (yield self._query(len(self) - 1, x, self._levels[-1]))
+        return self._ask(len(self) - 1, x, self._levels[-1])
 
-    def _known(self, x: Tensor, sigma: Tensor) -> Tensor | None:
-        """The first estimate, where the network need not be asked for it."""
-        return _afs_estimate(x, sigma) if self.afs else self._first
-
-    def _query(self, i: int, x: Tensor, sigma: Tensor, points: slice | None = None) -> Query:
-        """At the points, or at the interval's start; x holds their rows, sample-major."""
+    def _ask(self, i: int, x: Tensor, sigma: Tensor, points: slice | None = None) -> Tensor:
+        """The estimate at the points, or at the interval's start; x holds their rows, sample-major."""
         if self._guidance is None:
-            return Query(x, sigma)
+            return self._denoise(x, sigma)
         row = self._guidance[i, :, :1] if points is None else self._guidance[i, :, 1:][:, points]  # [B or 1, n]
-        return Query(x, sigma, row.expand(len(x) // row.shape[1], -1).reshape(-1))
-
-
-def answered(denoise: Denoise, asking: Asking) -> Tensor:
-    """The next state, if `denoise` answers what is asked."""
-    estimate = None
-    while True:
-        try:
-            query = asking.send(estimate)
-        except StopIteration as end:
-            return end.value
-        estimate = denoise(*query) if query.guidance is not None else denoise(query.x, query.sigma)
+        return self._denoise(x, sigma, row.expand(len(x) // row.shape[1], -1).reshape(-1))
 
 
 def _classical(rule: Callable[..., Advance]) -> Callable[..., Tensor]:
@@ -432,7 +410,7 @@ def _classical(rule: Callable[..., Advance]) -> Callable[..., Tensor]:
         levels = _one_grid(sigmas)
         advance = rule(denoise, levels, **own)
 
-        def step(x: Tensor, i: int) -> Tensor:
+        def step(i: int, x: Tensor) -> Tensor:
             analytic = afs and i == 0
             return advance(x, _afs_estimate(x, levels[0]) if analytic else denoise(x, _scalar(levels[i])), i)
 
@@ -767,7 +745,7 @@ def _calls_per_interval(sampler: str, num_points: int = 1) -> int:
 def _march(
     x: Tensor,
     num_intervals: int,
-    step: Callable[[Tensor, int], Tensor],
+    step: Callable[[int, Tensor], Tensor],
     final: Callable[[Tensor], Tensor] | None,
     callback: Callback | None,
 ) -> Tensor:
@@ -775,7 +753,7 @@ def _march(
     observe = callback or (lambda done, x: None)
     observe(0, x)
     for i in range(num_intervals):
-        x = step(x, i)
+        x = step(i, x)
         observe(i + 1, x)
     if final is not None:
         x = final(x)

@@ -17,7 +17,7 @@ from torch import Tensor
 from integrations.comfyui.epd import GUIDANCE, Solver, guided_by_row, read_solver, sample_epd
 from models import load_denoiser
 from models.generate import initial_noise
-from solvers import EPDSteps, EPDTable, answered
+from solvers import EPDSteps, EPDTable
 from tests.test_diffusers_scheduler import CPU, SEEDS, SIGMAS, TABLES, scheduler_of, solver_of
 from training.snapshot import save_snapshot
 
@@ -106,9 +106,9 @@ def ours_from(start: int, table: EPDTable, x: Tensor) -> Tensor:
         told = {"model_options": {GUIDANCE: guidance[0].tolist()}} if guidance else {}
         return cosine(x, sigma.expand(len(x)), **told)
 
-    steps = EPDSteps(table, SIGMAS, x)
+    steps = EPDSteps(denoise, table, SIGMAS, x)
     for i in range(start, len(steps)):
-        x = answered(denoise, steps.interval(i, x))
+        x = steps.interval(i, x)
     return x
 
 

@@ -25,7 +25,7 @@ from integrations.diffusers.scheduling_epd import EPDScheduler
 from models import load_denoiser
 from models.generate import conditioned, initial_noise
 from models.noise_levels import NoiseLevels
-from solvers import COLUMNS, EPDSteps, EPDTable, answered, classical_table, epd_sampler
+from solvers import COLUMNS, EPDSteps, EPDTable, classical_table, epd_sampler
 from tests.test_solver_tables import full_table
 from tests.tiny_pipeline import TEXT_WIDTH, save_tiny_pipeline
 from tests.tiny_stock_pipelines import tiny_flux, tiny_sd, tiny_sd3
@@ -294,11 +294,10 @@ def test_an_image_is_changed_from_the_start_of_an_interval(stable_diffusion, nam
     ).images
     noise = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     x = image + SIGMAS[begin] * noise
-    steps = EPDSteps(table, SIGMAS, x)
     with torch.no_grad():
-        denoise = conditioned(denoiser, denoiser.encode(PROMPTS, scale))
+        steps = EPDSteps(conditioned(denoiser, denoiser.encode(PROMPTS, scale)), table, SIGMAS, x)
         for i in range(begin, 3):
-            x = answered(denoise, steps.interval(i, x))
+            x = steps.interval(i, x)
     torch.testing.assert_close(latents, x, rtol=1e-5, atol=1e-5)
 
 

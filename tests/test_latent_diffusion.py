@@ -26,7 +26,7 @@ from models.options import ModelOptions
 from models.pipelines import load_folder
 from models.recent import RecentTensors
 from schedules import get_schedule
-from solvers import EPDSteps, EPDTable, answered, epd_sampler
+from solvers import EPDSteps, EPDTable, epd_sampler
 from tests import golden
 from tests.tiny_pipeline import TEXT_WIDTH, TOKEN_LIMIT, modules_of, save_tiny_pipeline
 
@@ -575,9 +575,10 @@ def test_a_batch_is_begun_while_the_device_works_at_the_one_before():
     ).expand(2)
     x = torch.ones(2, 4, 8, 8, device="meta")
     with WaitsForTheDevice() as mode:
-        steps = EPDSteps(table, torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.5, 1.0]], dtype=torch.float64), x)
+        levels = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.5, 1.0]], dtype=torch.float64)
+        steps = EPDSteps(lambda x, _sigma: x / 2, table, levels, x)
         for interval in range(len(steps)):
-            x = answered(lambda x, _sigma: x / 2, steps.interval(interval, x))
+            x = steps.interval(interval, x)
     assert mode.found == []
 
 

@@ -19,8 +19,6 @@ from solvers import (
     SAMPLERS,
     EPDSteps,
     EPDTable,
-    Query,
-    answered,
     classical_table,
     epd_sampler,
     network_evaluations,
@@ -230,34 +228,24 @@ def test_gradients_of_grid_guidance_and_history(points: int, batch: int | None) 
 # --- Interval by interval ------------------------------------------------------------------------------------
 
 
-def test_steps_ask_one_thing_after_the_other_and_end_where_the_sampler_does() -> None:
-    """What a loop needs that calls the network itself, one batch of the same size at a time."""
+def test_steps_end_where_the_sampler_does() -> None:
     x, sigmas, table = noise() * 20, grid(4), full_table(3, 2)
     states: list[Tensor] = []
     epd_sampler(guided, x, sigmas, table, callback=lambda _, state: states.append(state))
-    steps = EPDSteps(table, sigmas, x)
+    steps = EPDSteps(guided, table, sigmas, x, parallel=False)
     assert len(steps) == 3
     for i in range(3):
-        asking = steps.interval(i, x, parallel=False)
-        asked = [next(asking)]
-        assert torch.equal(asked[0].x, x)
-        assert torch.equal(asked[0].sigma, sigmas[i])
-        for _ in range(2):
-            asked.append(asking.send(guided(*asked[-1])))
-        with pytest.raises(StopIteration) as end:
-            asking.send(guided(*asked[-1]))
-        x = end.value.value
-        assert all(isinstance(query, Query) and query.x.shape == x.shape for query in asked)
+        x = steps.interval(i, x)
         torch.testing.assert_close(x, states[i + 1], rtol=1e-12, atol=1e-12)
 
 
 def test_an_interval_passes_over_intervals_that_were_not_run() -> None:
     """From the middle of the grid: as a table whose history knows only what follows."""
     x, sigmas, table = noise() * 3, grid(6), full_table(5, 1)
-    steps = EPDSteps(table, sigmas, x)
+    steps = EPDSteps(guided, table, sigmas, x)
     found = x
     for i in range(2, 5):
-        found = answered(guided, steps.interval(i, found))
+        found = steps.interval(i, found)
     rest = EPDTable(
         **{
             name: entries[2:, 2:] if name.endswith("history") else entries[2:]
@@ -269,20 +257,12 @@ def test_an_interval_passes_over_intervals_that_were_not_run() -> None:
 
 def test_an_interval_run_again_forgets_what_it_was_before() -> None:
     x, sigmas, table = noise() * 20, grid(4), full_table(3, 1)
-    steps = EPDSteps(table, sigmas, x)
+    steps = EPDSteps(guided, table, sigmas, x)
     for start in (2 * x, x):
         found = start
         for i in range(3):
-            found = answered(guided, steps.interval(i, found))
+            found = steps.interval(i, found)
     torch.testing.assert_close(found, epd_sampler(guided, x, sigmas, table), rtol=1e-12, atol=1e-12)
-
-
-def test_a_stop_iteration_of_the_network_is_no_end_of_an_interval() -> None:
-    def exhausted(x: Tensor, sigma: Tensor, guidance: Tensor) -> Tensor:
-        return next(iter(()))
-
-    with pytest.raises(StopIteration):
-        epd_sampler(exhausted, noise() * 20, grid(3), full_table(2, 1))
 
 
 # --- Classical samplers as tables ----------------------------------------------------------------------------

@@ -33,7 +33,6 @@ from solvers import (
     COLUMNS,
     SAMPLERS,
     Denoise,
-    EPDSteps,
     EPDTable,
     NetworkEvaluations,
     network_evaluations,
@@ -312,10 +311,6 @@ class Solver:
             table=table.select(samples) if table is not None and table.batch_size is not None else table,
             sigmas=sigmas[samples] if sigmas is not None and sigmas.ndim == 2 else sigmas,
         )
-
-    def steps(self, x: Tensor) -> EPDSteps:
-        """The table's sampler interval by interval, for whoever calls the network; needs a table, settled by `on`."""
-        return EPDSteps(self.table, self.sigmas, x, afs=self.afs)
 
     def solve(self, denoise: Denoise, noise: Tensor, first: Tensor | None = None) -> Tensor:
         """From standard normal noise [N, C, H, W] to latents; the solver is settled by `on`.

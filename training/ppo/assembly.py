@@ -23,7 +23,7 @@ from models.fingerprints import fingerprint, model_fingerprint
 from models.prompts import read_prompts
 from models.registry import SHAPES_WORLD, check_assets, default_guidance_scale, load_denoiser, traits_of
 from models.shapes.scenes import parse
-from solvers import EPDTable
+from solvers import EPDSteps, EPDTable
 from training.measuring.evaluation import LIBRARIES, SAMPLING_CODE, Store
 from training.parameters import GRID, PARTS
 from training.ppo.checkpoint import require_equal, table_from_plain, table_to_plain
@@ -241,7 +241,7 @@ def from_plain(state: Mapping[str, Any], config: Config, checkpoint: Path) -> St
     solver = _settled(snapshot, config, table)
     if sigmas is not None:
         solver = replace(solver, sigmas=sigmas)
-        solver.steps(torch.zeros(1, 1))  # whether they are a grid for the table
+        EPDSteps(torch.zeros_like, table, sigmas, torch.zeros(1, 1))  # whether they are a grid for the table
     return Start(config, snapshot, solver, tuple(map(str, state["notes"])))
 
 
