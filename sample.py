@@ -167,10 +167,13 @@ def main(
 
 def _classical(name: str | None, num_steps: int | None, schedule: Schedule | None, *, afs: bool) -> Solver:
     if name in (None, "epd"):
-        raise InputError(f"--predictor_path is missing; or choose a classical --solver: {', '.join(CLASSICAL)}")
+        raise InputError(
+            f"--predictor_path is missing; or choose a classical --solver: {', '.join(CLASSICAL)}; "
+            "python sample.py --help shows commands that run"
+        )
     parse_classical(name)
     if num_steps is None:
-        raise InputError(f"--num-steps is missing: how many grid points may {name} use?")
+        raise InputError(f"--num-steps is missing: the grid points of {name}, one more than its intervals")
     return classical_solver(name, num_steps, schedule or parse_schedule(USUAL_SCHEDULE), afs=afs)
 
 

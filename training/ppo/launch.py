@@ -73,6 +73,8 @@ def main(
     python -m training.ppo.launch --config training/ppo/cfgs/shapes.yaml --dry-run
     python -m training.ppo.launch --config training/ppo/cfgs/shapes.yaml --override ppo.steps=20 run.seed=1
     python -m training.ppo.launch --resume exps/<timestamp>-shapes
+
+    Every key that a configuration and --override take, with its unit and default: training/ppo/config.py.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     pairs = with_options(overrides, {"run.run_name": run_name, "run.device": device})

@@ -210,7 +210,7 @@ def _classical(row: Row, watch: Mapping[str, Any], total: int) -> Iterator[str]:
             f"{_shown(row, 'classical')}."
         )
     if "heldout/classical_panel_difference" in row:
-        yield f"To the panel: {_compared(row, 'classical_panel')}, {_shown(row, 'classical_panel')}."
+        yield f"By the panel: {_compared(row, 'classical_panel')}, {_shown(row, 'classical_panel')}."
 
 
 def _cost(rows: Sequence[Row], total: int) -> Iterator[str]:
@@ -239,9 +239,11 @@ def _next(folder: RunFolder, evaluations: Sequence[Row], config: Config, paralle
     exported = f"{run}/export/{DIFFUSERS}"
     wanted = {
         "Export the solver": f"python -m training.ppo.export_epd_predictor {typed}{best}",
-        "Draw by it": f"python sample.py --predictor_path {typed}{asked} --seeds 0-3 --grid",
-        "Measure it beside classical solvers, on prompts that the run never saw": f"python evaluate.py --model {model} "
-        f"--solvers epd,ddim,dpmpp,ipndm --predictor_path {typed} --nfe {parallel}{prompts}",
+        "Draw with it": f"python sample.py --predictor_path {typed}{asked} --seeds 0-3 --grid",
+        "Measure it beside classical solvers, on prompts that the run never saw (--dry-run says what that costs)": (
+            f"python evaluate.py --model {model} --solvers epd,ddim,dpmpp,ipndm --predictor_path {typed} "
+            f"--nfe {parallel}{prompts}"
+        ),
         f"Use it in diffusers, without this repository ({exported}/README.md says more)": (
             lines_for_diffusers(exported, *_pipeline(model))
         ),

@@ -151,8 +151,12 @@ class TrainingRun:
 
     def _to_the_end(self, interrupts: Interrupts, bar: tqdm) -> str:
         if self.step == 0 and self.watch is not None:
+            if self._writer is not None:
+                count = len(self.judge.prompts)
+                tqdm.write(f"before step 1: scoring classical solvers and the start on {count} held-out prompts")
             self._look_beside()
             self._record({"step": 0, **self._evaluate()})
+            bar.reset()  # the time left is told by steps alone
         while self.step < self.config.ppo.steps:
             self.interrupted_by = int(self._of_each_process(torch.tensor(interrupts.received or 0)).max())
             if self.interrupted_by:
@@ -273,12 +277,13 @@ def console_line(row: Mapping[str, float], steps: int) -> str:
 
 
 def heldout_line(step: int, metrics: Mapping[str, float]) -> str:
-    """One line about an evaluation."""
+    """One line about an evaluation: each mean score, and how far it is above the start's, with a 95% interval."""
     parts = [f"step {step} held out"]
     for judge in ("reward", "panel"):
         if f"heldout/{judge}" in metrics:
             difference, low, high = Interval.from_metrics(metrics, f"heldout/{judge}_difference")
-            parts.append(f"{judge} {metrics[f'heldout/{judge}']:.4f} ({difference:+.4f} [{low:+.4f}, {high:+.4f}])")
+            score = metrics[f"heldout/{judge}"]
+            parts.append(f"{judge} {score:.4f} (start {difference:+.4f} [{low:+.4f}, {high:+.4f}])")
     if metrics["heldout/suspected_reward_hacking"]:
         parts.append("SUSPECTED REWARD HACKING: the reward rises while the panel falls")
     return "  ".join(parts)

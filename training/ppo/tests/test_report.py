@@ -181,7 +181,7 @@ def test_the_classical_solver_and_the_reference_stand_beside_it(tmp_path: Path, 
     page = read(folder)
     assert "Better than its start: reward +0.0200; not told from the best classical solver" in page.text
     assert "(ddim, discrete, 6 evaluations, reward 0.7100): not told apart, +0.0100" in page.text
-    assert "To the panel: worse, -0.2000, 95% interval [-0.3000, -0.1000]." in page.text
+    assert "By the panel: worse, -0.2000, 95% interval [-0.3000, -0.1000]." in page.text
     labels = ["start", "tuned (step 2)", "best classical (ddim, discrete, 6 evaluations)", "reference (50 evaluations)"]
     assert page.captions == 2 * labels
 
