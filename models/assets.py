@@ -98,7 +98,7 @@ def fetch(asset: AssetFile, target: Path, note: Note) -> None:
         record_digest(target, digest)
     move(part, target)
     recorded = f"; no published digest is known, recorded in {record_of(target).name}" if asset.digest is None else ""
-    note(f"{target}: fetched, {target.stat().st_size} bytes, SHA-256 {digest}{recorded}")
+    note(f"{target}: fetched, {target.stat().st_size:,} bytes, SHA-256 {digest}{recorded}")
 
 
 def fetch_files(hub_id: str, patterns: Sequence[str]) -> Path:
@@ -239,11 +239,11 @@ def _verified_by(asset: AssetFile, pinned: str | None) -> str:
 def examine(asset: AssetFile, path: Path) -> tuple[str, str]:
     """The state of a file, `ok`, `missing` or `WRONG`, and what there is to say of it. Reads all of it."""
     if not path.is_file():
-        return "missing", "" if asset.size is None else f"{asset.size} bytes"
+        return "missing", "" if asset.size is None else f"{asset.size:,} bytes"
     pinned = pinned_digest(asset, path)
     if fault := fault_of(asset, path, pinned):
         return "WRONG", fault
-    return "ok", f"{path.stat().st_size} bytes, {_verified_by(asset, pinned)}, SHA-256 {digest_of(path)}"
+    return "ok", f"{path.stat().st_size:,} bytes, {_verified_by(asset, pinned)}, SHA-256 {digest_of(path)}"
 
 
 def machine() -> Iterator[str]:

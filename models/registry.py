@@ -35,7 +35,7 @@ class Asset:
 
     def __str__(self) -> str:
         """For messages: the path and how large a file is to be expected."""
-        return f"src/{self.path}" + (f" ({self.size} bytes)" if self.size else "")
+        return f"src/{self.path}" + (f" ({self.size:,} bytes)" if self.size else "")
 
 
 def _fetched(file: AssetFile) -> Asset:

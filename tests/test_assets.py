@@ -231,14 +231,14 @@ def invoke(*arguments: str):
 def test_fetch_and_doctor(things):
     missing = invoke("doctor", "thing")
     assert missing.exit_code == 1
-    assert f"missing weights/thing.bin  {len(BODY)} bytes" in missing.output
+    assert f"missing weights/thing.bin  {len(BODY):,} bytes" in missing.output
     assert "Licence: MIT" in missing.output
     assert invoke("doctor").exit_code == 0
     fetched = invoke("fetch", "thing")
     assert fetched.exit_code == 0, fetched.output
     found = invoke("doctor", "thing")
     assert found.exit_code == 0
-    assert f"ok      weights/thing.bin  {len(BODY)} bytes, its SHA256 is the published one" in found.output
+    assert f"ok      weights/thing.bin  {len(BODY):,} bytes, its SHA256 is the published one" in found.output
     assert "torch " in found.output
     (things / "weights" / "thing.bin").write_bytes(BODY[:-1])
     wrong = invoke("doctor")

@@ -189,10 +189,10 @@ def test_missing_sd15_files_are_all_named_with_sizes_and_remedies(monkeypatch, t
             attempt()
         message = str(error.value)
         for part in (
-            "src/ms_coco/v1-5-pruned-emaonly.safetensors (4265146304 bytes)",
-            "src/ms_coco/v1-5-pruned-emaonly.ckpt (4265380512 bytes)",
-            "src/pipelines/sd15/tokenizer/vocab.json (1059962 bytes)",
-            "src/pipelines/sd15/tokenizer/merges.txt (524619 bytes)",
+            "src/ms_coco/v1-5-pruned-emaonly.safetensors (4,265,146,304 bytes)",
+            "src/ms_coco/v1-5-pruned-emaonly.ckpt (4,265,380,512 bytes)",
+            "src/pipelines/sd15/tokenizer/vocab.json (1,059,962 bytes)",
+            "src/pipelines/sd15/tokenizer/merges.txt (524,619 bytes)",
             "python -m models.assets fetch sd15",
             "shapes",
         ):
@@ -214,7 +214,7 @@ def test_a_single_file_without_its_tokenizer_says_what_to_fetch(monkeypatch, com
     monkeypatch.setattr(registry, "SOURCE", tmp_path / "src")
     save_file(compvis, tmp_path / "tiny.safetensors")
     for attempt in (load, lambda path: registry.check_assets(str(path))):
-        with pytest.raises(InputError, match=r"vocab\.json \(1059962 bytes\)") as error:
+        with pytest.raises(InputError, match=r"vocab\.json \(1,059,962 bytes\)") as error:
             attempt(tmp_path / "tiny.safetensors")
         assert "fetch tokenizer" in str(error.value)
 

@@ -857,7 +857,7 @@ def test_default_configuration_names_what_stable_diffusion_lacks(monkeypatch: py
     assert result.exit_code == 2
     for part in (
         "v1-5-pruned-emaonly.safetensors",
-        "4265146304 bytes",
+        "4,265,146,304 bytes",
         "python -m models.assets fetch sd15",
         "HPS_v2.1_compressed.pt",
         "MS-COCO_val2014_30k_captions.csv",
