@@ -182,7 +182,7 @@ def test_the_model_card_says_what_the_solver_costs_and_what_was_measured(tmp_pat
         "| base model | [owner/model](https://huggingface.co/owner/model) |",
         "# A solver of 3 intervals for model",
         "| network evaluations of an image, one after another | 6 |",
-        "| the same, all counted | 9 |",
+        "| network evaluations of an image, in all | 9 |",
         "| network rows of an image: an evaluation under guidance has two | 15 |",  # 9, and 6 with guidance
         "| guidance | a scale for each evaluation, 1 to 3 |",
         "| noise levels | 14.6, 3, 0.8, 0.1 |",

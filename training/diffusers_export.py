@@ -50,19 +50,19 @@ tags: [few-step, diffusion-solver, rlepd]
 
 # A solver of {intervals} intervals for {name}
 
-What the model does in each of few steps stands in `scheduler_config.json`: at which noise levels and points the network
-is asked, how its answers are weighed, how strongly they are guided. The numbers were made by RLEPD, after EPD
+`scheduler_config.json` holds the solver: the noise levels and points at which the network is asked, the weights of its
+answers, and the guidance scales. It was made by RLEPD, after EPD
 ([arXiv 2507.14797](https://arxiv.org/abs/2507.14797), [arXiv 2512.22796](https://arxiv.org/abs/2512.22796)). The
-model's weights are as they were.
+model's weights are unchanged.
 
 | | |
 |---|---|
 | base model | {base}{options} |
-| licence | MIT for what is in here; the model's weights are not, and have a licence of their own |
+| licence | MIT for what is in here; the model's weights are elsewhere, under their own licence |
 | intervals | {intervals} |
 | points in an interval, asked at once | {points} |
 | network evaluations of an image, one after another | {parallel} |
-| the same, all counted | {total} |
+| network evaluations of an image, in all | {total} |
 | network rows of an image: an evaluation under guidance has two | {rows} |
 | guidance | {guidance} |
 | noise levels | {sigmas} |
