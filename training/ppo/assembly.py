@@ -264,6 +264,11 @@ def cost_lines(start: Start) -> list[str]:
     guided = "" if rows == total else ", twice for guidance" if rows == 2 * total else ", some twice for guidance"
     updates = ppo.ppo_epochs * -(-images // ppo.minibatch_size)
     passes = f"passes {ppo.ppo_epochs}, minibatches of {ppo.minibatch_size} images"
+    watch = config.logging
+    watched = (
+        f"{watch.eval_count} images every {watch.eval_interval} steps, and before step 1 those of the start and of "
+        "classical solvers"
+    )
     return [
         f"num_steps {model.num_steps} ({model.num_steps - 1} intervals), num_points {model.num_points}",
         f"{parallel} network calls an image one after another, {rows} network rows ({total} evaluations{guided})",
@@ -275,6 +280,7 @@ def cost_lines(start: Start) -> list[str]:
             "reward_gradient": ["every network row again, and backwards, for the gradient: about four times the work"],
         }[config.search.method],
         f"{ppo.steps} steps, {ppo.steps * images} images in all",
+        *([f"held out: {watched}"] if watch.eval_interval else []),
     ]
 
 

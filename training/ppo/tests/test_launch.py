@@ -154,7 +154,7 @@ def test_dry_run_says_what_a_step_costs_and_trains_nothing(config: Path):
         "8 images a step: 2 prompts x 4 tables",
         "96 network rows a step, 12 of them spared where a prompt's images begin alike",
         "6 updates a step",
-        "5 steps, 40 images in all",
+        "5 steps, 40 images in all\nheld out: 6 images every 2 steps, and before step 1",
         "nothing was trained",
     ):
         assert fact in result.output
