@@ -188,7 +188,7 @@ def _read_by(read: Callable[[str], Read]) -> Callable[[click.Context, click.Para
 @click.option(
     "--guidances",
     callback=_read_by(_scales),
-    help="Constant guidance scales tried likewise, 1.5,3,7.5. Guidance is a choice that every solver deserves. "
+    help="Constant guidance scales tried for every classical solver, such as 1.5,3,7.5; chosen as schedules are. "
     "[--guidance]",
 )
 @click.option(

@@ -76,10 +76,15 @@ Examples:
     default="dpm2",
     help="The teacher.",
 )
-@click.option("--M", "M", type=click.IntRange(1, 1000), default=9, help="Its extra steps an interval.")
-@click.option("--afs", type=bool, default=False, help="Estimate the student's first evaluation.")
-@click.option("--scale_dir", type=Finite(0, 1, max_open=True), default=0.0, help="Directions scale by 1 +- this.")
-@click.option("--scale_time", type=Finite(0, 1, max_open=True), default=0.0, help="Times likewise.")
+@click.option("--M", "M", type=click.IntRange(1, 1000), default=9, help="Extra steps of the teacher in each interval.")
+@click.option("--afs", type=bool, default=False, help="The student's first direction needs no evaluation.")
+@click.option(
+    "--scale_dir",
+    type=Finite(0, 1, max_open=True),
+    default=0.0,
+    help="Factors on directions may be learned within 1 +- this.",
+)
+@click.option("--scale_time", type=Finite(0, 1, max_open=True), default=0.0, help="Those on noise levels likewise.")
 @click.option("--guidance_rate", "--guidance", type=Finite(0), help="Guidance scale; 1 for none. [the model's own]")
 @click.option("--schedule_type", type=click.Choice(list(SCHEDULES)), default="discrete")
 @click.option("--schedule_rho", type=Finite(0, min_open=True), help="Exponent of the grid. [7 polynomial, otherwise 1]")
@@ -100,7 +105,10 @@ Examples:
 @click.option("--lr", type=Finite(0, 1e30, min_open=True), default=0.1, help="Adam's step size.")
 @click.option("--coslr/--no-coslr", default=True, help="Let it decay to 0 along a cosine.")
 @click.option(
-    "--target", type=click.Choice(["latent", "image"]), default="latent", help="What the last states are compared as."
+    "--target",
+    type=click.Choice(["latent", "image"]),
+    default="latent",
+    help="Compare the final states of student and teacher as latents, or decoded.",
 )
 @click.option("--recompute", is_flag=True, help="Less memory for a third more time: for large models.")
 @click.option(

@@ -174,7 +174,7 @@ def ratio(gradients: Tensor, weights: Tensor) -> Tensor:
 @click.command(context_settings={"show_default": True})
 @click.option("--batches", type=click.IntRange(min=2), default=512, help="Of 32 images each.")
 def main(batches: int) -> None:
-    """Print the table."""
+    """Print the signal-to-noise ratio of PPO's gradient with each baseline, relative to the default one's."""
     for tuned, policy in policies().items():
         pools = {mirror: pool(policy, batches, antithetic=mirror) for mirror in (False, True)}
         within, between = reward_variances(pools[False].rewards.flatten(), GROUP)

@@ -85,7 +85,7 @@ def reward_scores(
 @click.option("--pairs", type=click.IntRange(min=1), default=4, help="Of noises, for each prompt.")
 @shows_input_errors
 def main(nfe: int, number: int, pairs: int) -> None:
-    """Print what each choice scores, and its paired difference to the one choice for all prompts."""
+    """Say whether a schedule and guidance of its own for each prompt pay: scores, and differences to one for all."""
     denoiser = load_denoiser(WORLD, device="cpu", dtype=torch.float32)
     reward = load_reward(REWARD, device="cpu", batch_size=BATCH)
     classical = classical_solvers(["dpmpp:2"], [nfe], SCHEDULES, note=click.echo)

@@ -52,7 +52,12 @@ class Launch:
 
 
 @click.command(cls=SeveralPairs, context_settings={"max_content_width": 110})
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help=f"[default: cfgs/{DEFAULT_CONFIG.name}]")
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    help=f"[default: training/ppo/cfgs/{DEFAULT_CONFIG.name}]",
+)
 @takes_overrides("file and snapshot")
 @click.option("--run-name", help="Last part of the run folder's name (run.run_name).")
 @RESUME
