@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
 # Runs the linters and every test: bash run_tests.sh [pytest's options]. Makes .venv and installs what it needs.
 cd "$(dirname "${BASH_SOURCE[0]}")"
+if [[ " $* " == *" --help "* ]]; then
+    sed -n '2s/^# //p' run_tests.sh
+    exit
+fi
 source scripts/make_environment.sh
 make_environment "[test]"
 

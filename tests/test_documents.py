@@ -145,13 +145,20 @@ def test_a_command_runs_as_it_stands(
     assert result.exit_code == 0 or ("--dry-run" in words and "missing" in result.output), result.output
 
 
-def test_the_quickstart_says_what_it_does_and_does_nothing(tmp_path: Path) -> None:
-    for file in ("quickstart.sh", "scripts/make_environment.sh"):
+@pytest.mark.parametrize(
+    ("script", "first", "last"),
+    [
+        ("quickstart.sh", "From a fresh clone to a tuned solver", "each at its best schedule and guidance.\n"),
+        ("run_tests.sh", "Runs the linters and every test", "Makes .venv and installs what it needs.\n"),
+    ],
+)
+def test_a_script_says_what_it_does_and_does_nothing(script: str, first: str, last: str, tmp_path: Path) -> None:
+    for file in (script, "scripts/make_environment.sh"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / file, tmp_path / file)
-    told = subprocess.run(["bash", "quickstart.sh", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=9)
-    assert told.stdout.startswith("From a fresh clone to a tuned solver")
-    assert told.stdout.endswith("each at its best schedule and guidance.\n")
+    told = subprocess.run(["bash", script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=9)
+    assert told.stdout.startswith(first)
+    assert told.stdout.endswith(last)
     assert not (tmp_path / ".venv").exists()
 
 
