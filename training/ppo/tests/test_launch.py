@@ -57,6 +57,8 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolde
     root = tmp_path_factory.mktemp("finished")
     result = launch("--config", config, "--override", f"run.output_root={root}")
     assert result.exit_code == 0, result.output
+    assert "before step 1: scoring classical solvers and the start on 6 held-out prompts" in result.output
+    assert re.search(r"step 4 held out  reward -?\d\.\d+ \(start [+-]\d\.\d+ \[", result.output), result.output
     return only_run(root)
 
 
