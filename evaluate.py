@@ -619,7 +619,7 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
     shown = evaluation_page(report, lambda one, rows: evaluation.pixels(one.solver, rows).numpy(), "\n".join(machine()))
     write_atomically(files[-1], shown)
     say(f"\n{report.terminal()}\n")
-    say("wrote " + ", ".join(map(str, files)))
+    say("wrote " + ", ".join(map(str, files[:-1])) + f"; all of it on one page: {files[-1]}")
 
 
 def _commit() -> str:

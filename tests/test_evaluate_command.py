@@ -113,6 +113,8 @@ def test_the_tables_fit_a_terminal_and_say_what_the_report_says(evaluated):
     folder, printed = evaluated
     tables = printed[printed.index("\nsolver ") : printed.index("\nwrote ")].splitlines()
     assert max(map(len, tables)) <= 100
+    assert "[low, high] is a 95% interval over prompts." in tables[-2]
+    assert f"all of it on one page: {folder / 'index.html'}\n" in printed
     cells = {cell for line in tables for cell in re.split(r" {2,}", line.strip())}
     rows = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith(("| epd", "| heun"))]
     assert len(rows) >= 4

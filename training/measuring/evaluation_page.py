@@ -34,7 +34,7 @@ def evaluation_page(report: Report, pictures: Pictures, machine: str) -> bytes:
             f"<h1>{TITLE}</h1>",
             _verdict(report),
             f"<h2>Table</h2>{_table(report)}",
-            "<h2>Against numbers of evaluations</h2>"
+            "<h2>Every metric of every solver</h2>"
             + wide(f'<img alt="metrics" src="{data_url("image/png", report.figure())}">'),
             _extremes(report, pictures),
             _side_by_side(report),

@@ -26,6 +26,8 @@ from training.measuring.statistics import Interval
 from training.networks import Plain
 
 TERMINAL_WIDTH = 100  # characters
+LEGEND = """[low, high] is a 95% interval over prompts. Behind it: schedule and guidance (g; g*: one for each
+evaluation). Behind a difference: better or worse, open if it cannot be told from 0; to what."""
 LONGEST_LABEL = 32  # of a solver, in a terminal
 MARKERS = "osv^Dp<>hX*P"
 FIGURE_DPI = 110
@@ -94,9 +96,10 @@ class Report:
             *self.published_lines(),
             f"In brackets: 95% bootstrap intervals over the prompts ({self.comparison.resamples} resamples). "
             f"Each metric of a classical solver stands at the schedule and guidance (named) that are best for it on "
-            f"{self.chosen_on}. Parallel NFE counts evaluations one after another, total NFE all of them; both before "
-            "guidance, which doubles those at another scale than 1. Differences are taken between best settings, "
-            "prompt by prompt: better or worse where the interval excludes 0, otherwise open.",
+            f"{self.chosen_on}; g* is a scale for each evaluation. Parallel NFE counts evaluations one after another, "
+            "total NFE all of them; both before guidance, which doubles those at another scale than 1. Exploded are "
+            "images whose latents were not finite or beyond the limit, or that the decoder lost. Differences are taken "
+            "between best settings, prompt by prompt: better or worse where the interval excludes 0, otherwise open.",
             "\n".join(meanings),
             "![every metric of every solver](metrics.png)",
             *self.group_tables(),
@@ -123,7 +126,7 @@ class Report:
         first = _text_tables(*self._cells("reference", {True: " (up)", False: " (down)"}))
         tables = {**self._group_cells(), **self._difference_cells()}
         titled = ["\n\n".join([title, *_text_tables(*cells)]) for title, cells in tables.items()]
-        return "\n\n".join([*first, *self.published_lines(), *titled])
+        return "\n\n".join([*first, *self.published_lines(), *titled, LEGEND])
 
     def _cells(self, reference: str, arrows: Mapping[bool, str]) -> Cells:
         metrics = self.comparison.metrics
