@@ -61,8 +61,9 @@ def exported_files(run: Path) -> dict[str, bytes]:
     folder = next((place for place in (run, run / "export" / DIFFUSERS) if (place / NEEDED[-1]).is_file()), None)
     if folder is None:
         typed = shlex.quote(str(run))
+        way = f"has no export yet:  python -m training.ppo.export_epd_predictor {typed} --best"
         raise InputError(
-            f"{run}: has no export yet:  python -m training.ppo.export_epd_predictor {typed} --best\n"
+            f"{run}: {way if run.is_dir() else 'no such folder of a run'}\n"
             f"Of a solver's file:  python -m scripts.export_diffusers {typed} --outdir FOLDER --base OWNER/NAME"
         )
     missing = [name for name in NEEDED if not (folder / name).is_file()]

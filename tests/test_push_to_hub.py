@@ -130,7 +130,8 @@ def refused(folder: Path, repository: str = REPOSITORY) -> str:
 
 def test_pushing_is_refused_in_a_line(run_folder: Path, hub: Hub, tmp_path: Path) -> None:  # noqa: F811
     assert "--repo solver: write OWNER/NAME" in refused(run_folder, "solver")
-    assert "has no export yet:  python -m training.ppo.export_epd_predictor" in refused(tmp_path / "elsewhere")
+    assert "has no export yet:  python -m training.ppo.export_epd_predictor" in refused(tmp_path)
+    assert "elsewhere: no such folder of a run\n" in refused(tmp_path / "elsewhere")
     assert "Of a solver's file:  python -m scripts.export_diffusers 4 --outdir FOLDER" in refused(Path("4"))
     hub.token = "hf_mine"
     assert "nothing was uploaded: 401, access denied: set HF_TOKEN" in refused(run_folder)
