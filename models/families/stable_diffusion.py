@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from errors import InputError
 from models.backbone import Pipeline, code_files, sides
 from models.denoiser import USUAL_GUIDANCE_SCALE, Guidance, GuidanceKind, Text
-from models.latent_diffusion import LatentDiffusion, Parts, TextEncoder, pixels_per_latent, require_fit
+from models.latent_diffusion import LatentDiffusion, Parts, TextEncoder, pixels_per_latent
 from models.loading import require_size
 from models.processes import VariancePreserving
 
@@ -31,15 +31,18 @@ class StableDiffusion(LatentDiffusion):
     @classmethod
     def assembled(cls, pipeline: Pipeline) -> Parts:
         """See `Backbone.assembled`."""
-        unet = pipeline.network
+        source, unet = pipeline.source, pipeline.network
         encoder, tokenizer = pipeline.modules["text_encoder"], pipeline.tokenizers["tokenizer"]
         foreign = [part for part in FOREIGN_UNET_PARTS if unet.config[part] is not None]
         if foreign:
             raise InputError(
-                f"{pipeline.source}: the UNet has {', '.join(foreign)}: it is no plain Stable Diffusion 1.x or 2.x "
-                "model."
+                f"{source}: the UNet has {', '.join(foreign)}: it is no plain Stable Diffusion 1.x or 2.x model."
             )
-        require_fit(pipeline, "numbers a token", unet.config.cross_attention_dim, encoder.config.hidden_size)
+        if unet.config.cross_attention_dim != encoder.config.hidden_size:
+            raise InputError(
+                f"{source}: the UNet reads text of width {unet.config.cross_attention_dim}, "
+                f"the text encoder writes width {encoder.config.hidden_size}."
+            )
         return Parts(
             pipeline=pipeline,
             text_encoders=(TextEncoder.clip(encoder, tokenizer),),
