@@ -79,6 +79,7 @@ RANGE_KEYS = frozenset({"sigma_min", "sigma_max", "flowmatch_mu", "flowmatch_shi
 
 # The schedule of flow matching; how near a time or a level must be to a model's, as both have been through float32.
 FLOW_MATCHING, NEAR = "flowmatch", 1e-4
+APART = 2.0  # by this factor, noise levels lie outside a model's range; kindred models' ranges differ by less
 LARGEST_MU = 50  # of a dynamic shift; FLUX.1 has 0.5 to 1.15
 
 MODEL_OPTIONS = "model_options"
@@ -255,7 +256,7 @@ class Solver:
 
     def _check_levels(self, sigmas: Tensor, denoiser: Denoiser) -> None:
         """Raise InputError where noise levels of its own are none of the model's: it would draw from noise to noise."""
-        if sigmas.max() > denoiser.sigma_max * (1 + NEAR) or sigmas.min() < denoiser.sigma_min * (1 - NEAR):
+        if sigmas.max() > APART * denoiser.sigma_max or sigmas.min() < denoiser.sigma_min / APART:
             raise InputError(
                 f"{self.where}: its noise levels go from {sigmas.max():g} to {sigmas.min():g}, those of "
                 f"{denoiser.name} from {denoiser.sigma_max:g} to {denoiser.sigma_min:g}: choose a model like the one "
