@@ -137,3 +137,9 @@ def _files_imported_by(file: Path) -> set[str]:
     names = {name for _, name in imported_names(file, "models")}
     candidates = {part.replace(".", "/") + ".py" for name in names for part in (name, name.rpartition(".")[0])}
     return {candidate for candidate in candidates if (REPOSITORY / candidate).is_file()}
+
+
+def test_a_registered_model_without_weights_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "SOURCE", tmp_path)
+    with pytest.raises(InputError, match=r"Model sd15 needs files that are not there:\n"):
+        model_fingerprint("sd15")
