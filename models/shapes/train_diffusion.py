@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,10 @@ from models.shapes.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from models.shapes.training_loop import (
     TrainingOptions,
     TrainingRun,
+    compile_option,
     fit,
+    leads,
+    own_share,
     start_option,
     step_generator,
     training_command,
@@ -190,6 +194,7 @@ def train(
     seed: int,
     device: torch.device | str,
     start: Path | None = None,
+    compiled: bool = False,
 ) -> nn.ModuleDict:
     """Train a network and its text encoder from fresh weights, or from where the checkpoints stopped.
 
@@ -201,6 +206,7 @@ def train(
         seed: of every draw.
         device: where to.
         start: a pipeline's folder whose weights are taken over in place of fresh ones.
+        compiled: whether torch.compile makes the network's code.
 
     Returns:
         The parts `network` and `text_encoder` (and the layout's head), their weights averaged.
@@ -224,6 +230,7 @@ def train(
         steps = min(LAYOUT_STEPS, options.steps)
         layout_options = replace(options, steps=steps, learning_rate=LAYOUT_LEARNING_RATE, checkpoint=layout_checkpoint)
         learn_layout(model, tokens, latents, layout_options, seed=seed, device=device)
+    network: Callable = torch.compile(model["network"]) if compiled else model["network"]
     signal = scheduler.alphas_cumprod.sqrt()
     spread = (1 - scheduler.alphas_cumprod).sqrt()
 
@@ -231,14 +238,15 @@ def train(
         generator = step_generator(seed, step)
         rows = torch.randint(len(latents), (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < TEXT_DROPPED
-        dropped &= ~dropped.all()  # a small batch without any caption would leave the layout nothing to be read from
-        text = torch.where(dropped[:, None], empty, tokens[rows]).to(device)
         noise = torch.randn(batch, *latents.shape[1:], generator=generator)
         timesteps = spread_timesteps(batch, generator)
+        rows, dropped, noise, timesteps = own_share(rows, dropped, noise, timesteps)
+        dropped &= ~dropped.all()  # a small batch without any caption would leave the layout nothing to be read from
+        text = torch.where(dropped[:, None], empty, tokens[rows]).to(device)
         noisy = signal[timesteps].view(-1, 1, 1, 1) * latents[rows] + spread[timesteps].view(-1, 1, 1, 1) * noise
         with torch.autocast(text.device.type, torch.bfloat16):
             states = model["text_encoder"](text).last_hidden_state
-            predicted = model["network"](noisy.to(device), timesteps.to(device), states).sample
+            (predicted,) = network(noisy.to(device), timesteps.to(device), states, return_dict=False)
             guessed = model["layout"](states[~dropped])
         errors = functional.mse_loss(predicted.float(), noise.to(device), reduction="none").mean(dim=(1, 2, 3))
         layout = functional.mse_loss(guessed.float(), layout_of(latents[rows[~dropped]]).to(device))
@@ -252,14 +260,22 @@ def train(
 
 @training_command(output="src/shapes", steps=20_000, images=80_000, batch=32, learning_rate=5e-4, seed=1)
 @start_option("A pipeline's folder")
-def main(run: TrainingRun, start: Path | None) -> None:
+@compile_option
+def main(run: TrainingRun, start: Path | None, compiled: bool) -> None:
     """Train text encoder and network on rendered scenes and write the pipeline as a diffusers folder."""
     autoencoder = load_module(AutoencoderKL, run.output / "vae").to(run.device)
     rendered = cached_scenes(run.scratch, "train", run.images, run.seed)
     latents = cached_latents(run.scratch, autoencoder, torch.from_numpy(rendered.images))
     options = run.options("diffusion.pt", {"start": start})
     averaged = train(
-        rendered.captions, latents, options, batch=run.batch, seed=run.seed, device=run.device, start=start
+        rendered.captions,
+        latents,
+        options,
+        batch=run.batch,
+        seed=run.seed,
+        device=run.device,
+        start=start,
+        compiled=compiled,
     )
     save_pipeline(run.output, averaged, autoencoder, build_tokenizer(), build_scheduler())
     click.echo(f"wrote {run.output}")
@@ -283,7 +299,12 @@ def save_pipeline(
 
 
 def write_pipeline(output: Path, pipeline: DiffusionPipeline) -> None:
-    """Write a pipeline's folder, weights in float16; read without a type, all of it comes back in float32."""
+    """Write a pipeline's folder, weights in float16; read without a type, all of it comes back in float32.
+
+    Of several processes the first one does.
+    """
+    if not leads():
+        return
     with quiet_and_repeatable():  # it warns of each part that a pipeline does without
         pipeline.to(dtype=torch.float16).save_pretrained(output)
     record_weights(output)

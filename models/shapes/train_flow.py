@@ -26,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from models.denoiser import Conditioning, Denoiser
-from models.devices import check_compiler
 from models.families.stable_diffusion_3 import T5_TOKENS, SharedTokenAttention, joint_text
 from models.loading import fill, load_module
 from models.randomness import seed_globally
@@ -45,7 +44,9 @@ from models.shapes.train_diffusion import (
 from models.shapes.training_loop import (
     TrainingOptions,
     TrainingRun,
+    compile_option,
     fit,
+    own_share,
     start_option,
     step_generator,
     training_command,
@@ -184,13 +185,15 @@ def train(
         generator = step_generator(seed, step)
         rows = torch.randint(len(latents), (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < TEXT_DROPPED
+        noise = torch.randn(2, batch, *latents.shape[1:], generator=generator)
+        sigma = noise_levels(batch, least, generator)
+        rows, dropped, sigma, *noise = own_share(rows, dropped, sigma, *noise)
         text = torch.where(dropped[:, None], empty, tokens[rows]).to(device)
-        noise = torch.randn(2, batch, *latents.shape[1:], generator=generator).to(device)
-        sigma = noise_levels(batch, least, generator).to(device)
+        noise, sigma = torch.stack(noise).to(device), sigma.to(device)
         # On a CPU the fused attention's backward pass takes longer than all else together.
         with torch.autocast(text.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             with torch.no_grad():  # in one batch: `encode` reads one by one, which takes a fifth of a step
-                told = Conditioning(batch, {"encoder_hidden_states": reader.module(text)[0]}, None, 1.0)
+                told = Conditioning(len(rows), {"encoder_hidden_states": reader.module(text)[0]}, None, 1.0)
             noisy, target = taught(teacher, latents[rows].to(device), sigma, told, noise)
             read = [model[encoder](text, output_hidden_states=True) for encoder in ENCODERS]
             conditioning = joint_text(read, 2 * TEXT_WIDTH, blank_tokens=1)
@@ -203,11 +206,9 @@ def train(
 @training_command(output="src/shapes_flow", steps=10_000, images=80_000, batch=64, learning_rate=2e-3, seed=1)
 @click.option("--world", type=click.Path(path_type=Path), default=Path("src/shapes"), help="Folder of the first model.")
 @start_option("A pipeline's folder")
-@click.option("--compile", "compiled", is_flag=True, help="Let torch.compile make the network's code.")
+@compile_option
 def main(run: TrainingRun, world: Path, start: Path | None, compiled: bool) -> None:
     """Train the flow-matching model on rendered scenes and write its pipeline as a diffusers folder."""
-    if compiled:
-        check_compiler(run.device)
     autoencoder = load_module(AutoencoderKL, world / "vae").to(run.device)
     rendered = cached_scenes(run.scratch, "train", run.images, run.seed)
     latents = cached_latents(run.scratch, autoencoder, torch.from_numpy(rendered.images))

@@ -1,10 +1,11 @@
 """The loop that the models of the shapes world are trained in: a falling learning rate, weight averaging,
-checkpoints, resuming.
+checkpoints, resuming; in several processes where torchrun started them, as if they were one.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -16,13 +17,13 @@ from typing import Any
 import click
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from errors import InputError, shows_input_errors
 from models.checkpoints import load_archive, write_archive
-from models.devices import resolve_device
+from models.devices import check_compiler, resolve_device
 from models.randomness import generator_of
 from models.shapes.data import reading_scratch
 
@@ -99,6 +100,8 @@ def training_command(
         def command(**given: Any) -> None:
             given["device"] = resolve_device(given["device"])
             run = TrainingRun(**{one.name: given.pop(one.name) for one in fields(TrainingRun)})
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                distributed.init_process_group("gloo")
             try:
                 function(run, **given)
             except SafetensorError as error:  # what its library says of a full disk
@@ -114,6 +117,19 @@ def training_command(
 def start_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The option `--start`: `what` to start from in place of fresh weights."""
     return click.option("--start", type=click.Path(path_type=Path), help=f"{what} to start from. [fresh weights]")
+
+
+def compile_option(function: Callable[..., None]) -> Callable[..., None]:
+    """The flag `--compile`, which is refused where there is no compiler; the function is told `compiled`."""
+
+    @wraps(function)
+    def checked(run: TrainingRun, compiled: bool, **others: Any) -> None:
+        if compiled:
+            check_compiler(run.device)
+        function(run, compiled=compiled, **others)
+
+    flag = click.option("--compile", "compiled", is_flag=True, help="Let torch.compile make the network's code.")
+    return flag(checked)
 
 
 def learning_rate_factor(step: int, options: TrainingOptions) -> float:
@@ -150,6 +166,34 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return generator_of(seed * 1_000_003 + step)
 
 
+def rank_and_processes() -> tuple[int, int]:
+    """Which of the processes of this training this one is, and how many there are; 0 and 1 without torchrun."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def leads() -> bool:
+    """Whether this is the process that writes."""
+    return rank_and_processes()[0] == 0
+
+
+def own_share(*drawn: Tensor) -> tuple[Tensor, ...]:
+    """Of what was drawn for a step's whole batch [N, ...], alike in every process, this process's rows."""
+    rank, processes = rank_and_processes()
+    return tuple(rows[rank::processes] for rows in drawn)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Over the processes, in place: as if one had had the whole batch."""
+    _, processes = rank_and_processes()
+    if processes == 1:
+        return
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(together.div_(processes))
+    for gradient, averaged in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_(averaged.view_as(gradient))
+
+
 def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: TrainingOptions) -> nn.Module:
     """Train `model`; run the same command again to resume from the last checkpoint.
 
@@ -171,12 +215,18 @@ def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: Tra
     log = options.checkpoint.with_suffix(".jsonl")
     start = time.monotonic()
     for step in tqdm(
-        range(first, options.steps), initial=first, total=options.steps, desc=options.checkpoint.stem, mininterval=10
+        range(first, options.steps),
+        initial=first,
+        total=options.steps,
+        desc=options.checkpoint.stem,
+        mininterval=10,
+        disable=not leads(),
     ):
         for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = options.learning_rate * learning_rate_factor(step, options)
         terms = loss(step)
         terms["loss"].backward()
+        average_gradients(model)
         norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_gradient_norm)
         if not norm.isfinite():
             raise InputError(
@@ -189,12 +239,12 @@ def fit(model: nn.Module, loss: Callable[[int], dict[str, Tensor]], options: Tra
         # A young average would remember the random start: let its memory grow with the run.
         averaged.multi_avg_fn = get_ema_multi_avg_fn(min(options.averaging_decay, (1 + step) / (10 + step)))
         averaged.update_parameters(model)
-        if (step + 1) % options.log_interval == 0:
+        if leads() and (step + 1) % options.log_interval == 0:
             values = {name: float(value.detach()) for name, value in terms.items()}
             line = {"step": step + 1, **values, "gradient_norm": float(norm), "seconds": time.monotonic() - start}
             with log.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
-        if (step + 1) % options.checkpoint_interval == 0 or step + 1 == options.steps:
+        if leads() and ((step + 1) % options.checkpoint_interval == 0 or step + 1 == options.steps):
             _save(options, model, averaged, optimizers, step + 1)
     return averaged.module
 
