@@ -1,6 +1,7 @@
 """What the training commands of the shapes world share, and the parts of each that can be wrong without a long run."""
 
 import json
+import multiprocessing
 import resource
 import shutil
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional
 
 from errors import InputError
@@ -47,7 +48,7 @@ from models.shapes.train_diffusion import (
     tokenize,
 )
 from models.shapes.train_reward import RewardInTraining, model_configuration, reward_terms, told_apart
-from models.shapes.training_loop import TrainingOptions, fit, learning_rate_factor, step_generator
+from models.shapes.training_loop import TrainingOptions, fit, learning_rate_factor, own_share, step_generator
 from tests.tiny_pipeline import tiny_unet
 from training.ppo.rewards.reward_hps import RewardHPS
 
@@ -68,7 +69,7 @@ def train(options, steps=None, die_at=None):
     def loss(step):
         if step == die_at:
             raise KeyboardInterrupt
-        x = torch.randn(8, 3, generator=step_generator(5, step))
+        (x,) = own_share(torch.randn(8, 3, generator=step_generator(5, step)))
         return {"loss": (model(x) - x.sum(dim=1, keepdim=True)).square().mean()}
 
     return fit(model, loss, options if steps is None else replace(options, steps=steps))
@@ -82,6 +83,45 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(options, tmp_path):
     resumed = train(second)
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def trained_in_two_processes(train, tmp_path):
+    """The parameters that each of two processes ends with; `train` gets a folder of its own."""
+
+    def run(rank):
+        torch.set_num_threads(1)
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=rank, world_size=2)
+        torch.save(list(train().parameters()), tmp_path / f"{rank}.pt")
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_two_processes_train_as_one_does(options, tmp_path):
+    alone = train(replace(options, checkpoint=tmp_path / "alone.pt"))
+    for trained in trained_in_two_processes(lambda: train(options), tmp_path):
+        for one, other in zip(alone.parameters(), trained, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    logged, whole = (file.with_suffix(".jsonl").read_text() for file in (options.checkpoint, tmp_path / "alone.pt"))
+    assert logged.count("\n") == whole.count("\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (train_ddpm, "torchrun started 3 processes of this training, which runs in one: start it once"),
+        (train_diffusion, "--batch 32 cannot be split over 3 processes: take a multiple"),
+    ],
+)
+def test_processes_that_cannot_share_a_batch_are_refused(command, said, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused = CliRunner().invoke(command.main, ["--scratch", str(tmp_path / "scratch")])
+    assert (refused.exit_code, refused.output.strip()) == (2, f"Error: {said}")
 
 
 SETTINGS = {"batch": 8, "learning_rate": 1e-2, "start": None}

@@ -4,7 +4,8 @@ Needs `src/shapes/vae` (from `python -m models.shapes.train_autoencoder`) and co
 `src/shapes`: epsilon prediction on the latents under Stable Diffusion's scaled-linear betas (0.00085 to 0.012, 1000
 steps), text dropped in one case of ten for classifier-free guidance (Ho and Salimans, arXiv 2207.12598). First the text
 encoder learns alone what a caption says about the layout (`LayoutHead`), then the network and it learn together. Run
-the same command again to resume, with more --steps to go on.
+the same command again to resume, with more --steps to go on. In two processes, each on a core of its own:
+`OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m -- models.shapes.train_diffusion --compile`.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def learn_layout(
     reader = nn.ModuleDict({name: model[name] for name in ("text_encoder", "layout")})
 
     def loss(step: int) -> dict[str, Tensor]:
-        rows = torch.randint(len(latents), (LAYOUT_BATCH,), generator=step_generator(seed, step))
+        (rows,) = own_share(torch.randint(len(latents), (LAYOUT_BATCH,), generator=step_generator(seed, step)))
         text = tokens[rows].to(device)
         with torch.autocast(text.device.type, torch.bfloat16):
             guessed = reader["layout"](reader["text_encoder"](text).last_hidden_state)
@@ -258,7 +259,7 @@ def train(
     return fit(model, loss, options)
 
 
-@training_command(output="src/shapes", steps=20_000, images=80_000, batch=32, learning_rate=5e-4, seed=1)
+@training_command(output="src/shapes", steps=20_000, images=80_000, batch=32, learning_rate=5e-4, seed=1, shared=True)
 @start_option("A pipeline's folder")
 @compile_option
 def main(run: TrainingRun, start: Path | None, compiled: bool) -> None:

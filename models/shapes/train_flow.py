@@ -203,7 +203,9 @@ def train(
     return fit(model, loss, options)
 
 
-@training_command(output="src/shapes_flow", steps=10_000, images=80_000, batch=64, learning_rate=2e-3, seed=1)
+@training_command(
+    output="src/shapes_flow", steps=10_000, images=80_000, batch=64, learning_rate=2e-3, seed=1, shared=True
+)
 @click.option("--world", type=click.Path(path_type=Path), default=Path("src/shapes"), help="Folder of the first model.")
 @start_option("A pipeline's folder")
 @compile_option

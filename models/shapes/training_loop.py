@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from itertools import chain
 from pathlib import Path
@@ -77,9 +78,12 @@ class TrainingRun:
 
 
 def training_command(
-    *, output: str, steps: int, images: int, batch: int, learning_rate: float, seed: int
+    *, output: str, steps: int, images: int, batch: int, learning_rate: float, seed: int, shared: bool = False
 ) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a click command of a function of a `TrainingRun` and further options; the arguments are its defaults."""
+    """Make a click command of a function of a `TrainingRun` and further options; the arguments are its defaults.
+
+    shared: whether its batches are split by `own_share`, so that torchrun may start several processes of it.
+    """
     of_file = bool(Path(output).suffix)
     written = click.Path(path_type=Path, file_okay=of_file, dir_okay=not of_file)
     folder = click.Path(path_type=Path, file_okay=False)
@@ -100,10 +104,9 @@ def training_command(
         def command(**given: Any) -> None:
             given["device"] = resolve_device(given["device"])
             run = TrainingRun(**{one.name: given.pop(one.name) for one in fields(TrainingRun)})
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                distributed.init_process_group("gloo")
             try:
-                function(run, **given)
+                with joined(run, shared) as run:
+                    function(run, **given)
             except SafetensorError as error:  # what its library says of a full disk
                 raise InputError(f"{run.output}: cannot be written ({error})") from error
 
@@ -112,6 +115,29 @@ def training_command(
         return click.command(context_settings={"show_default": True})(command)
 
     return decorate
+
+
+@contextmanager
+def joined(run: TrainingRun, shared: bool) -> Iterator[TrainingRun]:
+    """Inside, this process is one of those that torchrun started, if it did; `run` with the device of this one.
+
+    Raises InputError where batches are not `shared`, or not divisible.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        yield run
+        return
+    if not shared:
+        raise InputError(f"torchrun started {processes} processes of this training, which runs in one: start it once")
+    if run.batch % processes:
+        raise InputError(f"--batch {run.batch} cannot be split over {processes} processes: take a multiple")
+    if run.device.type == "cuda":
+        run = replace(run, device=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    distributed.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
+    try:
+        yield run
+    finally:
+        distributed.destroy_process_group()
 
 
 def start_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
