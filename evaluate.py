@@ -12,14 +12,13 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 import torch
+from lightning.fabric import Fabric
 
 from benchmarks.evaluation_cost import Cost, Drawn
 from errors import InputError, shows_input_errors
@@ -27,13 +26,11 @@ from files import only_writer, write_atomically
 from models import load_denoiser
 from models.assets import machine
 from models.devices import DTYPES
-from models.inception import RESIZES, Resize, inception_file
-from models.options import ModelOptions
+from models.inception import RESIZES, inception_file
 from models.pictures import to_pixels
-from models.prompts import first_prompts
-from models.registry import SHAPES_WORLD, check_assets, is_unconditional
+from models.registry import SHAPES_WORLD, check_assets
 from training.image_folder import ImageRequest, SolverFolders
-from training.measuring.comparison import CLASSICAL_BASELINE, TOTAL, parse_baseline
+from training.measuring.comparison import CLASSICAL_BASELINE, TOTAL, Baseline, Comparison, parse_baseline
 from training.measuring.evaluation import PREVIEWS, REFERENCE_STEPS, Store, reference_solver
 from training.measuring.evaluation_page import evaluation_page
 from training.measuring.protocol import Protocol, load_protocol
@@ -44,10 +41,11 @@ from training.measuring.real_images import (
     clip_files,
     load_extractors,
     parse_distances,
-    real_files,
     say_few_for_fid,
 )
 from training.measuring.report import Report
+from training.measuring.request import SHAPES_REWARD, USUAL_PROMPTS, USUAL_REWARD, EvaluationRequest
+from training.networks import Plain
 from training.ppo.panels import judges_of, true_images
 from training.ppo.rewards import find_reward_files
 from training.ppo.scene import Scene
@@ -58,17 +56,10 @@ from training.solver import (
     TRIED_SCHEDULES,
     Schedule,
     Solver,
-    classical_solvers,
-    load_solver,
     network_dtype,
     parse_classical,
     parse_schedule,
 )
-
-SHAPES_REWARD = Path("weights/shapes_reward.pt")
-USUAL_PROMPTS = Path("src/prompts/shapes_heldout.csv")
-SHAPES_VALIDATION = Path("src/prompts/shapes_validation.csv")
-USUAL_REWARD = Path("weights/HPS_v2.1_compressed.pt")
 
 Found = TypeVar("Found")
 Read = TypeVar("Read")
@@ -299,166 +290,16 @@ def main(protocol: Protocol | None, *, dry_run: bool, **told: Any) -> None:
     metrics.png, for each parallel NFE a sheet of images at each solver's best schedule by reward, and all of it as one
     page, index.html.
     """
-    asked = Asked(**told)
-    require_processes(asked.num_devices)
-    if asked.distances is not None and asked.real_path is None:
-        raise InputError("--distances are taken to real images: name them with --real")
-    if asked.predictors and "epd" not in asked.solvers:
-        raise InputError("--predictor_path is given, but --solvers has no epd: add it")
-    if asked.unconditional:
-        _refuse_prompts(asked)
-    elif asked.model not in SHAPES_WORLD and not asked.prompt_files:
-        raise InputError(
-            f"--prompt-file is missing: what is {asked.model} to draw? {USUAL_PROMPTS} is taken for the shapes "
-            "world alone"
-        )
+    request = EvaluationRequest(protocol=protocol, **told)
+    require_processes(request.num_devices)
+    request.check_options()
     if dry_run:
-        preview(asked)
+        preview(request)
     else:
-        compare(asked, protocol)
+        compare(request)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What was asked for; each as its option says."""
-
-    model: str
-    solvers: list[str]
-    nfe: list[int]
-    schedules: list[Schedule]
-    guidances: list[float] | None
-    validation_file: Path | None
-    validation_number: int
-    predictors: tuple[str, ...]
-    exps: Path
-    baselines: tuple[str, ...]
-    prompt_files: tuple[Path, ...]
-    number: int
-    pair: bool
-    seed: int
-    guidance: float | None
-    reward_paths: tuple[Path, ...]
-    real_path: Path | None
-    distances: list[str] | None
-    resize: Resize
-    reference_steps: int
-    tell: float | None
-    images: bool
-    batch: int
-    outdir: Path
-    cache: Path
-    device: str
-    num_devices: int
-    dtype: str | None
-    model_options: ModelOptions
-
-    @cached_property
-    def unconditional(self) -> bool:
-        """Whether the model takes no prompts, as far as its files are there to say so."""
-        return is_unconditional(self.model)
-
-    @cached_property
-    def rewards(self) -> tuple[Path, ...]:
-        """Rewards, the first of which is called so."""
-        return self.reward_paths or (SHAPES_REWARD if self.model in SHAPES_WORLD else USUAL_REWARD,)
-
-    @cached_property
-    def chosen_on(self) -> Path | None:
-        """The file of the prompts that settings are chosen on."""
-        return self.validation_file or (SHAPES_VALIDATION if self.model in SHAPES_WORLD else None)
-
-    @property
-    def wanted(self) -> list[str]:
-        """Distances to real images."""
-        return [] if self.real_path is None else self.distances or ["fid"]
-
-    @cached_property
-    def read_from(self) -> tuple[Path, ...]:
-        """The files of the prompts that are scored; none of an unconditional model."""
-        return () if self.unconditional else self.prompt_files or (USUAL_PROMPTS,)
-
-    def prompts(self) -> list[str]:
-        """The prompts that are scored; of an unconditional model the empty prompt, which every image has."""
-        if self.unconditional:
-            return [""] * self.number
-        return [prompt for file in self.read_from for prompt in first_prompts(file, self.number, repeated=self.pair)]
-
-    @property
-    def count(self) -> int:
-        """How many prompts are scored."""
-        return self.number * (len(self.read_from) or 1)
-
-    @property
-    def scored(self) -> str:
-        """What is scored, in words."""
-        if self.unconditional:
-            return f"{self.number} images without a prompt"
-        return f"the first {self.number} of {' and of '.join(map(str, self.read_from))}"
-
-    def validation_prompts(self) -> list[str] | None:
-        """The prompts that settings are chosen on."""
-        return None if self.chosen_on is None else first_prompts(self.chosen_on, self.validation_number)
-
-    def check_real_images(self) -> None:
-        """Raise InputError where the real images cannot be used, as far as that is seen without their features."""
-        if self.real_path is not None and self.real_path.is_dir():
-            real_files(self.real_path)
-        elif self.real_path is not None:
-            RealImages.load(self.real_path, f" --distances {','.join(self.wanted)} --resize {self.resize}")
-
-    def scales(self, usual: float) -> list[float]:
-        """Guidance scales that are tried."""
-        return [usual] if self.guidances is None else self.guidances
-
-    def rivals(self, tables: Sequence[Solver], usual: float, say: Note) -> list[Solver]:
-        """The classical solvers at all their settings, at as many evaluations as the tables have in all too."""
-        budgets = set(self.nfe)
-        if any(baseline.endswith(f"@{TOTAL}") for baseline in self.baselines):
-            budgets |= {table.evaluations.total for table in tables}
-        classical = [name for name in self.solvers if name != "epd"]
-        solvers = classical_solvers(classical, sorted(budgets), self.schedules, note=say)
-        return [solver.guided(scale) for solver in solvers for scale in self.scales(usual)]
-
-    def tables(self, say: Note) -> list[Solver]:
-        """The predictors that were asked for, or all in `exps` that were made for the model and a wanted budget."""
-        if "epd" not in self.solvers:
-            return []
-        left: list[str] = []
-        fitting = []
-        for solver in [load_solver(path, self.exps) for path in self.predictors] or self._discovered(left):
-            parallel = solver.evaluations.parallel
-            if parallel in self.nfe:
-                fitting.append(solver)
-            elif self.predictors:
-                raise InputError(f"{solver.where}: takes {parallel} parallel evaluations; add {parallel} to --nfe")
-            else:
-                left.append(f"{solver.label} (takes {parallel} parallel evaluations)")
-        if left:
-            say(f"left out in {self.exps}: {', '.join(left)}")
-        for solver in fitting:
-            if solver.model != self.model:
-                say(f"{solver.where} was made for {solver.model}, not for {self.model}")
-            if solver.model_options.changes() != self.model_options.changes():
-                say(f"{solver.where}: its model was loaded {solver.model_options}, and here {self.model_options}")
-        labels = [solver.label for solver in fitting]
-        if twice := {label for label in labels if labels.count(label) > 1}:
-            raise InputError(f"several predictors are called {min(twice)}: choose among them with --predictor_path")
-        if not fitting:
-            say(f"no predictor for {self.model} in {self.exps}")
-        return fitting
-
-    def _discovered(self, left: list[str]) -> Iterator[Solver]:
-        for folder in sorted(path for path in self.exps.glob("*") if path.is_dir()):
-            try:
-                solver = load_solver(folder, self.exps)
-            except InputError:  # which --predictor_path says
-                left.append(f"{folder.name} (no table that can be read)")
-                continue
-            if solver.model == self.model:
-                yield solver
-
-
-def preview(asked: Asked) -> None:
+def preview(request: EvaluationRequest) -> None:
     """Say what it would cost, and what is missing."""
     missing: list[str] = []
 
@@ -469,56 +310,59 @@ def preview(asked: Asked) -> None:
             missing.append(str(error))
             return None
 
-    there(asked.prompts)
-    there(asked.validation_prompts)
-    there(asked.check_real_images)
-    there(lambda: check_assets(asked.model, asked.model_options))
-    for reward in asked.rewards:
+    there(request.prompts)
+    there(request.validation_prompts)
+    there(request.check_real_images)
+    there(lambda: check_assets(request.model, request.model_options))
+    for reward in request.rewards:
         there(lambda reward=reward: find_reward_files(reward))
     for needing, find in (({"fid", "kid"}, inception_file), ({"cmmd"}, clip_files)):
-        if needing & set(asked.wanted):
+        if needing & set(request.wanted):
             there(find)
-    found = there(lambda: asked.tables(click.echo))
+    found = there(lambda: request.tables(click.echo))
     tables = found or []
-    cost = Cost.of(asked.model, asked.model_options, DTYPES[asked.dtype or "float32"])
-    usual = cost.denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
-    rivals = asked.rivals(tables, usual, click.echo)
-    for text in asked.baselines if found is not None else ():
+    cost = Cost.of(request.model, request.model_options, DTYPES[request.dtype or "float32"])
+    usual = cost.denoiser.default_guidance_scale if request.guidance is None else request.guidance
+    rivals = request.rivals(tables, usual, click.echo)
+    for text in request.baselines if found is not None else ():
         parse_baseline(text, [*tables, *rivals])
     chosen = list({(solver.label, solver.num_steps): solver for solver in rivals}.values())
-    scored = rivals if asked.chosen_on is None else chosen
-    drawn = [Drawn("scored (at least one setting a metric)", asked.count, [*tables, *scored])]
-    if asked.chosen_on is not None and len(rivals) > len(chosen):
-        drawn.append(Drawn("to choose settings on", asked.validation_number, rivals))
-    if asked.reference_steps:
-        drawn.append(Drawn("reference", asked.count, [reference_solver(cost.denoiser, usual, asked.reference_steps)]))
-    features = 1 + len({distance == "cmmd" for distance in asked.wanted})
-    for line in cost.lines(drawn, features=features, images=asked.images, devices=asked.num_devices):
+    scored = rivals if request.chosen_on is None else chosen
+    drawn = [Drawn("scored (at least one setting a metric)", request.count, [*tables, *scored])]
+    if request.chosen_on is not None and len(rivals) > len(chosen):
+        drawn.append(Drawn("to choose settings on", request.validation_number, rivals))
+    if request.reference_steps:
+        drawn.append(
+            Drawn("reference", request.count, [reference_solver(cost.denoiser, usual, request.reference_steps)])
+        )
+    features = 1 + len({distance == "cmmd" for distance in request.wanted})
+    for line in cost.lines(drawn, features=features, images=request.images, devices=request.num_devices):
         click.echo(line)
     for line in missing or ["every file is there"]:
         click.echo(f"missing: {line}" if missing else line)
     click.echo("dry run: nothing was drawn")
 
 
-def compare(asked: Asked, protocol: Protocol | None) -> None:
-    """Draw, judge, and report."""
-    for reward in asked.rewards:
-        find_reward_files(reward)
-    asked.check_real_images()
-    prompts, validation_prompts = asked.prompts(), asked.validation_prompts()
+class Contenders(NamedTuple):
+    """Who is compared, all fitting the model: predictors, classical solvers at all their settings, and what differences
+    are taken to. guidance_scale: of those that have none of their own, and of the reference. dtype: of the network.
+    """
 
-    fabric = fabric_of(asked.device, asked.num_devices)
-    fabric.launch()
-    say = click.echo if fabric.is_global_zero else lambda _: None
-    if not fabric.is_global_zero:
-        logging.disable(logging.WARNING)  # said by the first process
-    tables = asked.tables(say)
-    number_type = network_dtype(asked.dtype, asked.model, fabric.device, tables, say)
-    denoiser = check_assets(asked.model, asked.model_options)  # without weights: what does not fit is said before
-    everything = [*prompts, *(validation_prompts or [])]
-    denoiser.validate_prompts(everything)
-    scale = denoiser.default_guidance_scale if asked.guidance is None else asked.guidance
-    rivals = [rival.on(denoiser) for rival in asked.rivals(tables, scale, say)]
+    tables: list[Solver]
+    rivals: list[Solver]
+    baselines: list[Baseline]
+    guidance_scale: float
+    dtype: torch.dtype
+
+
+def contenders_of(request: EvaluationRequest, prompts: Sequence[str], device: torch.device, say: Note) -> Contenders:
+    """Who is compared by a request. Raises InputError for what does not fit the model, before its weights are read."""
+    tables = request.tables(say)
+    dtype = network_dtype(request.dtype, request.model, device, tables, say)
+    denoiser = check_assets(request.model, request.model_options)
+    denoiser.validate_prompts(prompts)
+    scale = denoiser.default_guidance_scale if request.guidance is None else request.guidance
+    rivals = [rival.on(denoiser) for rival in request.rivals(tables, scale, say)]
     tables = [
         (table.guided(scale) if table.guidance_scale is None and not table.has_guidance_column else table).on(denoiser)
         for table in tables
@@ -527,99 +371,141 @@ def compare(asked: Asked, protocol: Protocol | None) -> None:
         raise InputError(
             "nothing to compare: no solver can spend any of the evaluations of --nfe, and there is no predictor"
         )
-    baselines = [parse_baseline(text, [*tables, *rivals]) for text in asked.baselines]
-    denoiser = load_denoiser(asked.model, device=fabric.device, dtype=number_type, options=asked.model_options)
+    baselines = [parse_baseline(text, [*tables, *rivals]) for text in request.baselines]
+    return Contenders(tables, rivals, baselines, scale, dtype)
 
-    if fabric.is_global_zero:
-        click.get_current_context().with_resource(only_writer(asked.outdir))
-    scene = Scene(
+
+def scene_of(
+    request: EvaluationRequest, contenders: Contenders, prompts: Sequence[str], fabric: Fabric, say: Note
+) -> Scene:
+    """The model, its judges, and what else stays the same; `prompts` are all that will be judged."""
+    denoiser = load_denoiser(request.model, device=fabric.device, dtype=contenders.dtype, options=request.model_options)
+    steps = request.reference_steps
+    return Scene(
         denoiser=denoiser,
-        model=asked.model,
-        model_options=asked.model_options,
-        judges=judges_of(asked.model, asked.rewards, denoiser, everything, asked.batch),
-        extractors=load_extractors(asked.wanted, asked.resize, denoiser.device),
-        distances=asked.wanted,
-        store=Store(asked.cache, say),
-        reference=reference_solver(denoiser, scale, asked.reference_steps) if asked.reference_steps else None,
-        seed=asked.seed,
-        batch=asked.batch,
-        dtype=torch.promote_types(number_type, torch.float32),
+        model=request.model,
+        model_options=request.model_options,
+        judges=judges_of(request.model, request.rewards, denoiser, prompts, request.batch),
+        extractors=load_extractors(request.wanted, request.resize, denoiser.device),
+        distances=request.wanted,
+        store=Store(request.cache, say),
+        reference=reference_solver(denoiser, contenders.guidance_scale, steps) if steps else None,
+        seed=request.seed,
+        batch=request.batch,
+        dtype=torch.promote_types(contenders.dtype, torch.float32),
         fabric=fabric,
-        tell=asked.tell,
+        tell=request.tell,
     )
-    real = scene.real_images(asked.real_path) if fabric.is_global_zero and asked.real_path is not None else None
-    if real is not None and "fid" in asked.wanted:
-        say_few_for_fid(min(asked.count, real.count or asked.count), say)
-    validation, shared = None, len(set(prompts).intersection(validation_prompts or []))
-    if validation_prompts is not None and len(rivals) > len({(one.label, one.num_steps) for one in rivals}):
-        say(f"{len(rivals)} settings of classical solvers on {len(validation_prompts)} prompts of {asked.chosen_on}")
-        if shared:
-            say(f"{shared} of these prompts are scored, too, which favours the classical solvers")
-        validation = scene.choose(rivals, validation_prompts)
-        rivals = validation.contenders()
-    compared = [*tables, *rivals]
-    beside = "" if scene.reference is None else " and the reference"
-    say(f"{len(compared)} solvers{beside} on {asked.scored}")
-    request = ImageRequest(
+
+
+def chosen(request: EvaluationRequest, scene: Scene, rivals: Sequence[Solver], say: Note) -> Comparison | None:
+    """Classical solvers on the prompts that their settings are chosen on; None where there is nothing to choose."""
+    prompts = request.validation_prompts()
+    if prompts is None or len(rivals) == len({(rival.label, rival.num_steps) for rival in rivals}):
+        return None
+    say(f"{len(rivals)} settings of classical solvers on {len(prompts)} prompts of {request.chosen_on}")
+    if shared := request.scored_and_chosen_on():
+        say(f"{shared} of these prompts are scored, too, which favours the classical solvers")
+    return scene.choose(rivals, prompts)
+
+
+def image_folders(request: EvaluationRequest, scene: Scene, prompts: Sequence[str], first: Solver) -> SolverFolders:
+    """Where every image is written."""
+    asked = ImageRequest(
         prompts=prompts,
         seeds=scene.seeds(prompts),
-        solver=compared[0],
-        model=asked.model,
-        batch_size=asked.batch,
+        solver=first,
+        model=request.model,
+        batch_size=request.batch,
         dtype=scene.dtype,
         paired=True,
-        model_options=asked.model_options,
+        model_options=request.model_options,
     )
-    folders = SolverFolders(asked.outdir / "images", request) if asked.images else None
+    return SolverFolders(request.outdir / "images", asked)
+
+
+def compare(request: EvaluationRequest) -> None:
+    """Draw, judge, and report."""
+    for reward in request.rewards:
+        find_reward_files(reward)
+    request.check_real_images()
+    prompts = request.prompts()
+    everything = [*prompts, *(request.validation_prompts() or [])]
+    fabric = fabric_of(request.device, request.num_devices)
+    fabric.launch()
+    leads = fabric.is_global_zero
+    say = click.echo if leads else lambda _: None
+    if not leads:
+        logging.disable(logging.WARNING)  # said by the first process
+    contenders = contenders_of(request, everything, fabric.device, say)
+    if leads:
+        click.get_current_context().with_resource(only_writer(request.outdir))
+    scene = scene_of(request, contenders, everything, fabric, say)
+    real = scene.real_images(request.real_path) if leads and request.real_path is not None else None
+    if real is not None and "fid" in request.wanted:
+        say_few_for_fid(min(request.count, real.count or request.count), say)
+    validation = chosen(request, scene, contenders.rivals, say)
+    compared = [*contenders.tables, *(contenders.rivals if validation is None else validation.contenders())]
+    beside = "" if scene.reference is None else " and the reference"
+    say(f"{len(compared)} solvers{beside} on {request.scored}")
+    folders = image_folders(request, scene, prompts, compared[0]) if request.images else None
     evaluation = scene.draw(compared, prompts, folders)
-    if not fabric.is_global_zero:
+    if not leads:
         return
     comparison, reference = scene.compare(evaluation, compared, validation, real)
     if folders is not None:
         for entry in comparison.entries:
             folders.write_log(entry.solver, (~entry.measured.exploded).tolist())
     say("taking intervals, about a second a solver")
-    last = asked.seed - 1
     report = Report(
         comparison=comparison,
-        differences=comparison.differences(baselines),
+        differences=comparison.differences(contenders.baselines),
         reference=reference,
-        real=to_pixels(true_images(prompts[:PREVIEWS], asked.seed)) if asked.model in SHAPES_WORLD else None,
+        real=to_pixels(true_images(prompts[:PREVIEWS], request.seed)) if request.model in SHAPES_WORLD else None,
         prompts=prompts,
-        groups={
-            name: slice(number * asked.number, (number + 1) * asked.number)
-            for number, name in enumerate(_short_names(asked.read_from))
-        },
-        published=() if protocol is None else protocol.published,
-        settings={
-            "command": shlex.join(["python", *sys.argv]),
-            "commit": _commit(),
-            **({} if protocol is None else {"protocol": f"{protocol.name}: {protocol.about}"}),
-            "model": f"{asked.model}, {asked.model_options} (sha256 {scene.model_sha256[:16]})",
-            "prompts": f"{asked.scored}, seeds {asked.seed} to {last + asked.count}",
-            "guidance": scale,
-            "reference": "none" if reference is None else f"{reference.solver.label}, from the same noise",
-            "rewards": ", ".join(map(str, asked.rewards)),
-            "Fréchet distance to": scene.frechet_target,
-            "real images": "none"
-            if real is None
-            else f"{real.source}, {_counted(real.count)}, {asked.resize} resizing",
-            "schedules tried": ", ".join(map(str, asked.schedules)),
-            "guidance scales tried": ", ".join(f"{one:g}" for one in asked.scales(scale)),
-            "chosen on": "these prompts"
-            if validation is None
-            else f"the first {asked.validation_number} of {asked.chosen_on}, seeds {asked.seed} to "
-            f"{last + asked.validation_number}; {shared or 'none'} of these prompts are scored, too",
-            "predictors": ", ".join(f"{table.label} = {table.where}" for table in tables) or "none",
-            "torch": torch.__version__,
-            "device": f"{asked.num_devices} x {denoiser.device}, {str(number_type).removeprefix('torch.')}",
-        },
+        groups=request.groups(),
+        published=() if request.protocol is None else request.protocol.published,
+        settings=settings_of(request, contenders, scene, validation, real),
     )
-    files = [*report.write(asked.outdir), asked.outdir / "index.html"]
+    files = [*report.write(request.outdir), request.outdir / "index.html"]
     shown = evaluation_page(report, lambda one, rows: evaluation.pixels(one.solver, rows).numpy(), "\n".join(machine()))
     write_atomically(files[-1], shown)
     say(f"\n{report.terminal()}\n")
     say("wrote " + ", ".join(map(str, files[:-1])) + f"; all of it on one page: {files[-1]}")
+
+
+def settings_of(
+    request: EvaluationRequest,
+    contenders: Contenders,
+    scene: Scene,
+    validation: Comparison | None,
+    real: RealImages | None,
+) -> dict[str, Plain]:
+    """How the figures came to be, for the report's head."""
+    protocol, last, reference = request.protocol, request.seed - 1, scene.reference
+    counted = "none" if real is None else "how many is not said" if real.count is None else f"{real.count:,} images"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        **({} if protocol is None else {"protocol": f"{protocol.name}: {protocol.about}"}),
+        "model": f"{request.model}, {request.model_options} (sha256 {scene.model_sha256[:16]})",
+        "prompts": f"{request.scored}, seeds {request.seed} to {last + request.count}",
+        "guidance": contenders.guidance_scale,
+        "reference": "none" if reference is None else f"{reference.label}, from the same noise",
+        "rewards": ", ".join(map(str, request.rewards)),
+        "Fréchet distance to": scene.frechet_target,
+        "real images": "none" if real is None else f"{real.source}, {counted}, {request.resize} resizing",
+        "schedules tried": ", ".join(map(str, request.schedules)),
+        "guidance scales tried": ", ".join(f"{one:g}" for one in request.scales(contenders.guidance_scale)),
+        "chosen on": "these prompts"
+        if validation is None
+        else f"the first {request.validation_number} of {request.chosen_on}, seeds {request.seed} to "
+        f"{last + request.validation_number}; {request.scored_and_chosen_on() or 'none'} of these prompts are scored, "
+        "too",
+        "predictors": ", ".join(f"{table.label} = {table.where}" for table in contenders.tables) or "none",
+        "torch": torch.__version__,
+        "device": f"{request.num_devices} x {scene.denoiser.device}, {str(contenders.dtype).removeprefix('torch.')}",
+    }
 
 
 def _commit() -> str:
@@ -632,29 +518,6 @@ def _commit() -> str:
     except OSError:  # no git on this machine
         return "no git on this machine"
     return found.stdout.strip() if found.returncode == 0 else "no git checkout"
-
-
-def _refuse_prompts(asked: Asked) -> None:
-    """Raise InputError where an unconditional model is given prompts, or no reward that needs none."""
-    given = {"--prompt-file": asked.prompt_files, "--validation-file": (asked.validation_file,)}
-    for option, files in given.items():
-        for file in filter(None, files):
-            raise InputError(f"{option} {file}: {asked.model} is unconditional and takes no prompt: leave it out")
-    if not asked.reward_paths:
-        raise InputError(
-            f"--reward is missing: {asked.model} is unconditional, so name one that looks at the image alone: "
-            "aesthetic, or a function of yours, my_module:my_reward"
-        )
-
-
-def _counted(count: int | None) -> str:
-    return "how many is not said" if count is None else f"{count:,} images"
-
-
-def _short_names(files: Sequence[Path]) -> list[str]:
-    """What files are called where they stand side by side: by their whole paths where two have one name."""
-    stems = [file.stem for file in files]
-    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
 
 
 if __name__ == "__main__":

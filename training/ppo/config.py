@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -253,6 +253,67 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
+def _told_by(snapshot: Solver, model: ModelConfig) -> dict[str, Any]:
+    """What a predictor snapshot says of keys of `model`; None where it says nothing."""
+    metadata, table, ours = snapshot.origin.metadata, snapshot.table, model.schedule_type
+    told = {name: metadata.get(name) for name in SNAPSHOT_KEYS}
+    told |= {"num_steps": table.num_steps, "num_points": table.num_points}  # no override changes them
+    if ours not in (None, told["schedule_type"]):
+        told["schedule_rho"] = None  # the snapshot's exponent belongs to its own schedule
+    if told["schedule_rho"] is None:
+        told["schedule_rho"] = USUAL_RHO.get(ours or told["schedule_type"], 1.0)
+    if snapshot.sigmas is not None and ours is not None:
+        told["schedule_type"] = "noise levels of its own"
+    if told["guidance_type"] is None and told["guidance_rate"] is not None:
+        told["guidance_type"] = "cfg"
+    if "uncond" in (model.guidance_type, told["guidance_type"]):
+        told["guidance_rate"] = 1.0
+    return told
+
+
+class _Reconciled:
+    """A configuration held against a predictor snapshot, key by key: values chosen, overrides that won, faults."""
+
+    def __init__(self, loaded: LoadedConfig[Config], snapshot: Solver) -> None:
+        self.loaded, self.snapshot = loaded, snapshot
+        self.chosen: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.faults: list[str] = []
+
+    def settle(self, name: str, theirs: Any, answered: Collection[str]) -> None:
+        """Choose a value for what the snapshot may say; `answered` are names that its own numbers answer."""
+        key, ours, where = f"model.{name}", getattr(self.loaded.config.model, name), self.snapshot.where
+        if name in answered and ours is None:
+            self.chosen[name] = None
+        elif name in answered:
+            self.faults.append(
+                f"{key}={ours}: the table in {where} has a guidance scale of its own for each evaluation: "
+                f"set the key to null"
+            )
+        elif ours is None and theirs is None and name not in GUIDANCE_KEYS:
+            meaning = KNOBS[key].metadata["meaning"]
+            self.faults.append(f"{key} is null and {where} does not say it: set it ({meaning})")
+        elif ours is None or theirs is None or ours == theirs:
+            self.chosen[name] = theirs if ours is None else ours
+        elif name in SHAPE_KEYS:
+            self.faults.append(
+                f"{key}={ours}: the table in {where} has {theirs}, and its shape cannot be changed: "
+                f"leave the key null, or distil another table with train.py"
+            )
+        else:
+            self.insist(name, ours, theirs, "set the key to null")
+
+    def insist(self, name: str, ours: Any, theirs: Any, remedy: str) -> None:
+        """Choose the configuration's value against the snapshot's, which only an override may."""
+        key = f"model.{name}"
+        self.chosen[name] = ours
+        if key in self.loaded.overridden:
+            self.notes.append(f"{key}={ours} by {OVERRIDE}; {self.snapshot.where} says {theirs}")
+        else:
+            insist = f"insist with {OVERRIDE} {key}={ours}"
+            self.faults.append(f"{key}={ours}: {self.snapshot.where} was made with {theirs}: {remedy}, or {insist}")
+
+
 def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Config, list[str]]:
     """Fill what the configuration leaves null from the predictor snapshot, and hold the rest against it.
 
@@ -265,55 +326,13 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
         InputError: lists every value that the snapshot fixes and the configuration contradicts, and what else neither
             gives.
     """
-    metadata, table, model = snapshot.origin.metadata, snapshot.table, loaded.config.model
-    sizes = {"num_steps": table.num_steps, "num_points": table.num_points}  # no override changes them
-    fixed = {name: metadata.get(name) for name in SNAPSHOT_KEYS} | sizes
-    ours_schedule, own_levels = model.schedule_type, snapshot.sigmas is not None
-    answered = SCHEDULE_KEYS if own_levels and ours_schedule is None else ()
+    metadata, model = snapshot.origin.metadata, loaded.config.model
+    told, reconciled = _told_by(snapshot, model), _Reconciled(loaded, snapshot)
+    chosen, faults = reconciled.chosen, reconciled.faults
+    answered = SCHEDULE_KEYS if snapshot.sigmas is not None and model.schedule_type is None else ()
     answered += GUIDANCE_KEYS if snapshot.has_guidance_column else ()
-    if ours_schedule not in (None, fixed["schedule_type"]):
-        fixed["schedule_rho"] = None  # the snapshot's exponent belongs to its own schedule
-    if fixed["schedule_rho"] is None:
-        fixed["schedule_rho"] = USUAL_RHO.get(ours_schedule or fixed["schedule_type"], 1.0)
-    if fixed["guidance_type"] is None and fixed["guidance_rate"] is not None:
-        fixed["guidance_type"] = "cfg"
-    if "uncond" in (model.guidance_type, fixed["guidance_type"]):
-        fixed["guidance_rate"] = 1.0
-    chosen: dict[str, Any] = {}
-    notes: list[str] = []
-    faults: list[str] = []
-
-    def hold(key: str, ours: Any, theirs: Any, remedy: str) -> None:
-        if key in loaded.overridden:
-            notes.append(f"{key}={ours} by {OVERRIDE}; {snapshot.where} says {theirs}")
-        else:
-            insist = f"insist with {OVERRIDE} {key}={ours}"
-            faults.append(f"{key}={ours}: {snapshot.where} was made with {theirs}: {remedy}, or {insist}")
-
-    if own_levels and ours_schedule is not None:
-        fixed["schedule_type"] = "noise levels of its own"
-    for name, theirs in fixed.items():
-        key, ours = f"model.{name}", getattr(model, name)
-        if name in answered and ours is None:
-            chosen[name] = None
-        elif name in answered:
-            faults.append(
-                f"{key}={ours}: the table in {snapshot.where} has a guidance scale of its own for each evaluation: "
-                f"set the key to null"
-            )
-        elif ours is None and theirs is None and name not in GUIDANCE_KEYS:
-            meaning = KNOBS[key].metadata["meaning"]
-            faults.append(f"{key} is null and {snapshot.where} does not say it: set it ({meaning})")
-        elif ours is None or theirs is None or ours == theirs:
-            chosen[name] = theirs if ours is None else ours
-        elif name in SHAPE_KEYS:
-            faults.append(
-                f"{key}={ours}: the table in {snapshot.where} has {theirs}, and its shape cannot be changed: "
-                f"leave the key null, or distil another table with train.py"
-            )
-        else:
-            chosen[name] = ours
-            hold(key, ours, theirs, "set the key to null")
+    for name, theirs in told.items():
+        reconciled.settle(name, theirs, answered)
     chosen["backend"] = metadata.get("backend") if model.backend is None else model.backend
     if metadata.get("backend") not in (None, chosen["backend"]):
         faults.append(
@@ -321,12 +340,12 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
             f"a table for {model.backend}, or leave the key null"
         )
     for name in CHANGING:
-        key, ours, theirs = f"model.{name}", getattr(model, name), getattr(snapshot.model_options, name)
-        if not ours:
+        ours, theirs = getattr(model, name), getattr(snapshot.model_options, name)
+        if ours and ours != theirs:
+            reconciled.insist(name, ours, theirs, "leave the key out")
+        elif not ours:
             chosen[name] = theirs
-        elif ours != theirs:
-            hold(key, ours, theirs, "leave the key out")
-    if model.model_path is None and chosen.get("dataset_name") == fixed["dataset_name"]:
+    if model.model_path is None and chosen.get("dataset_name") == told["dataset_name"]:
         chosen["model_path"] = metadata.get("model_path")
     config = with_usual(dataclasses.replace(loaded.config, model=dataclasses.replace(model, **chosen)))
     if config.data.prompt_csv is None and not is_unconditional(model_spec(config)):
@@ -335,7 +354,7 @@ def apply_snapshot(loaded: LoadedConfig[Config], snapshot: Solver) -> tuple[Conf
             f"usual prompts: name a CSV file with a column `text`"
         )
     raise_all(faults)
-    return config, notes
+    return config, reconciled.notes
 
 
 def model_spec(config: Config) -> str | None:
