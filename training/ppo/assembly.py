@@ -351,18 +351,7 @@ def build(start: Start, fabric: Fabric) -> Parts:
         InputError: an asset cannot be used, or a prompt not be encoded.
     """
     config = start.config
-    denoiser = load_denoiser(
-        model_spec(config),
-        device=fabric.device,
-        dtype=DTYPES[config.model.dtype],
-        options=model_options(config),
-    )
-    backend = config.model.backend
-    if backend not in (None, denoiser.backend):
-        raise InputError(
-            f"model.backend={backend}: model {denoiser.name} is of the family {denoiser.backend}: set the key to that, "
-            f"or choose a model of the family {backend}"
-        )
+    denoiser = _load_model(config, fabric.device)
     start = replace(start, solver=start.solver.on(denoiser))
     prompts = _training_prompts(config, denoiser)
     reward = build_reward(
@@ -388,23 +377,42 @@ def build(start: Start, fabric: Fabric) -> Parts:
     stream = PromptStream(prompts, shuffle=config.data.shuffle, seed=config.run.seed)
     trainer = method_called(config.search.method).make_search(make_policy(start), runner, stream, config)
     heldout = _heldout_prompts(config, denoiser) if config.logging.eval_interval else []
-    panel = _panel(config, denoiser) if heldout else None
-    require_readable(denoiser, [panel.name] if panel is not None and panel.reads_prompts else [])
     if fabric.is_global_zero:
         reward.say_what_is_cut([*prompts, *heldout])
-        if panel is not None:
-            panel.say_what_is_cut(heldout)
     if not heldout:
         return Parts(start, denoiser, trainer, None, None)
-    judge = HeldoutJudge(
+    judge = _judge(start, denoiser, runner, heldout, says=fabric.is_global_zero)
+    return Parts(start, denoiser, trainer, judge, HeldoutWatch(reward))
+
+
+def _judge(start: Start, denoiser: Denoiser, runner: RLRunner, prompts: list[str], *, says: bool) -> HeldoutJudge:
+    """Of the held-out prompts; `says` what its panel cuts off."""
+    watch, panel = start.config.logging, _panel(start.config, denoiser)
+    if panel is not None:
+        require_readable(denoiser, [panel.name] if panel.reads_prompts else [])
+        if says:
+            panel.say_what_is_cut(prompts)
+    return HeldoutJudge(
         runner,
         panel,
-        heldout,
-        first_seed=config.logging.eval_seed,
-        preview_count=config.logging.preview_prompts,
-        kept=Kept(Store(Path(config.logging.cache), log.warning), _described(start, denoiser)),
+        prompts,
+        first_seed=watch.eval_seed,
+        preview_count=watch.preview_prompts,
+        kept=Kept(Store(Path(watch.cache), log.warning), _described(start, denoiser)),
     )
-    return Parts(start, denoiser, trainer, judge, HeldoutWatch(reward))
+
+
+def _load_model(config: Config, device: torch.device) -> Denoiser:
+    denoiser = load_denoiser(
+        model_spec(config), device=device, dtype=DTYPES[config.model.dtype], options=model_options(config)
+    )
+    backend = config.model.backend
+    if backend not in (None, denoiser.backend):
+        raise InputError(
+            f"model.backend={backend}: model {denoiser.name} is of the family {denoiser.backend}: set the key to that, "
+            f"or choose a model of the family {backend}"
+        )
+    return denoiser
 
 
 def _described(start: Start, denoiser: Denoiser) -> Callable[[EPDTable, Tensor | None], dict[str, Any]]:
