@@ -19,6 +19,7 @@ from models.denoiser import Conditioning, Guidance, GuidanceKind, Text
 from models.loading import LARGEST_SIDE, guidance_scale_in
 from models.options import AS_IT_IS, ModelOptions
 from models.processes import Process, per_row
+from models.upsampling import double_by_copies
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -154,6 +155,7 @@ class Backbone(ABC):
         self._row_counts = tuple(sorted(rows))
         self._graphed = self.device.type == "cuda" and 0 < max(rows, default=0) <= GRAPHED_ROWS
         mode = "reduce-overhead" if self._graphed else None
+        double_by_copies(self.network)
         self.network.compile(dynamic=False, backend=backend, mode=mode)
 
     def sigma_of_time(self, time: Tensor) -> Tensor:

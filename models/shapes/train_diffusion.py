@@ -44,6 +44,7 @@ from models.shapes.training_loop import (
     step_generator,
     training_command,
 )
+from models.upsampling import double_by_copies
 
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 128
@@ -231,7 +232,10 @@ def train(
         steps = min(LAYOUT_STEPS, options.steps)
         layout_options = replace(options, steps=steps, learning_rate=LAYOUT_LEARNING_RATE, checkpoint=layout_checkpoint)
         learn_layout(model, tokens, latents, layout_options, seed=seed, device=device)
-    network: Callable = torch.compile(model["network"]) if compiled else model["network"]
+    network: Callable = model["network"]
+    if compiled:
+        double_by_copies(network)
+        network = torch.compile(network)
     signal = scheduler.alphas_cumprod.sqrt()
     spread = (1 - scheduler.alphas_cumprod).sqrt()
 
