@@ -88,26 +88,31 @@ def run_code(code: str, folder: Path, **environment: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1], ids=["pipeline", "scheduler"])
-def test_the_model_cards_code_runs_in_a_folder_of_its_own(tmp_path: Path, model: Path, number: int) -> None:
+def test_the_model_cards_code_runs_in_a_folder_of_its_own(tmp_path: Path, model: Path) -> None:
+    """That for the pipeline and that for the scheduler, each with nothing of the other's names."""
     solver, denoiser = exported(tmp_path, with_columns(2, *OPTIONAL), DISCRETE, model)
     folder = tmp_path / "diffusers"
-    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[number]
-    assert len([line for line in code.splitlines() if line]) <= 8
+    codes = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     torch.save(initial_noise(SEEDS, (4, 8, 8), device=CPU, dtype=torch.float32), folder / "noise.pt")
-    arguments = "" if number == 0 else "**pipe.scheduler.pipeline_arguments(), "
+    whole = "import os, sys, torch\n"
+    for number, (code, arguments) in enumerate(
+        zip(codes, ("", "**pipe.scheduler.pipeline_arguments(), "), strict=True)
+    ):
+        assert len([line for line in code.splitlines() if line]) <= 8
+        whole += (
+            f"names = {{}}\nexec({code!r}, names)\npipe = names['pipe']\nos.remove('image.png')\n"
+            f"latents = pipe({PROMPTS}, {arguments}latents=torch.load('noise.pt'), output_type='latent').images\n"
+            f"torch.save(latents, 'latents{number}.pt')\n"
+        )
     output = run_code(
-        f"{code}\n"
-        f"latents = pipe({PROMPTS}, {arguments}latents=torch.load('noise.pt'), output_type='latent').images\n"
-        "torch.save(latents, 'latents.pt')\n"
-        "import sys; print({'solvers', 'models', 'training', 'integrations'} & sys.modules.keys())\n",
+        f"{whole}print({{'solvers', 'models', 'training', 'integrations'}} & sys.modules.keys())\n",
         folder,
         HF_HUB_OFFLINE="1",
     )
     assert output.splitlines()[-1] == "set()"
-    assert (folder / "image.png").stat().st_size > 0
     ours = solver.latents(denoiser, PROMPTS, SEEDS, dtype=torch.float64)
-    torch.testing.assert_close(torch.load(folder / "latents.pt").double(), ours, rtol=0, atol=1e-4)
+    for number in range(2):
+        torch.testing.assert_close(torch.load(folder / f"latents{number}.pt").double(), ours, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("table", [with_columns(0, "history"), with_columns(2, *OPTIONAL)], ids=["no points", "all"])
@@ -139,19 +144,23 @@ def test_pipelines_that_leave_the_scaling_out_draw_what_the_sampler_draws(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "called"), [("dit", "class_labels=[0], "), ("ddpm", "")])
-def test_the_card_of_a_model_without_prompts_calls_it_with_what_it_takes(
-    tmp_path: Path, family: str, called: str
-) -> None:
-    denoiser = load_denoiser(save_tiny_family(family, tmp_path / family), device=CPU, dtype=torch.float32)
-    metadata = {"schedule_type": "polynomial", "schedule_rho": 5.0}
-    solver = load_solver(save_snapshot(tmp_path / "solver", with_columns(2), metadata))
-    write_diffusers(tmp_path / "one", solver, denoiser, str(tmp_path / family))
-    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "one" / "README.md").read_text(), re.DOTALL)
-    assert f"pipe({called}**pipe.scheduler.pipeline_arguments())" in code
-    shown = lines_for_diffusers(str(tmp_path / "one"), str(tmp_path / family), family)
-    run_code(f"{code}\nimport os; os.remove('image.png')\n{shown}", tmp_path / "one", HF_HUB_OFFLINE="1")
-    assert (tmp_path / "one" / "image.png").stat().st_size > 0
+def test_the_card_of_a_model_without_prompts_calls_it_with_what_it_takes(tmp_path: Path) -> None:
+    whole = "import os\n"
+    for family, called in (("dit", "class_labels=[0], "), ("ddpm", "")):
+        model, folder = save_tiny_family(family, tmp_path / family), tmp_path / f"solver of {family}"
+        denoiser = load_denoiser(model, device=CPU, dtype=torch.float32)
+        metadata = {"schedule_type": "polynomial", "schedule_rho": 5.0}
+        solver = load_solver(save_snapshot(tmp_path / "solver", with_columns(2), metadata))
+        write_diffusers(folder, solver, denoiser, str(model))
+        [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+        assert f"pipe({called}**pipe.scheduler.pipeline_arguments())" in code
+        shown = lines_for_diffusers(str(folder), str(model), family)
+        whole += f"os.chdir({str(folder)!r})\n" + "".join(
+            f"exec({text!r}, {{}})\nos.rename('image.png', 'drawn by {number}.png')\n"
+            for number, text in enumerate((code, shown))
+        )
+    run_code(whole, tmp_path, HF_HUB_OFFLINE="1")
+    assert len(list(tmp_path.glob("*/drawn by *.png"))) == 4
 
 
 @pytest.mark.slow
