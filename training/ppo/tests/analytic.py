@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from threading import Barrier
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ from models.denoiser import Conditioning, GuidanceKind
 from solvers import EPDTable
 from training.ppo.cold_start import prepare_table
 from training.ppo.rewards.mix import WeightedMix
+from training.ppo.rl_runner import Shard
 from training.ppo.rollout import Scores
 
+T = TypeVar("T")
 PROMPTS = ("red", "green", "blue", "dark grey", "white", "a long list of colours")
 
 
@@ -125,3 +129,21 @@ class QuadraticSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         assert not state
+
+
+def in_two_processes(work: Callable[[Shard], T]) -> list[T]:
+    """What each of two threads finds that stand for two processes: the exchange between them is real."""
+    barrier, exchanged = Barrier(2, timeout=60), [torch.empty(0)] * 2
+
+    def process(rank: int) -> T:
+        def gather(local: Tensor) -> Tensor:
+            exchanged[rank] = local
+            barrier.wait()
+            together = torch.cat(exchanged)
+            barrier.wait()
+            return together
+
+        return work(Shard(rank, 2, gather))
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(process, range(2)))

@@ -1,7 +1,6 @@
 """The held-out watch: paired differences, the best table, suspected hacking, scores that are not finite, processes."""
 
 import math
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,14 @@ from training.ppo.panels import VerifierPanel, require_verifiable
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner, Shard
 from training.ppo.rollout import DivergenceError
-from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
+from training.ppo.tests.analytic import (
+    PROMPTS,
+    Brightness,
+    GaussianDenoiser,
+    brightness,
+    cold_start_table,
+    in_two_processes,
+)
 from training.solver import Solver
 
 COUNT = 40
@@ -235,29 +241,8 @@ def test_judging_is_repeatable_and_leaves_the_reward_alone():
 
 def test_processes_share_the_work_and_all_see_all_scores():
     whole = judge().judge(OTHER)
-    results: dict[int, HeldoutScores] = {}
-    barrier, lock, local = threading.Barrier(2), threading.Lock(), {}
-
-    def gather_for(rank: int):
-        def gather(part: Tensor) -> Tensor:
-            with lock:
-                local[rank] = part
-            barrier.wait()
-            gathered = torch.cat([local[0], local[1]])
-            barrier.wait()
-            return gathered
-
-        return gather
-
-    def work(rank: int) -> None:
-        results[rank] = judge(Shard(rank, 2, gather_for(rank))).judge(OTHER)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seen in results.values():  # five prompts over two processes: the last one is filled up
+    for seen in in_two_processes(lambda shard: judge(shard).judge(OTHER)):
+        # five prompts over two processes: the last one is filled up
         torch.testing.assert_close(seen.parts["brightness"], whole.parts["brightness"], rtol=0, atol=1e-6)
         torch.testing.assert_close(seen.panel, whole.panel, rtol=0, atol=1e-6)
 

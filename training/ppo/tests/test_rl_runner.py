@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-import threading
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +20,14 @@ from training.ppo.policy import EPDParamPolicy
 from training.ppo.rewards.mix import WeightedMix
 from training.ppo.rl_runner import RLRunner, Shard, usual_rows
 from training.ppo.rollout import PromptStream
-from training.ppo.tests.analytic import PROMPTS, Brightness, GaussianDenoiser, brightness, cold_start_table
+from training.ppo.tests.analytic import (
+    PROMPTS,
+    Brightness,
+    GaussianDenoiser,
+    brightness,
+    cold_start_table,
+    in_two_processes,
+)
 from training.solver import Solver
 
 K = 3
@@ -371,29 +377,15 @@ def test_images_that_are_not_finite_get_no_score():
 
 
 def test_processes_share_the_work_and_agree():
-    """Two threads stand for two processes; the exchange between them is real."""
     whole = runner(shared_noise=False)
     expected = whole.score(whole.roll_out(tables(), batch(), 2)).rewards
-    barrier, exchanged, results = threading.Barrier(2), [None, None], [None, None]
 
-    def process(rank):
-        def gather(local):
-            exchanged[rank] = local
-            barrier.wait(timeout=60)
-            together = torch.cat(exchanged)
-            barrier.wait(timeout=60)
-            return together
-
-        source = runner(shared_noise=False, shard=Shard(rank, 2, gather))
+    def process(shard):
+        source = runner(shared_noise=False, shard=shard)
         images = source.roll_out(tables(), batch(), 2)
-        results[rank] = (len(images.pixels), source.score(images).rewards)
+        return len(images.pixels), source.score(images).rewards
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for images, rewards in results:
+    for images, rewards in in_two_processes(process):
         assert images == 2 * K
         torch.testing.assert_close(rewards, expected, rtol=0, atol=1e-6)
     with pytest.raises(InputError, match="3 prompts cannot be split evenly among 2"):
