@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,7 @@ def test_idle_threads_sleep_unless_the_environment_says_otherwise(said: str | No
     assert found.stdout.strip() == policy
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("command", "number"), zip(COMMANDS, cycle(SIGNALS), strict=False), ids=str)
 def test_a_command_ends_in_a_line_while_its_modules_load(command: list[str], number: int, tmp_path: Path):
     for name in ("torch", "numpy"):  # whichever the command loads first
         (tmp_path / f"{name}.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
