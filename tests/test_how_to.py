@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
+import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from models.pictures import opened_picture
 from solvers import EPDTable
 from tests.test_families import save_lora
 from tests.tiny_stock_pipelines import tiny_sd
+from training.ppo import assembly
 from training.snapshot import save_snapshot
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HOW_TOS = sorted((REPOSITORY / "docs" / "how-to").glob("own-*.md"))
 BLOCK = re.compile(r"^```(\w+)(?: ([\w.]+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LISTED = re.compile(r"\$\(ls -d ([^)]+)\)")
 SOLVER = {"dataset_name": "my-model", "schedule_type": "discrete", "guidance_type": "cfg", "guidance_rate": 4.0}
 
 
@@ -57,35 +59,42 @@ def checkout(tmp_path: Path, prepared: Path) -> Path:
     return folder
 
 
-def run(code: str, folder: Path) -> str:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    shell = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", code],
-        cwd=folder,
-        env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert shell.returncode == 0, f"{code}\n{shell.stdout}{shell.stderr}"
-    return shell.stdout + shell.stderr
+def run(code: str, patch: pytest.MonkeyPatch) -> None:
+    """Run the commands of a block from the current folder, each as `python` would, but all in this process."""
+    for line in code.replace("\\\n", " ").splitlines():
+        python, *words = shlex.split(LISTED.sub(lambda found: str(next(Path().glob(found[1]))), line))
+        assert python == "python"
+        by_name = words[0] == "-m"
+        patch.setattr(sys, "argv", words[by_name:])
+        try:
+            (runpy.run_module if by_name else runpy.run_path)(words[by_name], run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                pytest.fail(f"{line} ended with {ended.code}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", HOW_TOS, ids=lambda file: file.stem)
-def test_a_how_to_does_what_it_says(file: Path, checkout: Path) -> None:
-    said = ""
+def test_a_how_to_does_what_it_says(
+    file: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, caplog
+) -> None:
+    assembly._say_skipped.cache_clear()  # it says so once a process
+    monkeypatch.chdir(checkout)
+    monkeypatch.syspath_prepend(checkout)  # as `python -m` has it, for the reader's own module of rewards
     for language, name, text in blocks(file):
         if language == "python":
             (checkout / name).write_text(text)
         else:
-            said += run(text, checkout)
+            run(text, monkeypatch)
+    sys.modules.pop("my_rewards", None)
+    said = capfd.readouterr().out + caplog.text
     drawn = [path for path in checkout.rglob("*.png") if "assets" not in path.parts]
     for picture in drawn[:4]:
         with opened_picture(picture) as image:
             assert image.size == (16, 16)
     assert drawn or "nothing was trained" in said
     runs = [path for path in (checkout / "exps").glob("*") if path.is_dir()]
+    assert len(runs) == (file.stem in ("own-lora", "own-model", "own-prompts"))
     assert all((run / "report.html").is_file() for run in runs)
     if file.stem in ("own-prompts", "own-model"):
         assert "1 of 4 prompts are too long for the model and left out" in said
