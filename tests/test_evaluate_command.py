@@ -58,7 +58,7 @@ METADATA = {
 }
 
 
-STEPS = 40  # of the reference: the true 200 take too long for a test
+STEPS = 12  # of the reference: the true 200 take too long for a test
 
 
 @pytest.fixture(scope="module")
@@ -480,7 +480,7 @@ def test_the_world_of_shapes_is_evaluated_with_its_verifier(tmp_path):
         evaluate.main,
         [
             *("--protocol", "shapes", "--solvers", "dpmpp:2", "--nfe", "20", "--schedules", "discrete"),
-            *("--number", "4", "--validation-number", "4"),
+            *("--number", "4", "--validation-number", "2", "--guidances", "2,3", "--reference-steps", "20"),
             *("--outdir", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")),
         ],
     )
