@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from errors import InputError
 from training.ppo.assembly import Parts, Start, build, make_fabric, prepare
 from training.ppo.config import load_config
+from training.runs.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGURATIONS = {"cuda": "training/ppo/cfgs/sd15_base.yaml", "cpu": "training/ppo/cfgs/shapes.yaml"}
@@ -69,6 +71,12 @@ def _best_start() -> tuple[Start, str]:
             reason = str(error)
     start = prepare(load_config(CONFIGURATIONS["cpu"], (*SMALL, "run.device=cpu")))
     return start, f"; not Stable Diffusion v1.5 with HPS v2.1: {reason}"
+
+
+@pytest.fixture
+def copied(finished: RunFolder, tmp_path: Path) -> RunFolder:
+    """The run that the module calls `finished`, for a test to go on with."""
+    return RunFolder(Path(shutil.copytree(finished.path, tmp_path / "copy")))
 
 
 @pytest.fixture

@@ -267,52 +267,41 @@ def test_resolved_configuration_reads_back(finished: RunFolder):
     assert config_hash(loaded) == load_checkpoint(step_path(finished.checkpoints, 4))["config_hash"]
 
 
-def test_resumed_run_is_the_run_that_never_stopped(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    step_path(folder.checkpoints, 4).unlink()
-    result = launch("--resume", folder.path)
+def test_resumed_run_is_the_run_that_never_stopped(finished: RunFolder, copied: RunFolder):
+    step_path(copied.checkpoints, 4).unlink()
+    result = launch("--resume", copied.path)
     assert result.exit_code == 0, result.output
     assert "goes on after step 2" in result.output
-    again = load_checkpoint(step_path(folder.checkpoints, 4))
+    again = load_checkpoint(step_path(copied.checkpoints, 4))
     assert_same(again, load_checkpoint(step_path(finished.checkpoints, 4)))
-    assert timeless(read_metrics(folder.metrics)) == timeless(read_metrics(finished.metrics))
+    assert timeless(read_metrics(copied.metrics)) == timeless(read_metrics(finished.metrics))
 
 
-def test_a_damaged_line_of_the_log_does_not_stop_a_resume(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    lines = folder.metrics.read_bytes().splitlines(keepends=True)
-    folder.metrics.write_bytes(b"".join([lines[0], lines[1], b"\0\0\xff\n", *lines[3:]]))
-    result = launch("--resume", folder.path, "--override", "ppo.steps=5")
-    assert result.exit_code == 0, result.output
-    assert [row["step"] for row in read_metrics(folder.metrics)] == [0, 1, 3, 4, 5]
-
-
-def test_a_configuration_that_was_cut_off_does_not_change_the_run(finished: RunFolder, tmp_path: Path):
+def test_a_configuration_that_was_cut_off_does_not_change_the_run(copied: RunFolder):
     """At the end of a line it reads as one that leaves the rest at its defaults."""
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    whole = folder.config.read_bytes()
+    whole = copied.config.read_bytes()
     for kept in (0, whole.index(b"  rloo_k"), whole.index(b"logging:")):
-        folder.config.write_bytes(whole[:kept])
-        result = launch("--resume", step_path(folder.checkpoints, 2), "--dry-run")
+        copied.config.write_bytes(whole[:kept])
+        result = launch("--resume", step_path(copied.checkpoints, 2), "--dry-run")
         assert result.exit_code == 0, result.output
         assert yaml.safe_load(result.output.split("\nnum_steps")[0]) == yaml.safe_load(whole)
-    folder.config.write_bytes(whole[: whole.index(b"rollout_batch_size: 8") + len(b"rollout_batch_size: ")])
-    result = launch("--resume", folder.path, "--override", "ppo.steps=5")
+    copied.config.write_bytes(whole[: whole.index(b"rollout_batch_size: 8") + len(b"rollout_batch_size: ")])
+    result = launch("--resume", copied.path, "--override", "ppo.steps=5")
     assert result.exit_code == 2
     assert "resolved_config.yaml: not a readable YAML file: its last line was cut off" in result.output
 
 
-def test_a_run_longer_than_planned_says_what_changed(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    result = launch("--resume", folder.path, "--override", "ppo.steps=5")
+def test_a_run_longer_than_planned_says_what_changed_and_passes_over_what_is_damaged(copied: RunFolder):
+    """A line of the log, and the best checkpoint, which is put aside."""
+    lines = copied.metrics.read_bytes().splitlines(keepends=True)
+    copied.metrics.write_bytes(b"".join([lines[0], lines[1], b"\0\0\xff\n", *lines[3:]]))
+    best_path(copied.checkpoints).write_bytes(b"damaged")
+    result = launch("--resume", copied.path, "--override", "ppo.steps=5")
     assert result.exit_code == 0, result.output
     assert "ppo.steps=5; it was 4 up to step 4" in result.output
-    assert load_config(folder.config).config.ppo.steps == 5
-    assert [row["step"] for row in read_metrics(folder.metrics)] == [0, 1, 2, 3, 4, 5]
+    assert load_config(copied.config).config.ppo.steps == 5
+    assert [row["step"] for row in read_metrics(copied.metrics)] == [0, 1, 3, 4, 5]
+    assert (copied.checkpoints / "before-resume-at-step000004" / best_path(copied.checkpoints).name).exists()
 
 
 def test_more_steps_than_planned_say_where_the_learning_rate_goes(finished: RunFolder):
@@ -349,29 +338,18 @@ def test_what_a_run_is_made_of_does_not_change_on_the_way(finished: RunFolder, c
     assert "begin a new run" in result.output
 
 
-def test_a_run_that_goes_back_leaves_nothing_of_the_other_way(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    newest, best = step_path(folder.checkpoints, 4), best_path(folder.checkpoints)
+def test_a_run_that_goes_back_leaves_nothing_of_the_other_way(copied: RunFolder):
+    newest, best = step_path(copied.checkpoints, 4), best_path(copied.checkpoints)
     shutil.copy(newest, best)
     result = launch(
-        "--resume", step_path(folder.checkpoints, 2), "--override", "ppo.steps=3", "logging.save_interval=9"
+        "--resume", step_path(copied.checkpoints, 2), "--override", "ppo.steps=3", "logging.save_interval=9"
     )
     assert result.exit_code == 0, result.output
-    assert newest_checkpoint(folder.checkpoints) == step_path(folder.checkpoints, 3)
-    aside = folder.checkpoints / "before-resume-at-step000002"
+    assert newest_checkpoint(copied.checkpoints) == step_path(copied.checkpoints, 3)
+    aside = copied.checkpoints / "before-resume-at-step000002"
     assert {newest.name, best.name} <= {path.name for path in aside.iterdir()}
     assert not best.exists() or load_checkpoint(best)["step"] <= 3
-    assert "complete, 3 of 3 steps" in launch("--resume", folder.path).output
-
-
-def test_a_best_checkpoint_that_cannot_be_read_does_not_stop_a_resume(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    best_path(folder.checkpoints).write_bytes(b"damaged")
-    result = launch("--resume", folder.path, "--override", "ppo.steps=5")
-    assert result.exit_code == 0, result.output
-    assert (folder.checkpoints / "before-resume-at-step000004" / best_path(folder.checkpoints).name).exists()
+    assert "complete, 3 of 3 steps" in launch("--resume", copied.path).output
 
 
 def test_resume_refuses(finished: RunFolder, config: Path, tmp_path: Path):
@@ -385,27 +363,23 @@ def test_resume_refuses(finished: RunFolder, config: Path, tmp_path: Path):
     assert reshaped.exit_code == 2
 
 
-def test_corrupt_checkpoint_at_resume_names_it_and_the_one_before_works(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    newest = step_path(folder.checkpoints, 4)
+def test_corrupt_checkpoint_at_resume_names_it_and_the_one_before_works(copied: RunFolder):
+    newest = step_path(copied.checkpoints, 4)
     newest.write_bytes(newest.read_bytes()[:1000])
-    result = launch("--resume", folder.path)
+    result = launch("--resume", copied.path)
     assert result.exit_code == 2
     assert "policy-step000004.pt: the checkpoint is corrupt" in result.output
     offered = result.output.split("--resume ")[1].split()[0]
     assert launch("--resume", offered, "--dry-run").exit_code == 0
 
 
-def test_a_run_that_goes_on_elsewhere_is_not_resumed(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    with only_writer(folder.path):
-        result = launch("--resume", folder.path, "--override", "ppo.steps=5")
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(copied: RunFolder):
+    with only_writer(copied.path):
+        result = launch("--resume", copied.path, "--override", "ppo.steps=5")
     assert result.exit_code == 2
     assert "another process is writing to it" in result.output
-    assert len(read_metrics(folder.metrics)) == 5
-    assert load_config(folder.config).config.ppo.steps == 4
+    assert len(read_metrics(copied.metrics)) == 5
+    assert load_config(copied.config).config.ppo.steps == 4
 
 
 OTHER_START = [[0.2, 0.5], [0.4, 0.8]]
@@ -442,12 +416,8 @@ OTHER_START = [[0.2, 0.5], [0.4, 0.8]]
         ("watch.best.parts", {}),
     ],
 )
-def test_a_checkpoint_with_other_things_in_their_place_is_refused(
-    finished: RunFolder, tmp_path: Path, place: str, value: object
-):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    newest = step_path(folder.checkpoints, 4)
+def test_a_checkpoint_with_other_things_in_their_place_is_refused(copied: RunFolder, place: str, value: object):
+    newest = step_path(copied.checkpoints, 4)
     state = torch.load(newest, weights_only=True)
     *parents, last = place.split(".") if "policy." not in place else ("trainer", "policy", place.split("policy.")[1])
     part = state
@@ -456,34 +426,30 @@ def test_a_checkpoint_with_other_things_in_their_place_is_refused(
     assert last in part
     part[last] = value
     torch.save(state, newest)
-    result = launch("--resume", folder.path, "--override", "ppo.steps=5")
+    result = launch("--resume", copied.path, "--override", "ppo.steps=5")
     assert result.exit_code == 2, result.output
     assert sum(line.startswith("Error") for line in result.output.splitlines()) == 1
-    assert newest.name in result.output or folder.path.name in result.output
-    assert len(read_metrics(folder.metrics)) == 5  # nothing was done
+    assert newest.name in result.output or copied.path.name in result.output
+    assert len(read_metrics(copied.metrics)) == 5  # nothing was done
 
 
-def test_a_start_that_the_policy_did_not_begin_at_is_refused(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    newest = step_path(folder.checkpoints, 4)
+def test_a_start_that_the_policy_did_not_begin_at_is_refused(copied: RunFolder):
+    newest = step_path(copied.checkpoints, 4)
     state = torch.load(newest, weights_only=True)
     for table in ("table", "snapshot_table"):
         state["start"][table]["positions"] = torch.tensor(OTHER_START).double()
     torch.save(state, newest)
-    for result in (launch("--resume", folder.path, "--override", "ppo.steps=5"), export_of(folder)):
+    for result in (launch("--resume", copied.path, "--override", "ppo.steps=5"), export_of(copied)):
         assert result.exit_code == 2
         assert "did not begin at the table" in " ".join(result.output.split())
 
 
-def test_other_prompts_at_resume_are_refused(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
+def test_other_prompts_at_resume_are_refused(copied: RunFolder, tmp_path: Path):
     (tmp_path / "other.csv").write_text("text\na\nb\n")
-    result = launch("--resume", folder.path, "--override", f"data.prompt_csv={tmp_path / 'other.csv'}", "ppo.steps=6")
+    result = launch("--resume", copied.path, "--override", f"data.prompt_csv={tmp_path / 'other.csv'}", "ppo.steps=6")
     assert result.exit_code == 2
     assert "trained with other prompts" in result.output
-    assert len(read_metrics(folder.metrics)) == 5
+    assert len(read_metrics(copied.metrics)) == 5
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,23 @@
-"""Every search by one command: a run, its resumption, its export and its page, and what is refused."""
+"""The other searches by the same command: a run, its resumption, its export and its page, and what is refused.
+
+Of PPO tests/test_launch.py and tests/test_every_column.py say all that.
+"""
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from models import load_denoiser
 from training.ppo import assembly
 from training.ppo.checkpoint import load_checkpoint, table_from_plain
 from training.ppo.config import METHODS, load_config
 from training.ppo.export_epd_predictor import main as export_command
-from training.ppo.launch import main
-from training.ppo.tests.test_launch import assert_same, timeless
+from training.ppo.tests.test_launch import assert_same, launch, timeless
 from training.ppo.tests.tiny_world import START, write_world
 from training.runs.checkpoint import step_path
 from training.runs.run_folder import RunFolder, read_metrics
@@ -30,18 +31,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def launch(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=["cma_es", "reward_gradient"])
 def finished(request: pytest.FixtureRequest, config: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     root = tmp_path_factory.mktemp(request.param)
     overrides = (f"run.output_root={root}", f"search.method={request.param}", TRAIN, "ppo.rollout_batch_size=8")
     result = launch("--config", config, "--override", *overrides)
     assert result.exit_code == 0, result.output
     # 2 intervals of 2 points: 4 + 2 + 6 + 1 + 1 = 14 parameters, for which CMA-ES takes 4 + 3 log 14 = 11; 8 divides 8.
-    prompts = {"ppo": "2 prompts x 4", "cma_es": "1 prompts x 8", "reward_gradient": "8 prompts x 1"}[request.param]
+    prompts = {"cma_es": "1 prompts x 8", "reward_gradient": "8 prompts x 1"}[request.param]
     assert f"8 images a step: {prompts} tables" in result.output
     assert "4 steps, 32 images in all" in result.output
     return RunFolder.open(next(root.iterdir()))
@@ -71,25 +68,21 @@ def test_its_solver_is_exported_and_replays_as_the_watch_drew_it(finished: RunFo
     assert scores.mean().item() == pytest.approx(read_metrics(finished.metrics)[4]["heldout/reward"], abs=1e-5)
 
 
-def test_a_resumed_run_is_the_run_that_never_stopped(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    step_path(folder.checkpoints, 4).unlink()
-    result = launch("--resume", folder.path)
+def test_a_resumed_run_is_the_run_that_never_stopped(finished: RunFolder, copied: RunFolder):
+    step_path(copied.checkpoints, 4).unlink()
+    result = launch("--resume", copied.path)
     assert result.exit_code == 0, result.output
-    again, before = (load_checkpoint(step_path(one.checkpoints, 4)) for one in (folder, finished))
+    again, before = (load_checkpoint(step_path(one.checkpoints, 4)) for one in (copied, finished))
     for part in ("trainer", "watch", "start", "table"):
         assert_same(again[part], before[part])
-    assert timeless(read_metrics(folder.metrics)) == timeless(read_metrics(finished.metrics))
+    assert timeless(read_metrics(copied.metrics)) == timeless(read_metrics(finished.metrics))
 
 
-def test_a_run_goes_on_with_its_own_method_alone(finished: RunFolder, tmp_path: Path):
-    folder = RunFolder(tmp_path / "copy")
-    shutil.copytree(finished.path, folder.path)
-    step_path(folder.checkpoints, 4).unlink()
+def test_a_run_goes_on_with_its_own_method_alone(finished: RunFolder, copied: RunFolder):
+    step_path(copied.checkpoints, 4).unlink()
     method = load_config(finished.config).config.search.method
     other = next(name for name in METHODS if name != method)
-    result = launch("--resume", folder.path, "--override", f"search.method={other}")
+    result = launch("--resume", copied.path, "--override", f"search.method={other}")
     assert result.exit_code == 2
     assert f"search.method={other!r}" in result.output or f"search.method={other}" in result.output
 
