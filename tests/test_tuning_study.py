@@ -394,17 +394,20 @@ def whole_study(world: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studied(world: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    modules = tmp_path_factory.mktemp("modules")
-    # The true command, but for the arm that is to fail.
-    (modules / "often.py").write_text(
-        "import sys\n"
-        "if 'logging.panel=null' in sys.argv:\n    sys.exit('no more memory')\n"
-        "from training.ppo.launch import main\nmain()\n"
-    )
+def studied(world: Path, made: Path) -> tuple[Path, Result]:
+    def run_here(module: str, words: list[str], log: Path) -> int:
+        """The command, but for the arm that is to fail; in processes of its own tests/faults has a study run it."""
+        assert module == "training.ppo.launch"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if "logging.panel=null" in words:
+            log.write_text("no more memory")
+            return 1
+        result = CliRunner().invoke(launch_command, words)
+        log.write_text(result.output)
+        return result.exit_code
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning_runs, "COMMAND", "often")
-        patch.setenv("PYTHONPATH", str(modules))
+        patch.setattr(tuning_runs, "run_command", run_here)
         result = study(whole_study(world, made.parent), made)
     return made, result
 
