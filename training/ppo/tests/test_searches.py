@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture(scope="module", params=["cma_es", "reward_gradient"])
+@pytest.fixture(scope="module", params=[method for method in METHODS if method != "ppo"])
 def finished(request: pytest.FixtureRequest, config: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     root = tmp_path_factory.mktemp(request.param)
     overrides = (f"run.output_root={root}", f"search.method={request.param}", TRAIN, "ppo.rollout_batch_size=8")
