@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
+from diffusers.models.upsampling import Upsample2D
 from safetensors import safe_open
 from torch import distributed, nn
 from torch.nn import functional
@@ -26,7 +27,9 @@ from models.shapes import (
     train_autoencoder,
     train_ddpm,
     train_diffusion,
+    train_flow,
     train_reward,
+    training_loop,
 )
 from models.shapes.data import NUMBERS_OF_OBJECTS, PROBABILITIES, RenderedScenes, cached_scenes, render_scenes
 from models.shapes.drawings import cached_drawings, draw_threefold
@@ -489,6 +492,40 @@ def test_what_a_training_cannot_do_is_said_before_anything_is_rendered(command, 
     result = CliRunner().invoke(command.main, ["--scratch", str(tmp_path / "scratch"), *words])
     assert (result.exit_code, (tmp_path / "scratch").exists()) == (2, False)
     assert said in result.output
+
+
+def test_a_network_is_compiled_where_that_is_asked_for_with_upsampling_whose_gradient_is_right(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    monkeypatch.setattr(train_diffusion, "LAYOUT_STEPS", 1)
+    shutil.copytree(ROOT / "src" / "shapes" / "vae", tmp_path / "out" / "vae")
+    words = (
+        "--output",
+        tmp_path / "out",
+        "--scratch",
+        tmp_path,
+        "--steps",
+        1,
+        "--images",
+        8,
+        "--batch",
+        2,
+        "--compile",
+    )
+    monkeypatch.setattr(training_loop, "check_compiler", lambda device: None)
+    result = CliRunner().invoke(train_diffusion.main, [str(word) for word in words])
+    assert result.exit_code == 0, (result.output, result.exception)
+    (network,) = compiled
+    layers = [layer for layer in network.modules() if isinstance(layer, Upsample2D)]
+    assert [layer.interpolate for layer in layers] == [False, False]
+
+
+@pytest.mark.parametrize("command", [train_diffusion, train_flow])
+def test_compiling_without_a_compiler_is_refused_before_anything_is_rendered(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused = CliRunner().invoke(command.main, ["--compile", "--scratch", str(tmp_path / "scratch")])
+    assert (refused.exit_code, (tmp_path / "scratch").exists()) == (2, False)
+    assert "no-such-compiler is not there" in refused.output
 
 
 @pytest.mark.parametrize("command", [train_autoencoder, train_diffusion, train_ddpm, train_reward])
