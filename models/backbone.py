@@ -92,6 +92,7 @@ class Backbone(ABC):
         "pictures",
         "pipelines",
         "processes",
+        "upsampling",
     )
 
     def __init__(
