@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -22,6 +23,7 @@ from time import perf_counter
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from lightning.fabric import Fabric
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -300,6 +302,18 @@ def score(study: Study, finished: Sequence[Finished], fabric: Fabric, cache: Pat
         return measure(finished, Scorer(study, [one.run for one in finished], fabric, Store(cache, click.echo), bar))
 
 
+def _again(study_file: Path, output: Path) -> str:
+    """The command that goes on with a study, or makes it again, with the options that were typed."""
+    context = click.get_current_context()
+    typed = [
+        word
+        for name, value in context.params.items()
+        if name not in ("study_file", "output") and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return shlex.join(["python", "-m", "benchmarks.tuning_study", str(study_file), "--output", str(output), *typed])
+
+
 @click.command(context_settings={"max_content_width": 110, "show_default": True})
 @click.argument("study_file", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder.  [default: outputs/studies/<the file's name>]")
@@ -333,7 +347,7 @@ def main(study_file: Path, output: Path | None, device: str | None, num_devices:
         begun(run, output / "runs")
     fabric = fabric_of(device or runs[0].start.config.run.device, num_devices)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others are started for the scores, when all runs are made
-    command = f"python -m benchmarks.tuning_study {study_file} --output {output}"
+    command = _again(study_file, output)
     if first:
         require_one_process()
         with goes_on_by(command):

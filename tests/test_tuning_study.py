@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -491,6 +492,7 @@ def test_two_processes_score_what_one_scores(studied: tuple[Path, Result], world
         capture_output=True, text=True, timeout=560, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["command"] == shlex.join(["python", *command[1:]])
     assert done.stdout.count("drawn and judged") == done.stdout.count("## Learning") == 1
     expected, found = (
         [line for line in json.loads((folder / "study.json").read_text())["differences"] if line["arm"] == "ppo"]
