@@ -96,6 +96,8 @@ for (const strip of document.querySelectorAll(".strip")) {
   if (names.length < 2) continue;
   const slider = document.createElement("div");
   slider.className = "slider";
+  const told = slider.appendChild(document.createElement("p"));
+  told.textContent = "Two of them over each other: move the handle to uncover the left one or the right one.";
   const stage = slider.appendChild(document.createElement("div"));
   stage.className = "stage";
   const images = ["under", "over"].map(name => {
