@@ -305,18 +305,27 @@ def doctor_command(names: tuple[str, ...]) -> None:
     click.echo(f"token: {'set' if huggingface_hub.get_token() else 'none'}")
     for line in machine():
         click.echo(line)
-    states = [state for name in names or BUNDLES for state in _report(name)]
+    if not names:
+        click.echo()
+    states = {state for name in names or BUNDLES for state in _report(name, whole=bool(names))}
+    if not names and "missing" in states:
+        click.echo("\nIts files one by one: python -m models.assets doctor NAME; to get them: fetch in doctor's place")
     if "WRONG" in states or (names and "missing" in states):
         raise SystemExit(1)
 
 
-def _report(name: str) -> Iterator[str]:
+def _report(name: str, *, whole: bool) -> set[str]:
+    """Say what is there of an asset, file by file; in a line where nothing is, and not the `whole` was asked for."""
     bundle = BUNDLES[name]
+    examined = [(asset, *examine(asset, asset_table.ROOT / asset.path)) for asset in bundle.needed()]
+    states = {state for _, state, _ in examined}
+    if states == {"missing"} and not whole:
+        click.echo(f"{name:14} missing  {bundle.about}")
+        return states
     click.echo(f"\n{name}: {bundle.about}. Licence: {bundle.licence}")
-    for asset in bundle.needed():
-        state, remark = examine(asset, asset_table.ROOT / asset.path)
+    for asset, state, remark in examined:
         click.echo(f"  {state:8}{asset.path}  {remark}  ({asset.source})")
-        yield state
+    return states
 
 
 def _check_names(names: Sequence[str], *, pipelines: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -233,7 +234,11 @@ def test_fetch_and_doctor(things):
     assert missing.exit_code == 1
     assert f"missing weights/thing.bin  {len(BODY):,} bytes" in missing.output
     assert "Licence: MIT" in missing.output
-    assert invoke("doctor").exit_code == 0
+    briefly = invoke("doctor")
+    assert briefly.exit_code == 0
+    assert re.search("^thing +missing  ", briefly.output, re.MULTILINE)
+    assert "weights/thing.bin" not in briefly.output
+    assert "doctor NAME" in briefly.output
     fetched = invoke("fetch", "thing")
     assert fetched.exit_code == 0, fetched.output
     found = invoke("doctor", "thing")
