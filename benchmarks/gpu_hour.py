@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +35,7 @@ from models.asset_table import HPS, ROOT
 from models.denoiser import Denoiser
 from models.devices import DTYPES, check_compiler, gigabytes, resolve_device
 from models.generate import conditioned, decode
-from models.loading import read_json
+from models.loading import quiet_and_repeatable, read_json
 from models.options import AS_IT_IS
 from models.pictures import to_pixels
 from models.registry import SHAPES_WORLD
@@ -307,8 +307,10 @@ def sampling(world: World, batch: int, *, compiled: bool) -> Figures:
     return figures | {"images/s": batch / mine, "diffusers images/s": batch / stocks, "times as fast": ratio}
 
 
-def stock(denoiser: Denoiser) -> StableDiffusionPipeline:
+def stock(denoiser: Denoiser) -> DiffusionPipeline:
     """Diffusers' own pipeline of the same modules."""
+    with quiet_and_repeatable():
+        from diffusers import StableDiffusionPipeline
     pipe = StableDiffusionPipeline(
         vae=denoiser.vae,
         text_encoder=denoiser.text_encoders[0].module,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional
@@ -290,6 +290,8 @@ def save_pipeline(
     output: Path, model: nn.ModuleDict, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
 ) -> None:
     """Write the folder of the pipeline that these parts make; see `write_pipeline`."""
+    with quiet_and_repeatable():  # its modules warn of what is not installed, even before a --help
+        from diffusers import StableDiffusionPipeline
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=model["text_encoder"],

@@ -18,7 +18,6 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from models.denoiser import Conditioning, Denoiser
 from models.families.stable_diffusion_3 import T5_TOKENS, SharedTokenAttention, joint_text
-from models.loading import fill, load_module
+from models.loading import fill, load_module, quiet_and_repeatable
 from models.randomness import seed_globally
 from models.registry import load_denoiser
 from models.shapes.data import cached_scenes
@@ -235,6 +234,8 @@ def save_flow_pipeline(
 ) -> None:
     """Write the folder of the pipeline that these parts make; see `write_pipeline`."""
     autoencoder.register_to_config(shift_factor=0.0)  # the classes of Stable Diffusion 3 want a number
+    with quiet_and_repeatable():
+        from diffusers import StableDiffusion3Pipeline
     pipeline = StableDiffusion3Pipeline(
         transformer=model["network"],
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
