@@ -283,7 +283,8 @@ def main(run: TrainingRun, start: Path | None, compiled: bool) -> None:
         compiled=compiled,
     )
     save_pipeline(run.output, averaged, autoencoder, build_tokenizer(), build_scheduler())
-    click.echo(f"wrote {run.output}")
+    if leads():
+        click.echo(f"wrote {run.output}")
 
 
 def save_pipeline(

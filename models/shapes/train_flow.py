@@ -45,6 +45,7 @@ from models.shapes.training_loop import (
     TrainingRun,
     compile_option,
     fit,
+    leads,
     own_share,
     start_option,
     step_generator,
@@ -226,7 +227,8 @@ def main(run: TrainingRun, world: Path, start: Path | None, compiled: bool) -> N
         compiled=compiled,
     )
     save_flow_pipeline(run.output, averaged, autoencoder, build_tokenizer())
-    click.echo(f"wrote {run.output}")
+    if leads():
+        click.echo(f"wrote {run.output}")
 
 
 def save_flow_pipeline(
